@@ -76,7 +76,7 @@ def measure_saves(options: argparse.Namespace, directory: Path) -> list[dict[str
     config = resolve_config(UnresolvedConfig.model_validate(raw), 1, 0)
     engine = NativeEngine(config, device)
     tokens = torch.randint(VOCAB_SIZE, (num_sequences, SEQ_LEN + 1))
-    batch = Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)
+    batch = Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)
 
     def measure_step() -> float:
         start_time = time.perf_counter()

@@ -235,7 +235,7 @@ def make_batches(config: Config, engine: NativeEngine) -> list[Batch]:
     dp_rank, dp_size = engine.dp_rank_and_size
     generator = torch.Generator().manual_seed(dp_rank)
     windows = torch.randint(config.model.vocab_size, (GLOBAL_BATCH // dp_size, SEQ_LEN + 1), generator=generator)
-    return [Batch.of(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(config.data.micro_batch)]
+    return [Batch.build(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(config.data.micro_batch)]
 
 
 # --- counting

@@ -32,7 +32,7 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import Loader, build_loader
 from dist_llm.data.shard import Manifest, Shard
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 
 VOCAB_SIZE = 50257
 WARM_UP_TURNS = 5
@@ -101,7 +101,7 @@ def measure_case(corpus: Corpus, options: argparse.Namespace, batch_size: int, o
         },
     }
     config = resolve_config(UnresolvedConfig.model_validate(raw), 1, VOCAB_SIZE)
-    loader = build_loader(config, build_fresh_plan(config), Vocabulary(VOCAB_SIZE, 0), 0, 1, pin=False)
+    loader = build_loader(config, build_fresh_plan(config), ObjectiveVocabulary(VOCAB_SIZE, 0), 0, 1, pin=False)
     load_functions = {
         "ours": make_dist_llm_loader(loader, batch_size),
         "nanogpt": make_nanogpt_loader(path, batch_size, options.seq_len),

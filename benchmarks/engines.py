@@ -126,7 +126,7 @@ def _run_rank(rank: int, config: Config, steps: int, scratch: str) -> None:
     generator = torch.Generator().manual_seed(rank)
     shape = (config.data.micro_batch, config.data.seq_len + 1)
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
-    batches = [Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)]
+    batches = [Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)]
     for step in range(2):
         train_step(engine, batches, config.optim.lr, step)
     dist.barrier()

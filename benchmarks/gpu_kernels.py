@@ -13,7 +13,7 @@ from torch.nn.attention import sdpa_kernel
 
 from attention import MASKS, SDPA_BACKENDS, Heads, materialize_for_kernel
 from dist_llm.losses import fused_linear_cross_entropy
-from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
@@ -113,7 +113,7 @@ def check_loss(context: CaseContext) -> dict[str, object]:
     generator, device = torch.Generator().manual_seed(0), context.device
     x, weight = torch.randn(2, 96, 64, generator=generator), torch.randn(512, 64, generator=generator) / 8
     targets = torch.randint(500, (2, 96), generator=generator)
-    targets[0, :7] = IGNORE
+    targets[0, :7] = IGNORE_INDEX
     loss, slice_bytes = CrossEntropy(label_smoothing=0.1, z_loss=1e-3), 40 * 512 * 4  # five slices
     for cap in (0.0, 5.0):
         expected = _full_logits_loss(x.double(), weight.double(), targets, loss, cap)
@@ -138,11 +138,11 @@ def _full_logits_loss(x: Tensor, weight: Tensor, targets: Tensor, loss: CrossEnt
     losses = F.cross_entropy(
         logits.flatten(0, 1),
         targets.flatten(),
-        ignore_index=IGNORE,
+        ignore_index=IGNORE_INDEX,
         reduction="none",
         label_smoothing=loss.label_smoothing,
     ).view(targets.shape)
-    losses = losses + loss.z_loss * logits.logsumexp(-1).square() * (targets != IGNORE)
+    losses = losses + loss.z_loss * logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)
     return (losses.sum(-1), *torch.autograd.grad(losses.sum(), (x, weight)))
 
 

@@ -50,7 +50,7 @@ def make_batch(config: Config, step: int, attention_mask: AttentionMask = CAUSAL
     targets = ids[:, 1:].clone()
     for index in range(len(ids)):
         targets[index, : index * 5] = -100
-    return Batch.of(ids[:, :-1].contiguous(), targets, attention_mask)
+    return Batch.build(ids[:, :-1].contiguous(), targets, attention_mask)
 
 
 def take_steps(engine: NativeEngine, num_steps: int = NUM_STEPS, attention_mask: AttentionMask = CAUSAL) -> Steps:

@@ -105,7 +105,7 @@ def _run_rank(rank: int, model: str, layout: str, overrides: list[str], steps: i
     _, dp_size = engine.dp_rank_and_size
     data = config.data
     windows = torch.randint(config.model.vocab_size, (data.global_batch // dp_size, data.seq_len + 1))
-    microbatches = [Batch.of(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(data.micro_batch)]
+    microbatches = [Batch.build(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(data.micro_batch)]
     for step in range(2):
         train_step(engine, microbatches, config.optim.lr, step)
     _wait_for_all(store, "begin")

@@ -27,7 +27,7 @@ from torch import Tensor
 import fake_gpu
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models import decoder
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
@@ -106,7 +106,7 @@ def trace_steps(config: Config, active_gpu: fake_gpu.FakeGpu) -> dict[str, Any]:
     """
     data, dp_size = config.data, config.parallel.dp_replicate * config.parallel.dp_shard
     windows = torch.zeros(data.global_batch // dp_size, data.seq_len + 1, dtype=torch.long)
-    microbatches = [Batch.of(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(data.micro_batch)]
+    microbatches = [Batch.build(ids[:, :-1], ids[:, 1:], CAUSAL) for ids in windows.split(data.micro_batch)]
     engine = NativeEngine(config, fake_gpu.DEVICE)
     train_step(engine, microbatches, config.optim.lr)
     weights_bytes = active_gpu.peak_bytes = active_gpu.allocated_bytes
@@ -121,7 +121,9 @@ def full_logits() -> Iterator[None]:
 
     def full_logits_loss(x_BSD: Tensor, weight_WD: Tensor, bias_W: Any, targets_BS: Tensor, *args: Any) -> Tensor:
         logits_BSW = F.linear(x_BSD, weight_WD, bias_W)
-        losses = F.cross_entropy(logits_BSW.flatten(0, -2), targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
+        losses = F.cross_entropy(
+            logits_BSW.flatten(0, -2), targets_BS.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        )
         return losses.view(targets_BS.shape).sum(-1)
 
     with patch.object(decoder, "linear_cross_entropy", full_logits_loss):

@@ -47,7 +47,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.process_group import keep_freed_memory
 from dist_llm.models.attention_mask import CAUSAL
-from dist_llm.models.init import init_param_, init_rule
+from dist_llm.models.init import get_init_rule, init_param_
 from dist_llm.objectives.batch import Batch
 from dist_llm.observe.flops import CONVENTION, count_matmul_weights, flops_per_token, peak_flops
 from dist_llm.training.step import train_step
@@ -205,7 +205,7 @@ def make_native_stepper(config: Config, device: torch.device) -> Turn:
     keep_freed_memory(device)  # as training does
     engine = NativeEngine(config, device)
     tokens = make_tokens(config)
-    batches = [Batch.of(tokens[:, :-1], tokens[:, 1:], CAUSAL)]
+    batches = [Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)]
     return make_turn(lambda: train_step(engine, batches, config.optim.lr).loss, device, peak)
 
 
@@ -216,7 +216,7 @@ def make_bare_stepper(config: Config, device: torch.device) -> Turn:
         model = Model(config.model, recompute=config.parallel.recompute != "none")
     with torch.no_grad():
         for name, tensor in model.iter_dist_llm_parameters():
-            rule = init_rule(name, tensor.shape, config.model)
+            rule = get_init_rule(name, tensor.shape, config.model)
             init_param_(tensor, name, rule, config.run.seed, tensor.shape, (0,) * tensor.ndim)
     if config.compile:
         model.compile()

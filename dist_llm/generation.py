@@ -1,4 +1,4 @@
-"""Generate text token by token, with a KV cache."""
+"""Generate text with a trained model, token by token, with a KV cache."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,23 +41,26 @@ class Sampling:
             (self.top_k >= 0, f"--top-k {self.top_k}: must be at least 0 (0 keeps all)"),
             (0 < self.top_p <= 1, f"--top-p {self.top_p}: must be above 0 and at most 1 (1 keeps all)"),
         )
-        if broken := [message for holds, message in rules if not holds]:
-            raise ConfigError("\n".join(broken))
+        if messages := [message for is_satisfied, message in rules if not is_satisfied]:
+            raise ConfigError("\n".join(messages))
 
 
 @dataclass(frozen=True)
-class Offload:
-    """Where to keep blocks that do not fit on the device: up to `memory_bytes` in host memory, the rest in `folder`."""
+class OffloadOptions:
+    """Offloading of the blocks that do not fit on the device: `memory_bytes` to host memory, the rest to `folder`."""
 
     folder: Path
     memory_bytes: int
 
 
 def load_model(
-    checkpoint: Path | str, device: torch.device, offload: Offload | None = None
+    checkpoint: Path | str, device: torch.device, offload: OffloadOptions | None = None
 ) -> tuple[Decoder, Tokenizer, Config]:
-    """Load the model of a checkpoint, or of a run's latest, for sampling: on one device or, with `offload`,
-    dispatched."""
+    """Load (model, tokenizer, config) of a checkpoint, or of the latest checkpoint of a run, for generation.
+
+    The model is on `device` or, with `offload`, partly in host memory and on the disk. Raises DataError or ConfigError
+    if the checkpoint cannot generate text.
+    """
     path = store.open_checkpoint(checkpoint)
     config = load_saved(path)
     if not (path / TOKENIZER_FILE).exists():
@@ -80,78 +83,82 @@ def load_model(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt: the decoder's ids, the encoder's ids, and the tokens that end the generation."""
+    """A tokenized prompt."""
 
-    ids: list[int]
-    bidirectional: bool = False
-    encoder_ids: list[int] | None = None
-    stop_ids: frozenset[int] = frozenset()
+    ids: list[int]  # input of the decoder
+    bidirectional: bool = False  # whether the tokens of `ids` attend to each other in both directions
+    encoder_ids: list[int] | None = None  # input of the encoder, if there is one
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the generation
 
 
 def encode_prompt(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
-    """Tokenize the prompt in the format of the training objective. An empty prompt becomes the end-of-document token.
+    """Tokenize a prompt in the format of the training objective. An empty prompt becomes the end-of-document token.
 
-    Of a mixture, use a component that predicts the next token if there is one. A span-corruption model gets the prompt
-    with one corrupted span at its end, and generates that span.
+    If the objective is a mixture, use its first component that is not span corruption. With span corruption only, the
+    prompt gets one corrupted span at its end, and the model generates this span.
     """
-    vocabulary = tokenizer.vocabulary()
+    vocabulary = tokenizer.build_objective_vocabulary()
     ids = tokenizer.encode_prompt(prompt) or [vocabulary.eot]
     components = config.objective.components
     component = next((candidate for candidate in components if candidate.name != "span"), components[0])
-    mode = [vocabulary.special_id(name)] if (name := mode_of(component)) else []
+    mode_ids = [vocabulary.special_id(name)] if (name := mode_of(component)) else []
     start = vocabulary.special_id("start")
     has_encoder = config.model.architecture == "encoder_decoder"
     stop_ids = frozenset(
-        (vocabulary.sentinel(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel(1))
+        (vocabulary.sentinel_id(1),) if tokenizer.eot is None else (tokenizer.eot, vocabulary.sentinel_id(1))
     )
     if isinstance(component, SpanSpec):
-        infilling_ids, gap_ids = [*mode, *ids, vocabulary.sentinel(0), vocabulary.eot], [vocabulary.sentinel(0)]
+        sentinel = vocabulary.sentinel_id(0)
+        corrupted_ids = [*mode_ids, *ids, sentinel, vocabulary.eot]
         if has_encoder:
-            return Prompt([start, *gap_ids], encoder_ids=infilling_ids, stop_ids=stop_ids)
-        return Prompt([*infilling_ids, *gap_ids], bidirectional=component.see_prefix, stop_ids=stop_ids)
+            return Prompt([start, sentinel], encoder_ids=corrupted_ids, stop_ids=stop_ids)
+        return Prompt([*corrupted_ids, sentinel], bidirectional=component.see_prefix, stop_ids=stop_ids)
     if has_encoder:
-        return Prompt([start], encoder_ids=[*mode, *ids], stop_ids=stop_ids)
+        return Prompt([start], encoder_ids=[*mode_ids, *ids], stop_ids=stop_ids)
     bidirectional = isinstance(component, PrefixSpec) and component.see_prefix
-    return Prompt([*mode, *ids], bidirectional=bidirectional, stop_ids=stop_ids)
+    return Prompt([*mode_ids, *ids], bidirectional=bidirectional, stop_ids=stop_ids)
 
 
 @torch.no_grad()
 def generate_tokens(
     model: torch.nn.Module, prompt: Prompt, sampling: Sampling, max_seq_len: int, use_cache: bool = True
 ) -> Iterator[int]:
-    """Yield at most `max_tokens` token ids after `prompt`, limited by a total length of `max_seq_len`."""
+    """Yield the sampled token ids after `prompt`: at most `max_tokens`, and at most `max_seq_len` with the prompt."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KVCache() if use_cache else None
-    encoder_input = None
+    encoder_arguments: dict[str, EncoderInput] = {}
     if prompt.encoder_ids is not None:
-        encoder_input = {"encoder_input": EncoderInput(torch.tensor([prompt.encoder_ids], device=device))}
+        encoder_arguments["encoder_input"] = EncoderInput(torch.tensor([prompt.encoder_ids], device=device))
     ids = list(prompt.ids)
     prefix_B = torch.tensor([len(prompt.ids)], device=device) if prompt.bidirectional else None
     for _ in range(min(sampling.max_tokens, max_seq_len - len(prompt.ids))):
         input_ids = ids[cache.length :] if cache is not None else ids
         # Later tokens attend to all of the cached prompt, so the prefix mask is only needed for the first forward.
         mask = CAUSAL if len(input_ids) == 1 else AttentionMask(causal=True, prefix_B=prefix_B)
-        logits_BSV = model(torch.tensor([input_ids], device=device), mask=mask, cache=cache, **(encoder_input or {}))
-        encoder_input = encoder_input if cache is None else None  # the cache also holds the encoder's output
+        logits_BSV = model(torch.tensor([input_ids], device=device), mask=mask, cache=cache, **encoder_arguments)
+        if cache is not None:
+            encoder_arguments = {}  # the cache has the keys and values of the encoder output
         token = sample_token(logits_BSV[0, -1].float().cpu(), sampling, generator)
         ids.append(token)
         yield token
 
 
 def sample_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Sample one token id. The nucleus (Holtzman et al. 2020) is the smallest set of tokens with probability
-    `top_p`."""
+    """Sample one token id from logits [V].
+
+    `top_p` keeps the nucleus: the smallest set of tokens with this total probability (Holtzman et al. 2020).
+    """
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V / sampling.temperature
     if 0 < sampling.top_k < len(logits_V):
-        weakest = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < weakest, -torch.inf)
+        min_logit = logits_V.topk(sampling.top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < min_logit, -torch.inf)
     probabilities_V, ids_V = logits_V.softmax(-1).sort(descending=True)
-    if sampling.top_p < 1:  # 1 keeps all tokens, though the cumulative sum may round to 1 too early
-        before_V = probabilities_V.cumsum(-1) - probabilities_V
-        probabilities_V = probabilities_V.masked_fill(before_V >= sampling.top_p, 0.0)
+    if sampling.top_p < 1:  # skipped for 1, because the cumulative sum may round to 1 before the last token
+        preceding_sum_V = probabilities_V.cumsum(-1) - probabilities_V
+        probabilities_V = probabilities_V.masked_fill(preceding_sum_V >= sampling.top_p, 0.0)
     return int(ids_V[torch.multinomial(probabilities_V, 1, generator=generator)])
 
 
@@ -163,36 +170,37 @@ def generate_text(
     max_seq_len: int,
     stop: bool = True,
 ) -> Iterator[str]:
-    """Yield text as it is sampled. The bytes of a character are held back until it is complete.
+    """Yield the text of sampled tokens as soon as its characters are complete, up to a stop token of `prompt`.
 
-    Ends before a stop token of `prompt`. With `stop` false the model still runs to the last token, because the ranks of
-    a sharded model must run it equally often.
+    With `stop` false, the model runs on after a stop token, but no more text is yielded: all ranks of a sharded model
+    must run the same number of forward passes. Raises ConfigError if the prompt is too long.
     """
-    vocabulary = tokenizer.vocabulary()
-    if (length := max(len(prompt.ids), len(prompt.encoder_ids or ()))) >= max_seq_len:
-        raise ConfigError(f"the prompt has {length} tokens, but the model takes at most {max_seq_len}; shorten it")
-    stream = tokenizer.text_stream(prompt.ids)
-    ended = False
+    vocabulary = tokenizer.build_objective_vocabulary()
+    if (prompt_len := max(len(prompt.ids), len(prompt.encoder_ids or ()))) >= max_seq_len:
+        raise ConfigError(f"the prompt has {prompt_len} tokens, but the model takes at most {max_seq_len}; shorten it")
+    decoder = tokenizer.build_incremental_decoder(prompt.ids)
+    has_ended = False
     for token in generate_tokens(model, prompt, sampling, max_seq_len):
-        ended = ended or token in prompt.stop_ids
-        if ended and stop:
+        has_ended = has_ended or token in prompt.stop_ids
+        if has_ended and stop:
             break
-        name = vocabulary.describe(token)  # for an id that an objective added
-        if not ended and (chunk := stream.end() + name if name else stream.add(token)):
-            yield chunk
-    if tail := stream.end():
-        yield tail
+        name = vocabulary.describe_added_id(token)  # not None for a special token of the objective
+        if not has_ended and (text := decoder.end() + name if name else decoder.add(token)):
+            yield text
+    if text := decoder.end():
+        yield text
 
 
 def print_continuations(
-    checkpoint: str, prompts: list[str], sampling: Sampling, offload: Offload | None = None
+    checkpoint: str, prompts: list[str], sampling: Sampling, offload: OffloadOptions | None = None
 ) -> None:
-    """Print each prompt and its continuation, as it is generated."""
+    """Print each prompt and its continuation while it is generated."""
     sampling.check()
     model, tokenizer, config = load_model(checkpoint, select_device(World()), offload)
-    for number, prompt in enumerate(prompts):
-        print("\n---\n" * bool(number) + prompt, end="", flush=True)
-        encoded = encode_prompt(config, tokenizer, prompt)
-        for chunk in generate_text(model, tokenizer, encoded, sampling, config.model.max_seq_len):
-            print(chunk, end="", flush=True)
+    for index, prompt in enumerate(prompts):
+        separator = "\n---\n" if index > 0 else ""
+        print(separator + prompt, end="", flush=True)
+        encoded_prompt = encode_prompt(config, tokenizer, prompt)
+        for text in generate_text(model, tokenizer, encoded_prompt, sampling, config.model.max_seq_len):
+            print(text, end="", flush=True)
         print()

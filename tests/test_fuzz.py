@@ -61,8 +61,8 @@ from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.input_files import iter_documents, open_inputs
-from dist_llm.text.report import InputTable, Report
-from dist_llm.text.rows import RowKeys, Tally
+from dist_llm.text.report import InputFileCounts, Report
+from dist_llm.text.rows import RowCounts, RowKeys
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.training.resume import EarlierSteps
 from tests.text.test_token_files import build_megatron_index
@@ -139,7 +139,7 @@ def read_corpus(directory: Path) -> None:
         corpus.read(starts, 16)
         corpus.compute_document_ids(starts, 16)
         corpus.compute_loss_mask(starts, 16)
-        list(corpus.iter_documents(0, corpus.n_tokens))
+        list(corpus.iter_documents(0, corpus.num_tokens))
         for packed in (False, True):
             windows = PackedWindows(corpus, Lengths(17, 16, 16), packed)
             windows.read(np.arange(windows.count), False)
@@ -185,7 +185,7 @@ def write_checkpoint(directory: Path) -> None:
         "data.json": data_history.dump_history((segment,)),
         "probe.json": b'{"format": "dist_llm probe 1", "loss": 1.5, "logits": [1.0, null], "precision": "fp32", '
         b'"weights": "fp32"}',
-        "tokenizer.json": BYTES.file_bytes(),
+        "tokenizer.json": BYTES.to_json_bytes(),
     }
     write_native(directory, make_weights(config, {"head.norm.weight"}), files)
 
@@ -202,7 +202,7 @@ def read_checkpoint(directory: Path) -> None:
         lambda: read_progress(folder),
         lambda: data_history.parse_history(folder.read("data.json"), "data.json"),
         lambda: parse_probe(folder.read("probe.json"), "probe.json"),
-        lambda: Tokenizer.load(directory).vocabulary(with_word_edges=True),
+        lambda: Tokenizer.load(directory).build_objective_vocabulary(with_word_edges=True),
     ):
         try:
             read()
@@ -303,7 +303,7 @@ def write_bytes(name: str, content: Callable[[], bytes]) -> Callable[[Path], Non
 
 def read_text(directory: Path, **keys: Any) -> None:
     inputs = open_inputs([str(directory)], RowKeys(**keys))
-    tally = Tally(max_bad_rate=1.0)
+    tally = RowCounts(max_bad_rate=1.0)
     for document in iter_documents(inputs, tally):
         document.text.encode()
     tally.check()
@@ -345,7 +345,7 @@ def read_tokenizer(name: str) -> Callable[[Path], object]:
 
 
 def write_report(directory: Path) -> None:
-    table = InputTable()
+    table = InputFileCounts()
     table.add("read", directory / "x.jsonl", 100)
     Report({"source": ["x"]}, 10, 1, inputs=table, unreadable={"y": (3, "gone")}).save(directory)
 
@@ -691,7 +691,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_claims_are_refused(case: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
+def test_huge_declared_sizes_are_rejected(case: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
     name, edit, message = HOSTILE[case]
     folder = tmp_path / "folder"
     shutil.copytree(valid(name), folder)

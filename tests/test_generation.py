@@ -15,8 +15,8 @@ from dist_llm.errors import ConfigError
 from dist_llm.generation import Prompt, Sampling, encode_prompt, generate_text, generate_tokens, sample_token
 from dist_llm.models.attention_mask import FULL
 from dist_llm.models.build_model import build_model
-from dist_llm.models.init import init_param_, init_rule
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.models.init import get_init_rule, init_param_
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.laws.law import make_config
@@ -24,9 +24,9 @@ from tests.laws.law import make_config
 MAX_LENGTH = 24
 GREEDY = Sampling(max_tokens=12, temperature=0)
 EOT = 256  # the end-of-document token of the byte tokenizer
-VOCABULARY = Vocabulary(EOT + 1, EOT)
+VOCABULARY = ObjectiveVocabulary(EOT + 1, EOT)
 START, MASK, MODE_S = (VOCABULARY.special_id(name) for name in ("start", "mask", "S"))
-SENTINEL_0, SENTINEL_1 = VOCABULARY.sentinel(0), VOCABULARY.sentinel(1)
+SENTINEL_0, SENTINEL_1 = VOCABULARY.sentinel_id(0), VOCABULARY.sentinel_id(1)
 CAUSAL_CONFIG = make_config(1, {})
 
 
@@ -35,7 +35,7 @@ def build_small_model(**changes):
     config = ModelConfig(**shape, max_seq_len=MAX_LENGTH, init_std=0.5, **changes)
     model = build_model(config).eval()
     for name, parameter in model.named_parameters():
-        rule = init_rule(name, parameter.shape, config)
+        rule = get_init_rule(name, parameter.shape, config)
         init_param_(parameter.detach(), name, rule, 0, parameter.shape, (0,) * parameter.ndim)
     return model
 
@@ -44,7 +44,7 @@ def build_small_model(**changes):
     "sampling", [GREEDY, Sampling(max_tokens=12, top_k=5, top_p=0.9, seed=3), Sampling(max_tokens=12, seed=4)], ids=str
 )
 @pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal"])
-def test_the_cache_changes_no_token(positions, sampling):
+def test_cache_does_not_change_tokens(positions, sampling):
     model = build_small_model(positions=positions)
     prompt_ids = [3, 1, 4, 1, 5]
     cached = list(generate_tokens(model, Prompt(ids=prompt_ids), sampling, MAX_LENGTH))
@@ -54,13 +54,13 @@ def test_the_cache_changes_no_token(positions, sampling):
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "prefix"])
 @pytest.mark.parametrize("changes", [{"positions": "relative"}, {"qk_norm": True, "logit_cap": 3.0}], ids=str)
-def test_the_cache_changes_no_token_of_other_settings(changes, bidirectional):
+def test_cache_does_not_change_tokens_of_other_architectures(changes, bidirectional):
     model, prompt = build_small_model(**changes), Prompt(ids=[3, 1, 4, 1, 5], bidirectional=bidirectional)
     cached = list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH))
     assert cached == list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH, use_cache=False))
 
 
-def test_a_prefix_attends_to_all_of_itself():
+def test_prompt_prefix_is_bidirectional():
     model = build_small_model(positions="learned")
     ids = [3, 1, 4, 1, 5]
     (token,) = generate_tokens(
@@ -72,7 +72,7 @@ def test_a_prefix_attends_to_all_of_itself():
 
 
 @pytest.mark.parametrize("positions", ["learned", "relative", "rope"])
-def test_an_encoder_decoder_encodes_once(positions):
+def test_encoder_runs_once_per_prompt(positions):
     model = build_small_model(architecture="encoder_decoder", n_encoder_layers=2, positions=positions)
     prompt = Prompt(ids=[7], encoder_ids=[3, 1, 4, 1, 5])
     encoder_calls = []
@@ -119,21 +119,21 @@ def test_special_tokens_print_their_names():
     assert generate_with_scripted_model([MASK, *b"x", EOT])[1] == ["<mask>", "x"]
 
 
-def test_with_the_cache_each_token_is_read_once():
+def test_cached_generation_reads_each_token_once():
     model, lengths = build_small_model(), []
     model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
     list(generate_tokens(model, Prompt(ids=[1, 2, 3]), GREEDY, MAX_LENGTH))
     assert lengths == [3] + [1] * 11
 
 
-def test_greedy_sampling_takes_the_likeliest_token():
+def test_greedy_sampling_takes_the_most_likely_token():
     model, ids = build_small_model(), [3, 1, 4]
     for token in generate_tokens(model, Prompt(ids=ids), GREEDY, MAX_LENGTH):
         assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
         ids = [*ids, token]
 
 
-def test_a_seed_repeats_its_tokens_and_other_seeds_differ():
+def test_seed_determines_the_tokens():
     model = build_small_model()
     runs = [
         list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10, seed=seed), MAX_LENGTH))
@@ -143,7 +143,7 @@ def test_a_seed_repeats_its_tokens_and_other_seeds_differ():
     assert len({tuple(run) for run in runs}) == 3
 
 
-def test_the_global_random_state_does_not_matter():
+def test_global_random_state_does_not_affect_sampling():
     model = build_small_model()
     torch.manual_seed(1)
     tokens_of_first_state = list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10), MAX_LENGTH))
@@ -181,7 +181,7 @@ def assert_counts_match(counts, expected, num_draws=2000):
 @pytest.mark.parametrize(
     ("top_k", "kept_ids"), [(0, {0, 1, 2, 3}), (1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (9, {0, 1, 2, 3})]
 )
-def test_top_k_keeps_the_k_likeliest_in_proportion(top_k, kept_ids):
+def test_top_k_keeps_the_k_most_likely_tokens(top_k, kept_ids):
     kept_probabilities = {token_id: float(PROBABILITIES[token_id]) for token_id in kept_ids}
     total = sum(kept_probabilities.values())
     expected = {token_id: probability / total for token_id, probability in kept_probabilities.items()}
@@ -200,7 +200,7 @@ def test_top_k_keeps_the_k_likeliest_in_proportion(top_k, kept_ids):
         (1.0, {0, 1, 2, 3}),
     ],
 )
-def test_top_p_keeps_the_fewest_that_hold_p(top_p, kept_ids):
+def test_top_p_keeps_the_smallest_nucleus(top_p, kept_ids):
     kept_probabilities = {token_id: float(PROBABILITIES[token_id]) for token_id in kept_ids}
     total = sum(kept_probabilities.values())
     expected = {token_id: probability / total for token_id, probability in kept_probabilities.items()}
@@ -222,7 +222,7 @@ def test_top_p_1_keeps_all_tokens_despite_rounding(monkeypatch):
 
 
 def test_top_p_applies_after_top_k():
-    """The two likeliest tokens have 5/8 and 3/8, so the first alone has more than half."""
+    """The two most likely tokens have probabilities 5/8 and 3/8. So the first token alone exceeds one half."""
     assert set(draw_counts(Sampling(top_k=2, top_p=0.6), 200)) == {1}
     assert set(draw_counts(Sampling(top_p=0.6), 200)) == {1, 3}
 
@@ -243,7 +243,7 @@ def byte_tokenizer():
 
 
 class ScriptedModel(nn.Module):
-    """A model that returns the given ids whatever its input, then `x` forever."""
+    """A model that returns the given ids for any input, and then `x` forever."""
 
     def __init__(self, ids):
         super().__init__()
@@ -279,18 +279,18 @@ def test_a_sharded_model_continues_without_output():
 
 
 @pytest.mark.parametrize("word", ["é", "漢字", "a🙂b", "naïve — 漢"])
-def test_characters_are_complete(word):
+def test_yielded_characters_are_complete(word):
     _, strings = generate_with_scripted_model([*word.encode(), EOT])
     assert strings == list(word)
 
 
-def test_an_incomplete_character_shows_as_replaced():
+def test_incomplete_character_becomes_a_replacement_character():
     word = "a漢".encode()
     assert generate_with_scripted_model(word, max_tokens=3)[1] == ["a", "�"], "max_tokens cuts it"
     assert generate_with_scripted_model([*word[:2], EOT])[1] == ["a", "�"], "the end-of-document token cuts it"
 
 
-def test_invalid_bytes_show_as_replaced():
+def test_invalid_bytes_become_replacement_characters():
     assert "".join(generate_with_scripted_model([*b"a", 0xFF, *b"b", EOT])[1]) == "a�b"
 
 
@@ -306,13 +306,13 @@ def test_the_name_of_the_end_of_document_token_is_plain_text_in_a_prompt():
     assert generate_with_scripted_model([EOT], prompt=ENDOFTEXT)[0].input_ids == [[*ENDOFTEXT.encode()]]
 
 
-def test_a_prompt_as_long_as_the_model_is_refused():
+def test_too_long_prompt_is_rejected():
     with pytest.raises(ConfigError, match="the prompt has 5 tokens, but the model takes at most 5; shorten it"):
         generate_with_scripted_model([], prompt="abcde", max_length=5)
     assert generate_with_scripted_model([*b"z"], prompt="abcd", max_length=5)[1] == ["z"]
 
 
-def test_strings_are_yielded_as_they_are_sampled():
+def test_text_is_yielded_while_it_is_sampled():
     model = ScriptedModel(b"abc")
     strings = generate_text(
         model,

@@ -19,7 +19,7 @@ from dist_llm.config.derive import round_up
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.counter_rng import hash64, splitmix64
 from dist_llm.errors import CheckpointError
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput
 from dist_llm.objectives.batch import Batch
 
@@ -106,9 +106,9 @@ def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
     num_tokens = min(ROW_TOKENS, model.max_seq_len) if model.positions == "learned" else ROW_TOKENS
     ids_BW = _generate_ids("probe", NUM_ROWS, num_tokens + 1, model.vocab_size)
     padding = round_up(num_tokens, multiple) - num_tokens
-    inputs_BS, targets_BS = _pad(ids_BW[:, :-1], padding, 0), _pad(ids_BW[:, 1:], padding, IGNORE)
+    inputs_BS, targets_BS = _pad(ids_BW[:, :-1], padding, 0), _pad(ids_BW[:, 1:], padding, IGNORE_INDEX)
     padding_mask = _padding_mask(num_tokens, padding)
-    batch = Batch.of(inputs_BS, targets_BS, padding_mask if model.architecture == "encoder" else CAUSAL)
+    batch = Batch.build(inputs_BS, targets_BS, padding_mask if model.architecture == "encoder" else CAUSAL)
     if padding:  # learned positions may end at `num_tokens`
         batch = replace(batch, positions_BS=_pad(torch.arange(num_tokens).expand(NUM_ROWS, num_tokens), padding, 0))
     if model.architecture == "encoder_decoder":

@@ -86,7 +86,7 @@ def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source
         "environment.json": json.dumps({"converted_from": str(source), "dist-llm": version("dist-llm")}).encode(),
         **initial_progress(),
     }
-    return files | ({TOKENIZER_FILE: tokenizer.file_bytes()} if tokenizer is not None else {})
+    return files | ({TOKENIZER_FILE: tokenizer.to_json_bytes()} if tokenizer is not None else {})
 
 
 def initial_progress() -> dict[str, bytes]:

@@ -80,7 +80,7 @@ def _load_tokenizer(checkpoint: Path, no_tokenizer: bool) -> Tokenizer | None:
 def _report_tokenizer(tokenizer: Tokenizer | None, config: Config, family: str) -> None:
     if tokenizer is None:
         return
-    if names := sorted(tokenizer.original_files()):
+    if names := sorted(tokenizer.get_original_files()):
         console.print(f"tokenizer: the original files, unchanged: {', '.join(names)}")
         if count := extra_ids(config):
             console.print(f"the {count} ids of the objective, from {tokenizer.vocab_size} on, have no names there")

@@ -50,12 +50,13 @@ def print_stats(corpora: Sequence[Path], run: Path | None = None, picture: Path 
 def measure(corpus: Corpus) -> Distributions:
     """Read all tokens of a corpus and count them."""
     lengths = [
-        np.diff(np.append(corpus.document_offsets(number), shard.tokens)) for number, shard in enumerate(corpus.shards)
+        np.diff(np.append(corpus.get_document_offsets(number), shard.tokens))
+        for number, shard in enumerate(corpus.shards)
     ]
     counts = np.zeros(corpus.manifest.vocab_size, np.int64)
-    starts = range(0, corpus.n_tokens, BLOCK_TOKENS)
+    starts = range(0, corpus.num_tokens, BLOCK_TOKENS)
     for start in track(starts, f"counting {corpus.directory}", console=Console(stderr=True)):
-        ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.n_tokens - start))[0]
+        ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.num_tokens - start))[0]
         counts += np.bincount(ids, minlength=len(counts))
     return Distributions(str(corpus.directory), np.concatenate(lengths).astype(np.int64), counts)
 
@@ -64,9 +65,9 @@ def table_rows(corpus: Corpus, distributions: Distributions) -> Iterator[tuple[s
     """Yield (name, value) of each row of the table."""
     tokenizer, counts = Tokenizer.load(corpus.directory), distributions.token_counts
     yield "documents", f"{len(distributions.document_lengths):,}"
-    yield "tokens", f"{corpus.n_tokens:,}"
-    yield "bytes per token", f"{corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens:.3f}"
-    yield "tokens held out", f"{corpus.manifest.tokens('heldout'):,}"
+    yield "tokens", f"{corpus.num_tokens:,}"
+    yield "bytes per token", f"{corpus.manifest.count_text_bytes(corpus.split) / corpus.num_tokens:.3f}"
+    yield "tokens held out", f"{corpus.manifest.count_tokens('heldout'):,}"
     for quantile in QUANTILES:
         length = int(np.quantile(distributions.document_lengths, quantile))
         yield f"document length in tokens, {quantile:.0%} quantile", f"{length:,}"

@@ -9,7 +9,7 @@ from rich.progress import track
 
 from dist_llm.checkpoint.store import checkpoints_of_run
 from dist_llm.commands.run_data import console, open_run
-from dist_llm.data.corpus import Corpus, Document
+from dist_llm.data.corpus import Corpus, DocumentLocation
 from dist_llm.data.data_history import DataHistory, Segment, open_segment
 from dist_llm.data.order import Ints
 from dist_llm.data.plan import SamplePlan
@@ -55,20 +55,20 @@ def find_text(text: str, run: Path) -> int:
     return 0 if printed_documents else 1
 
 
-def iter_matching_documents(corpus: Corpus, text: str) -> Iterator[Document]:
+def iter_matching_documents(corpus: Corpus, text: str) -> Iterator[DocumentLocation]:
     """Yield the documents whose decoded text contains `text`."""
     tokenizer = Tokenizer.load(corpus.directory)
     for shard in track(range(len(corpus.shards)), f"searching {corpus.directory}", console=Console(stderr=True)):
         num_tokens = corpus.shards[shard].tokens
         shard_start = int(corpus.shard_ends[shard]) - num_tokens
-        document_bounds = np.append(corpus.document_offsets(shard).astype(np.int64), num_tokens) + shard_start
+        document_bounds = np.append(corpus.get_document_offsets(shard).astype(np.int64), num_tokens) + shard_start
         for start_token, end_token in zip(document_bounds[:-1].tolist(), document_bounds[1:].tolist(), strict=True):
             if text in tokenizer.decode(corpus.read(np.array([start_token]), end_token - start_token)[0]):
                 yield next(corpus.iter_documents(start_token, 1))
 
 
 def iter_steps_with_document(
-    plan: SamplePlan, segment: Segment, end_step: int, corpus: Corpus, document: Document
+    plan: SamplePlan, segment: Segment, end_step: int, corpus: Corpus, document: DocumentLocation
 ) -> Iterator[tuple[int, int]]:
     """Yield (step, sample) of each window with tokens of the document, from the segment's first step to `end_step`.
 
@@ -77,7 +77,7 @@ def iter_steps_with_document(
     first_sample, global_batch = segment.first, segment.global_batch
     steps_per_block = max(1, BLOCK_SAMPLES // global_batch)
     for first_step in range(segment.step, end_step, steps_per_block):
-        samples = plan.sample_numbers(first_sample, min(steps_per_block, end_step - first_step) * global_batch)
+        samples = plan.list_sample_numbers(first_sample, min(steps_per_block, end_step - first_step) * global_batch)
         first_sample = plan.advance(first_sample, len(samples))
         streams, offsets = plan.locate_samples(samples)
         has_document = np.zeros(len(samples), bool)
@@ -90,11 +90,11 @@ def iter_steps_with_document(
             yield first_step + row // global_batch + 1, int(samples[row])
 
 
-def mask_windows_with_document(stream: WindowStream, offsets: Ints, document: Document) -> np.ndarray:
+def mask_windows_with_document(stream: WindowStream, offsets: Ints, document: DocumentLocation) -> np.ndarray:
     """Return for each window, given by its offset, whether it contains tokens of the document."""
     if stream.packed_windows is None:
-        return (offsets < document.end) & (offsets + stream.window > document.start)
-    return np.isin(offsets, stream.packed_windows.windows_of_document(document))
+        return (offsets < document.end) & (offsets + stream.window_tokens > document.start)
+    return np.isin(offsets, stream.packed_windows.find_document_windows(document))
 
 
 def _last_trained_step(run: Path, history: DataHistory) -> int:

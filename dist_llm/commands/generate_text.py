@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Print a continuation of each prompt."""
     from dist_llm.commands.output import ignore_broken_pipe
-    from dist_llm.generation import Offload, Sampling, print_continuations
+    from dist_llm.generation import OffloadOptions, Sampling, print_continuations
 
     if (options.offload is None) != (options.memory is None):
         raise ConfigError(
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.memory is not None and not 0 < options.memory < float("inf"):
         raise ConfigError(f"--memory {options.memory}: must be above 0")
-    offload = Offload(Path(options.offload), int(options.memory * 2**30)) if options.offload else None
+    offload = OffloadOptions(Path(options.offload), int(options.memory * 2**30)) if options.offload else None
     sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
     with ignore_broken_pipe():
         print_continuations(options.checkpoint, options.prompt or [""], sampling, offload)

@@ -25,7 +25,7 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
     segment = [each for each in history if each.step < step][-1]
     config_then, plan = open_segment(config, segment)
     first = plan.advance(segment.first, (step - 1 - segment.step) * segment.global_batch)
-    samples = plan.sample_numbers(first, segment.global_batch)
+    samples = plan.list_sample_numbers(first, segment.global_batch)
     if rank is not None:
         ranks = ranks or config.parallel.dp_replicate * config.parallel.dp_shard
         if not 0 <= rank < ranks or len(samples) % ranks:
@@ -38,7 +38,7 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
         source, component = divmod(number, len(components))
         stream, name = plan.streams[number], plan.sources[source].name
         console.print(f"sample {sample}: {name or stream.corpus.directory}, {components[component].name}", style="bold")
-        for span in stream.spans(offset):
+        for span in stream.get_spans(offset):
             for line in describe_span(stream, span, tokenizer, None if full_text else SHOWN_CHARS):
                 console.print(f"  {line}")
 

@@ -42,7 +42,7 @@ def find_boundary_problems(corpus: Corpus) -> Iterator[str]:
     eot = Tokenizer.load(corpus.directory).eot
     has_index = corpus.manifest.source[:1] == ("adopted from megatron files",)
     for number in track(range(len(corpus.shards)), f"checking {corpus.split}", console=Console(stderr=True)):
-        shard, offsets = corpus.shards[number], corpus.document_offsets(number).astype(np.int64)
+        shard, offsets = corpus.shards[number], corpus.get_document_offsets(number).astype(np.int64)
         if len(offsets) and (offsets[0] < 0 or offsets[-1] >= shard.tokens or (np.diff(offsets) <= 0).any()):
             yield f"{shard.offsets_file}: document offsets do not ascend within the shard's {shard.tokens} tokens"
         elif eot is not None:  # without an end token, only the offsets define the documents

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.errors import CheckpointError, DataError
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.char_tokenizer import CharTokenizer
-from dist_llm.text.hf_bpe import EXPORT_KEY, convert_bpe, iter_merges, prove_equal, to_printable
+from dist_llm.text.hf_bpe import EXPORT_KEY, check_same_ids, convert_bpe, iter_merges, to_printable
 from dist_llm.text.hf_folder import SETTINGS_FILE, read_hf_folder
 from dist_llm.text.split_pattern import BYTE_LEVEL, build_pre_tokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
@@ -47,9 +47,9 @@ def export_tokenizer(
         raise CheckpointError(
             f"model.vocab_size: {num_ids + num_extra_ids}, but tokenizer {tokenizer.name} has {num_ids} ids."
         )
-    vocabulary, special_ids = Vocabulary(num_ids, tokenizer.eot), dict(tokenizer.special_tokens)
+    vocabulary, special_ids = ObjectiveVocabulary(num_ids, tokenizer.eot), dict(tokenizer.special_tokens)
     for token in range(num_ids, num_ids + num_extra_ids):
-        name = f"{vocabulary.describe(token)}"
+        name = f"{vocabulary.describe_added_id(token)}"
         special_ids[name if name not in special_ids else f"<{EXPORT_KEY} {name[1:]}"] = token
     special_names = {token: name for name, token in special_ids.items()}
     settings: dict[str, Any] = {
@@ -87,7 +87,7 @@ def import_tokenizer(directory: Path) -> Tokenizer:
 
 def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
     """Write the original files of an imported tokenizer, byte for byte. Return their names."""
-    files = tokenizer.original_files()
+    files = tokenizer.get_original_files()
     for name, content in files.items():
         (directory / name).write_bytes(content)
     return sorted(files)
@@ -136,7 +136,7 @@ def _verify_written(tokenizer: BPETokenizer, special_ids: Mapping[str, int], dir
     settings = json.loads((directory / SETTINGS_FILE).read_bytes())[EXPORT_KEY]
     try:
         reopened = convert_bpe(content, ENDOFTEXT, settings, tokenizer.name)
-        prove_equal(reopened, content)
+        check_same_ids(reopened, content)
     except Exception as error:  # `tokenizers` raises plain exceptions
         raise CheckpointError(f"{directory}: {error}") from None
     if reopened.sha256 != tokenizer.sha256:

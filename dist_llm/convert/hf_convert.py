@@ -25,7 +25,7 @@ from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.char_tokenizer import CharTokenizer
-from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_IDS
+from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_ID_KEYS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.tokenizer import Tokenizer
 
@@ -221,7 +221,7 @@ def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | N
         ("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot if tokenizer is not None else None
     )
     if config.model.architecture == "encoder_decoder":
-        start_id = tokenizer.vocabulary().special_id("start") if tokenizer is not None else None
+        start_id = tokenizer.build_objective_vocabulary().special_id("start") if tokenizer is not None else None
         ids["decoder_start_token_id"] = start_id
     return ids
 
@@ -238,7 +238,7 @@ def _export_tokenizer(tokenizer: Tokenizer | None, directory: Path, config: Conf
 def read_token_ids(directory: Path) -> dict[str, Any]:
     """Read the special ids from a Hugging Face config.json, for `export_hf`."""
     content = _read_json(directory / "config.json")
-    return {key: content[key] for key in TOKEN_IDS if key in content}
+    return {key: content[key] for key in TOKEN_ID_KEYS if key in content}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Read one split of a prepared corpus as a single stream of tokens. A read may cross shard boundaries."""
+"""Read one split of a prepared corpus as one sequence of tokens. A read may cross shard boundaries."""
 
 import errno
 import hashlib
@@ -25,23 +25,22 @@ from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
 from dist_llm.io.urls import is_remote
 
-MAX_MAPPED_SHARDS = 256  # each mapping holds two file descriptors, and the limit per process is often 1024
-MEMORY_BYTES_PER_SECOND = 500e6
-STAT_THREADS, FETCH_THREADS = 32, 8
+MAX_MAPPED_SHARDS = 256  # a mapping holds two file descriptors, and the limit per process is often 1024
+MEMORY_BYTES_PER_SECOND = 500e6  # a slower copy is taken for a read from the disk
+NUM_STAT_THREADS, NUM_FETCH_THREADS = 32, 8
 
-Tokens = npt.NDArray[Any]  # in the corpus's dtype, uint16 or uint32
+Tokens = npt.NDArray[Any]  # ids in the dtype of the corpus, uint16 or uint32
 
 
 @dataclass(frozen=True)
-class Document:
-    """Document `index` of shard `shard`: tokens [start, end) of the corpus. Its prompt ends before token
-    `completion`."""
+class DocumentLocation:
+    """The location of a document in a corpus. Token positions count from the first token of the corpus."""
 
-    shard: int
-    index: int
-    start: int
-    end: int
-    completion: int
+    shard: int  # index of the shard
+    index: int  # index of the document in the shard
+    start: int  # first token
+    end: int  # token after the last token
+    completion: int  # first token after the prompt; `start` without a prompt
 
 
 class Corpus:
@@ -55,12 +54,13 @@ class Corpus:
         self.manifest = Manifest.load(directory)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = self.manifest.shards[split]
+        # For each shard, the position in the corpus after its last token.
         self.shard_ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
-        self.n_tokens = self.manifest.tokens(split)
+        self.num_tokens = self.manifest.count_tokens(split)
         self._remote_shards = {index for index, shard in enumerate(self.shards) if is_remote(shard.file)}
         self._mapped_shards: dict[int, _MappedShard] = {}
         self._cached_documents = lru_cache(MAX_MAPPED_SHARDS)(self._map_documents)
-        self._reads_from_disk = True  # False once a batch is read at memory speed; then nothing is prefetched
+        self._reads_from_disk = True  # whether the latest batch came from the disk; then the next one is prefetched
         if verify == "hash":
             for index in range(len(self.shards)):
                 self._verify_hash(index)
@@ -70,50 +70,55 @@ class Corpus:
         """Open the corpus of `data.path`, local or remote. Raises DataError if there is none."""
         return Corpus(localize_corpus(data.path, data.cache), split, data.verify, data.cache)
 
-    def count_windows(self, window: int, stride: int) -> int:
-        """Return how many windows of `window` tokens fit if consecutive windows start `stride` tokens apart."""
-        return max(0, (self.n_tokens - window) // stride + 1)
+    def count_windows(self, window_tokens: int, stride: int) -> int:
+        """Return the number of windows of `window_tokens` tokens whose starts are `stride` tokens apart."""
+        return max(0, (self.num_tokens - window_tokens) // stride + 1)
 
-    def read(self, starts: Ints, length: int) -> Tokens:
-        """Return token ids [len(starts), length] in the corpus's dtype.
+    def read(self, starts: Ints, window_tokens: int) -> Tokens:
+        """Read one window of `window_tokens` tokens from each start. Return ids [len(starts), window_tokens].
 
-        Raises DataError, with file and byte offset, if an id is outside the tokenizer's vocabulary.
+        Raises DataError, with file and byte offset, if an id is not below the vocabulary size of the tokenizer.
         """
-        rows = np.empty((len(starts), length), self.dtype)
-        indices = self.shard_ends.searchsorted(starts, "right")
+        windows = np.empty((len(starts), window_tokens), self.dtype)
+        shard_indices = self.shard_ends.searchsorted(starts, "right")
         if self._remote_shards:
-            self._fetch_shards(self._remote_shards.intersection(indices.tolist()) - self._mapped_shards.keys())
-        for group in (slice(at, at + MAX_MAPPED_SHARDS) for at in range(0, len(rows), MAX_MAPPED_SHARDS)):
-            self._copy_windows(rows[group], starts[group].tolist(), indices[group].tolist())
-        if rows.size and rows.max() >= self.manifest.vocab_size:
-            self._raise_bad_token_id(rows, starts)
-        return rows
+            self._fetch_shards(self._remote_shards.intersection(shard_indices.tolist()) - self._mapped_shards.keys())
+        for first_row in range(0, len(windows), MAX_MAPPED_SHARDS):
+            rows = slice(first_row, first_row + MAX_MAPPED_SHARDS)
+            self._copy_windows(windows[rows], starts[rows].tolist(), shard_indices[rows].tolist())
+        if windows.size and windows.max() >= self.manifest.vocab_size:
+            self._raise_bad_token_id(windows, starts)
+        return windows
 
-    def _copy_windows(self, rows: Tokens, starts: list[int], indices: list[int]) -> None:
-        """Copy the window at token starts[i], which begins in shard indices[i], to row i. At most MAX_MAPPED_SHARDS
-        rows."""
-        length, shards = rows.shape[1], [self._map_shard(index) for index in indices]
+    def _copy_windows(self, windows: Tokens, starts: list[int], shard_indices: list[int]) -> None:
+        """Copy tokens to `windows`. Window i starts at token starts[i] of the corpus, in shard shard_indices[i].
+
+        There are at most MAX_MAPPED_SHARDS windows, so all their shards can be mapped at the same time.
+        """
+        window_tokens, shards = windows.shape[1], [self._map_shard(index) for index in shard_indices]
         if self._reads_from_disk:
             for start, shard in zip(starts, shards, strict=True):
-                shard.prefetch(start, length)
-        begin = time.perf_counter()
-        for row, start, shard, index in zip(rows, starts, shards, indices, strict=True):
-            start -= shard.first
-            if (filled := shard.n_tokens - start) >= length:
-                row[:] = shard.tokens[start : start + length]
+                shard.prefetch(start, window_tokens)
+        start_time = time.perf_counter()
+        for window, start, shard, shard_index in zip(windows, starts, shards, shard_indices, strict=True):
+            start_in_shard = start - shard.first_token
+            num_copied = shard.num_tokens - start_in_shard
+            if num_copied >= window_tokens:
+                window[:] = shard.tokens[start_in_shard : start_in_shard + window_tokens]
                 continue
-            row[:filled] = shard.tokens[start:]
-            while filled < length:  # the window continues in the next shard
-                index += 1
-                rest = self._map_shard(index).tokens[: length - filled]
-                row[filled : filled + len(rest)] = rest
-                filled += len(rest)
-        # A copy slower than memory bandwidth came from disk, and the next batch probably does too.
-        self._reads_from_disk = rows.nbytes < (time.perf_counter() - begin) * MEMORY_BYTES_PER_SECOND
+            window[:num_copied] = shard.tokens[start_in_shard:]
+            while num_copied < window_tokens:  # the window continues in the next shard
+                shard_index += 1
+                tokens = self._map_shard(shard_index).tokens[: window_tokens - num_copied]
+                window[num_copied : num_copied + len(tokens)] = tokens
+                num_copied += len(tokens)
+        # A copy below memory speed came from the disk, and the next batch will probably come from the disk.
+        copy_seconds = time.perf_counter() - start_time
+        self._reads_from_disk = windows.nbytes < copy_seconds * MEMORY_BYTES_PER_SECOND
 
     def _fetch_shards(self, shard_indices: set[int]) -> None:
-        """Fetch these remote shards in parallel. A shuffled batch reads from as many shards as it has windows."""
-        with ThreadPoolExecutor(FETCH_THREADS) as pool:
+        """Fetch these remote shards in parallel. The windows of a shuffled batch are in different shards."""
+        with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
             for _ in pool.map(self._locate_shard, shard_indices):
                 pass
 
@@ -123,63 +128,74 @@ class Corpus:
         path, shard = self._locate_shard(index), self.shards[index]
         if len(self._mapped_shards) == MAX_MAPPED_SHARDS:
             del self._mapped_shards[next(iter(self._mapped_shards))]
-        first = int(self.shard_ends[index]) - shard.tokens
+        first_token = int(self.shard_ends[index]) - shard.tokens
         with _convert_read_errors(path):
-            self._mapped_shards[index] = mapped = _MappedShard(path, self.dtype, shard.skip_bytes, shard.tokens, first)
+            mapped = _MappedShard(path, self.dtype, shard.skip_bytes, shard.tokens, first_token)
+        self._mapped_shards[index] = mapped
         return mapped
 
-    def document_offsets(self, index: int) -> npt.NDArray[np.uint64]:
+    def get_document_offsets(self, index: int) -> npt.NDArray[np.uint64]:
         """Return the first token of each document of shard `index`. Raises DataError if the offsets file is damaged."""
         return self._cached_documents(index)[:, 0]
 
     def _map_documents(self, index: int) -> npt.NDArray[np.uint64]:
-        """Return [documents, 1 or 2]: each document's first token within the shard and, with prompts, its first
-        completion token."""
-        shard = self.shards[index]
-        columns = 2 if self.manifest.prompts else 1
-        expected = 8 * columns * shard.documents
-        path = locate_offsets(self.directory, shard, expected, self.cache)
-        self._check_file_size(path, expected, f"{columns * shard.documents} offsets of uint64")
-        # Mapped, because few documents of a large shard are read.
-        with _convert_read_errors(path):
-            flat = np.memmap(path, "<u8", "r") if expected else np.empty(0, "<u8")
-        return flat.reshape(-1, columns)
+        """Return the offsets file of a shard as [documents, 1 or 2].
 
-    def read_document_starts(self, index: int, first: int, last: int) -> Ints:
-        """Return the first tokens of documents [first, last) of shard `index`. Raises DataError unless they ascend
-        within it."""
-        starts = self.document_offsets(index)[first:last].astype(np.int64)
+        Column 0 is the first token of each document within the shard. A corpus with prompts has a column 1: the first
+        token after the prompt.
+        """
+        shard = self.shards[index]
+        num_columns = 2 if self.manifest.prompts else 1
+        expected_bytes = 8 * num_columns * shard.documents
+        path = locate_offsets(self.directory, shard, expected_bytes, self.cache)
+        self._check_file_size(path, expected_bytes, f"{num_columns * shard.documents} offsets of uint64")
+        # Mapped, because a run reads the offsets of few documents of a large shard.
+        with _convert_read_errors(path):
+            offsets = np.memmap(path, "<u8", "r") if expected_bytes else np.empty(0, "<u8")
+        return offsets.reshape(-1, num_columns)
+
+    def read_document_starts(self, index: int, first_document: int, end_document: int) -> Ints:
+        """Return the first tokens of documents [first_document, end_document) of shard `index`.
+
+        Raises DataError unless these positions ascend within the shard.
+        """
+        starts = self.get_document_offsets(index)[first_document:end_document].astype(np.int64)
         if len(starts) and (starts[0] < 0 or starts[-1] >= self.shards[index].tokens or (np.diff(starts) <= 0).any()):
             self._raise_bad_offsets(index)
         return starts
 
-    def compute_loss_mask(self, starts: Ints, length: int) -> npt.NDArray[np.bool_]:
-        """Return [len(starts), length]: True for the tokens of these windows that are not in a prompt."""
-        rows = np.ones((len(starts), length), bool)
-        for row, start in zip(rows, starts.tolist(), strict=True):
-            for document in self.iter_documents(start, length):
-                row[max(document.start - start, 0) : max(document.completion - start, 0)] = False
-        return rows
+    def compute_loss_mask(self, starts: Ints, window_tokens: int) -> npt.NDArray[np.bool_]:
+        """Return [len(starts), window_tokens]: True for the tokens of these windows that are not in a prompt."""
+        masks = np.ones((len(starts), window_tokens), bool)
+        for mask, start in zip(masks, starts.tolist(), strict=True):
+            for document in self.iter_documents(start, window_tokens):
+                mask[max(document.start - start, 0) : max(document.completion - start, 0)] = False
+        return masks
 
-    def compute_document_ids(self, starts: Ints, length: int) -> Ints:
-        """Return [len(starts), length]: the id of each token's document, counted from 0 within its window."""
-        is_first = np.zeros((len(starts), length), np.int64)
-        for row, start in zip(is_first, starts.tolist(), strict=True):
-            first, last = np.searchsorted(self.shard_ends, (start, start + length - 1), side="right").tolist()
-            for shard in range(first, last + 1):
-                # position of the shard within the window
-                offset = int(self.shard_ends[shard]) - self.shards[shard].tokens - start
-                offsets = self.document_offsets(shard)
-                # Search keys have the dtype of the offsets: otherwise searchsorted copies the whole file.
-                inside = np.searchsorted(offsets, np.array([max(1 - offset, 0), max(length - offset, 0)], np.uint64))
-                starts_in_window = self.read_document_starts(shard, *inside.tolist()) + offset
-                if len(starts_in_window) and not 0 < starts_in_window[0] <= starts_in_window[-1] < length:
+    def compute_document_ids(self, starts: Ints, window_tokens: int) -> Ints:
+        """Return [len(starts), window_tokens]: the document of each token, counted from 0 within its window."""
+        starts_document = np.zeros((len(starts), window_tokens), np.int64)
+        for row, start in zip(starts_document, starts.tolist(), strict=True):
+            for shard in self._find_shards(start, window_tokens):
+                shard_position = int(self.shard_ends[shard]) - self.shards[shard].tokens - start  # within the window
+                offsets = self.get_document_offsets(shard)
+                # Documents that start in the window, except at its first token: that document has id 0 anyway.
+                # The search keys need the dtype of the offsets. Otherwise searchsorted converts the whole file.
+                bounds = np.array([max(1 - shard_position, 0), max(window_tokens - shard_position, 0)], np.uint64)
+                first_document, end_document = np.searchsorted(offsets, bounds).tolist()
+                starts_in_window = self.read_document_starts(shard, first_document, end_document) + shard_position
+                if len(starts_in_window) and not 0 < starts_in_window[0] <= starts_in_window[-1] < window_tokens:
                     self._raise_bad_offsets(shard)
                 row[starts_in_window] = 1
-        return np.cumsum(is_first, axis=1)
+        return np.cumsum(starts_document, axis=1)
+
+    def _find_shards(self, start: int, num_tokens: int) -> range:
+        """Return the indices of the shards that have tokens in [start, start + num_tokens)."""
+        first, last = np.searchsorted(self.shard_ends, (start, start + num_tokens - 1), side="right").tolist()
+        return range(first, last + 1)
 
     def check_document_bounds(self) -> None:
-        """Raise DataError if no file of the corpus records where documents begin."""
+        """Raise DataError if the document boundaries of the corpus are unknown."""
         if not self.manifest.has_document_bounds:
             raise DataError(
                 f"{self.directory}: document boundaries are unknown: the adopted files have no index and contain no "
@@ -187,51 +203,60 @@ class Corpus:
                 "again with a separator, and adopt or prepare it again"
             )
 
-    def iter_documents(self, start: int, length: int) -> Iterator[Document]:
-        """Yield the documents that have tokens in [start, start + length)."""
-        indices = np.searchsorted(self.shard_ends, (start, start + length - 1), side="right").tolist()
-        for shard in range(indices[0], indices[1] + 1):
-            begin = int(self.shard_ends[shard]) - self.shards[shard].tokens
+    def iter_documents(self, start: int, num_tokens: int) -> Iterator[DocumentLocation]:
+        """Yield the documents that have tokens in [start, start + num_tokens)."""
+        for shard in self._find_shards(start, num_tokens):
+            shard_tokens = self.shards[shard].tokens
+            shard_start = int(self.shard_ends[shard]) - shard_tokens
             documents = self._cached_documents(shard)
-            first, end = np.searchsorted(documents[:, 0], (max(start - begin, 0), start + length - 1 - begin), "right")
-            for index in range(max(int(first) - 1, 0), int(end)):
-                last = index + 1 == len(documents)
-                stop = self.shards[shard].tokens if last else int(documents[index + 1, 0])
-                start_in_shard, completion = int(documents[index, 0]), int(documents[index, -1])
-                if not (start_in_shard <= completion <= stop and start_in_shard < stop <= self.shards[shard].tokens):
+            bounds = (max(start - shard_start, 0), start + num_tokens - 1 - shard_start)
+            after_first, end_document = np.searchsorted(documents[:, 0], bounds, "right")
+            for index in range(max(int(after_first) - 1, 0), int(end_document)):
+                is_last = index + 1 == len(documents)
+                document_end = shard_tokens if is_last else int(documents[index + 1, 0])
+                document_start, completion = int(documents[index, 0]), int(documents[index, -1])
+                if not (document_start <= completion <= document_end and document_start < document_end <= shard_tokens):
                     self._raise_bad_offsets(shard)
-                yield Document(shard, index, begin + start_in_shard, begin + stop, begin + completion)
+                yield DocumentLocation(
+                    shard,
+                    index,
+                    start=shard_start + document_start,
+                    end=shard_start + document_end,
+                    completion=shard_start + completion,
+                )
 
     def _locate_shard(self, index: int) -> Path:
-        """Return the path of shard `index`, fetched if it is remote. Raises DataError if its size is not the
-        manifest's."""
-        shard = self.shards[index]
-        expected = shard.skip_bytes + shard.tokens * self.dtype.itemsize
-        path = locate_shard(self.directory, shard, expected, self.cache)
-        header = f" after a header of {shard.skip_bytes} bytes" if shard.skip_bytes else ""
-        return self._check_file_size(path, expected, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
+        """Return the path of shard `index`. Fetch the shard if it is remote.
 
-    def _check_file_size(self, path: Path, expected: int, what: str) -> Path:
+        Raises DataError if the size of the file differs from the manifest.
+        """
+        shard = self.shards[index]
+        expected_bytes = shard.skip_bytes + shard.tokens * self.dtype.itemsize
+        path = locate_shard(self.directory, shard, expected_bytes, self.cache)
+        header = f" after a header of {shard.skip_bytes} bytes" if shard.skip_bytes else ""
+        return self._check_file_size(path, expected_bytes, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
+
+    def _check_file_size(self, path: Path, expected_bytes: int, description: str) -> Path:
         with _convert_read_errors(path):
             status = path.stat()
-            size = status.st_size
+            num_bytes = status.st_size
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             if not os.access(path, os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        if size != expected:
-            kind = "truncated" if size < expected else "too long"
+        if num_bytes != expected_bytes:
+            problem = "truncated" if num_bytes < expected_bytes else "too long"
             raise DataError(
-                f"{path}: {kind} at byte {min(size, expected)}: {size} bytes, but the manifest says {expected} "
-                f"({what}). Copy it again or prepare the corpus again."
+                f"{path}: {problem} at byte {min(num_bytes, expected_bytes)}: {num_bytes} bytes, but the manifest says "
+                f"{expected_bytes} ({description}). Copy it again or prepare the corpus again."
             )
         return path
 
     def check_shard_sizes(self) -> None:
-        """Check the sizes of all local shards, to find a truncated shard at the start instead of during the run."""
+        """Check the sizes of all local shards, so that a truncated shard fails at the start of a run."""
         local_shards = [index for index in range(len(self.shards)) if index not in self._remote_shards]
         # In parallel, because a stat call on a network file system takes a millisecond or more.
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
+        with ThreadPoolExecutor(NUM_STAT_THREADS) as pool:
             for _ in pool.map(self._locate_shard, local_shards):
                 pass
 
@@ -252,15 +277,16 @@ class Corpus:
             f"of {shard.file}. The file is damaged: copy it again or prepare the corpus again."
         )
 
-    def _raise_bad_token_id(self, rows: Tokens, starts: Ints) -> None:
-        row, column = np.argwhere(rows >= self.manifest.vocab_size)[0].tolist()
+    def _raise_bad_token_id(self, windows: Tokens, starts: Ints) -> None:
+        row, column = np.argwhere(windows >= self.manifest.vocab_size)[0].tolist()
         position = int(starts[row]) + column
         index = int(np.searchsorted(self.shard_ends, position, side="right"))
         shard = self.shards[index]
-        inside = position - (int(self.shard_ends[index]) - shard.tokens)
+        position_in_shard = position - (int(self.shard_ends[index]) - shard.tokens)
+        byte_offset = shard.skip_bytes + position_in_shard * self.dtype.itemsize
         raise DataError(
-            f"{self._locate_shard(index)}: token {inside} (byte {shard.skip_bytes + inside * self.dtype.itemsize}) is "
-            f"{rows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
+            f"{self._locate_shard(index)}: token {position_in_shard} (byte {byte_offset}) is "
+            f"{windows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )
 
@@ -280,21 +306,22 @@ def _convert_read_errors(path: Path) -> Iterator[None]:
 
 
 class _MappedShard:
-    """A memory-mapped shard. `first` is the position of its first token in the corpus."""
+    """A memory-mapped shard. `first_token` is the position of its first token in the corpus."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, tokens: int, first: int) -> None:
-        self.first, self.n_tokens, self.skip_bytes, self.itemsize = first, tokens, skip_bytes, dtype.itemsize
+    def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, num_tokens: int, first_token: int) -> None:
+        self.first_token, self.num_tokens = first_token, num_tokens
+        self.skip_bytes, self.itemsize = skip_bytes, dtype.itemsize
         self._file = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        if not skip_bytes + tokens:  # an empty file cannot be mapped
+        if not skip_bytes + num_tokens:  # an empty file cannot be mapped
             self.tokens: Tokens = np.empty(0, dtype)
             return
         content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
-        # Windows are read at random, so the kernel's read-ahead (megabytes on some machines) would be wasted.
+        # Windows are read at random, so the read-ahead of the kernel (megabytes on some machines) would be wasted.
         content.madvise(mmap.MADV_RANDOM)
-        self.tokens = np.frombuffer(content, dtype, tokens, skip_bytes)
+        self.tokens = np.frombuffer(content, dtype, num_tokens, skip_bytes)
 
-    def prefetch(self, start: int, length: int) -> None:
-        """Ask the kernel to read the window that starts at token `start`, without waiting for it."""
-        offset = self.skip_bytes + (start - self.first) * self.itemsize
-        os.posix_fadvise(self._file, offset, length * self.itemsize, os.POSIX_FADV_WILLNEED)
+    def prefetch(self, start: int, window_tokens: int) -> None:
+        """Ask the kernel to read the window that starts at token `start` of the corpus. Do not wait for the read."""
+        offset = self.skip_bytes + (start - self.first_token) * self.itemsize
+        os.posix_fadvise(self._file, offset, window_tokens * self.itemsize, os.POSIX_FADV_WILLNEED)

@@ -1,7 +1,8 @@
-"""The data history of a run: segments of sample numbers, saved in every checkpoint as data.json.
+"""The data history of a run: which data each range of sample numbers came from. Every checkpoint has it as data.json.
 
-A sample number means the same window during the whole run; consumed samples are never renumbered. If the data changes
-at a resume, a new segment begins there. The segments before it stay unchanged.
+The samples of a run are numbered in the order of training. A sample number always means the same window: consumed
+samples are never renumbered. If the data changes at a resume, a new segment of the history begins there. The segments
+before it stay unchanged.
 """
 
 import json
@@ -21,7 +22,8 @@ from dist_llm.data.streams import DataSource, compute_quotas, compute_weights, o
 from dist_llm.errors import DataError
 
 HISTORY_FILE = "data.json"
-CONFIG_KEYS = {  # field of DataSpec -> config key; changing it requires data.on_change: new_segment
+# Field of DataSpec -> config key. A resumed run may change these keys only with data.on_change: new_segment.
+CONFIG_KEY_OF_FIELD = {
     "seed": "run.seed",
     "order": "data.order",
     "windows": "data.windows",
@@ -32,31 +34,33 @@ CONFIG_KEYS = {  # field of DataSpec -> config key; changing it requires data.on
 
 
 class Record(BaseModel):
+    """A part of data.json. Field names are keys of the file."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SourceRecord(Record):
-    """A corpus. `num_consumed` samples of it were consumed before this data spec began."""
+    """A corpus of a data spec. The run had consumed `num_consumed` of its samples when the data spec began."""
 
     name: str
     path: str
     content: str  # hash of the tokens
-    num_consumed: int = Field(default=0, alias="taken")  # the key in data.json
+    num_consumed: int = Field(default=0, alias="taken")  # the key in data.json is "taken"
 
 
 class StageRecord(Record):
-    """Quotas of the sources, in their order, from token `from_tokens` of the run on."""
+    """The mixture of the sources after `from_tokens` tokens of the run."""
 
     from_tokens: int
-    quotas: tuple[int, ...]
+    quotas: tuple[int, ...]  # samples of each source in a block of the mixture, in the order of the sources
 
 
 class DataSpec(Record):
-    """How sample numbers from `first` on map to windows. `tokens` were trained on before it."""
+    """Everything that maps sample numbers to windows, from sample `first` on."""
 
-    first: int
-    tokens: int
-    sample_tokens: int
+    first: int  # first sample number
+    tokens: int  # tokens that the run had consumed before sample `first`
+    sample_tokens: int  # tokens per sample
     seed: int
     order: str
     windows: str
@@ -68,29 +72,29 @@ class DataSpec(Record):
 
     @field_validator("objective")
     @classmethod
-    def _only_used_keys(cls, components: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
-        """Drop keys of other objectives, which runs of version 0.1.0 saved."""
+    def _drop_unused_keys(cls, components: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        """Drop the keys of other objectives, which version 0.1.0 saved too."""
         return tuple(parse_union(ObjectiveSpec, fields).model_dump() for fields in components)
 
     def to_stages(self) -> list[MixtureStage]:
-        """Return the stages with their first sample numbers."""
-        firsts = [
+        """Return the mixture stages. A stage begins at the first sample after its `from_tokens` tokens."""
+        first_samples = [
             self.first + max(0, -(-(stage.from_tokens - self.tokens) // self.sample_tokens)) for stage in self.stages
         ]
-        mixtures = [Mixture(self.seed ^ first, stage.quotas) for first, stage in zip(firsts, self.stages, strict=True)]
-        return build_stages(firsts, mixtures, [source.num_consumed for source in self.sources])
+        mixtures = [
+            Mixture(self.seed ^ first_sample, stage.quotas)
+            for first_sample, stage in zip(first_samples, self.stages, strict=True)
+        ]
+        return build_stages(first_samples, mixtures, [source.num_consumed for source in self.sources])
 
 
 class Segment(Record):
-    """The data after step `step`: each step consumes `global_batch` samples, from sample number `first` on.
-
-    The sample numbers in `skip` are left out.
-    """
+    """The data of a range of steps, which begins after step `step`."""
 
     step: int
-    first: int
-    global_batch: int
-    skip: tuple[tuple[int, int], ...]
+    first: int  # sample number at which the segment begins
+    global_batch: int  # samples per step
+    skip: tuple[tuple[int, int], ...]  # ranges [start, end) of sample numbers that are left out
     mix: DataSpec
 
     def build_plan(self, sources: Sequence[DataSource]) -> SamplePlan:
@@ -102,7 +106,7 @@ DataHistory = tuple[Segment, ...]
 
 
 def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segment:
-    """Return the first segment of a new run. Raises DataError if a source is too small for its epochs."""
+    """Return the first segment of a new run. Raises DataError if the weight of a source is too small."""
     data = config.data
     stages = [StageRecord(from_tokens=0, quotas=compute_quotas(compute_weights(data, sources)))]
     for stage in data.stages:
@@ -122,7 +126,7 @@ def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segmen
             SourceRecord(
                 name=source.name,
                 path=str(source.corpus.directory.resolve()),
-                content=source.corpus.manifest.fingerprint(),
+                content=source.corpus.manifest.compute_fingerprint(),
             )
             for source in sources
         ),
@@ -138,8 +142,10 @@ def build_fresh_plan(config: Config) -> SamplePlan:
 
 
 def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
-    """Return the config as it was in a past or present segment, and its plan. Raises DataError as `open_sources`
-    does."""
+    """Return (the config with the data keys of this segment, the sample plan of this segment).
+
+    Raises DataError as `open_sources` does.
+    """
     mix = segment.mix
     paths: dict[str, Any] = {"path": mix.sources[0].path, "sources": ()}
     if mix.sources[0].name:
@@ -152,30 +158,30 @@ def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
         "global_batch": segment.global_batch,
     }
     components = tuple(parse_union(ObjectiveSpec, fields) for fields in mix.objective)
-    then = config.model_copy(
+    segment_config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"seed": mix.seed}),
             "data": config.data.model_copy(update={**paths, **settings}),
             "objective": MixtureConfig(mixture=components),
         }
     )
-    return then, segment.build_plan(open_sources(then))
+    return segment_config, segment.build_plan(open_sources(segment_config))
 
 
 def extend_history(
     history: DataHistory, config_segment: Segment, step: int, samples: int, tokens: int, new_segment: bool
 ) -> DataHistory:
-    """Return the history of a run that resumes at `step` and sample `samples` with the data of `config_segment`.
+    """Return the history of a run that resumes after `step` with the data of `config_segment`.
 
-    Weights, batch size and skipped ranges may change. Raises DataError if anything else changed, unless `new_segment`
-    is set.
+    `samples` and `tokens` are the counts that the run has consumed. Weights, batch size and skipped ranges may change.
+    Raises DataError if other data changed, unless `new_segment` is set.
     """
     last = history[-1]
     changes = list(_iter_changes(last.mix, config_segment.mix))
     if changes and not new_segment:
-        listed = "".join(f"\n  {name}: {before} -> {after}" for name, before, after in changes)
+        change_lines = "".join(f"\n  {name}: {before} -> {after}" for name, before, after in changes)
         raise DataError(
-            f"the run's data differs from the data it read until step {step}:{listed}\n"
+            f"the run's data differs from the data it read until step {step}:{change_lines}\n"
             "Restore it; or set data.on_change: new_segment, to continue with the new data from here"
         )
     if changes or config_segment.mix.stages != last.mix.stages:
@@ -194,28 +200,30 @@ def extend_history(
 
 
 def dump_history(history: DataHistory) -> bytes:
+    """Return the content of data.json."""
     return json.dumps([segment.model_dump(by_alias=True) for segment in history], indent=2).encode() + b"\n"
 
 
 def parse_history(content: bytes, origin: str) -> DataHistory:
-    """Read the output of `dump_history`. Raises DataError, naming `origin`, if it is invalid."""
+    """Parse the content of data.json. Raises DataError, which names `origin`, if it is invalid."""
     try:
         return TypeAdapter(DataHistory).validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise DataError(f"{origin}: {'.'.join(map(str, first['loc']))}: {first['msg']}; restore the file") from None
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise DataError(f"{origin}: {field}: {problem['msg']}; restore the file") from None
 
 
 def _iter_changes(before: DataSpec, after: DataSpec) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, before, after) of each difference that a resume must not make silently."""
-    for field, key in CONFIG_KEYS.items():
+    """Yield (name, value before, value after) of each change that requires data.on_change: new_segment."""
+    for field, key in CONFIG_KEY_OF_FIELD.items():
         if getattr(before, field) != getattr(after, field):
             yield key, getattr(before, field), getattr(after, field)
-    old, new = ({source.name: source for source in mix.sources} for mix in (before, after))
-    for name in sorted(old.keys() | new.keys()):
-        then, now = old.get(name), new.get(name)
-        if then is None or now is None or then.content != now.content:
-            yield f"source {name}" if name else "corpus", _describe_source(then), _describe_source(now)
+    old_sources, new_sources = ({source.name: source for source in mix.sources} for mix in (before, after))
+    for name in sorted(old_sources.keys() | new_sources.keys()):
+        old, new = old_sources.get(name), new_sources.get(name)
+        if old is None or new is None or old.content != new.content:
+            yield f"source {name}" if name else "corpus", _describe_source(old), _describe_source(new)
 
 
 def _describe_source(source: SourceRecord | None) -> str:
@@ -223,10 +231,13 @@ def _describe_source(source: SourceRecord | None) -> str:
 
 
 def _carry_num_consumed(last: Segment, config_segment: Segment, samples: int) -> tuple[SourceRecord, ...]:
-    """Return the new sources. An unchanged source continues after its consumed samples; a new source begins at 0."""
-    stage = [stage for stage in last.mix.to_stages() if stage.first <= samples][-1]
+    """Return the sources of a new segment, which begins after `samples` samples.
+
+    An unchanged source continues after its consumed samples. A new or changed source begins at its first sample.
+    """
+    stage = [stage for stage in last.mix.to_stages() if stage.first_sample <= samples][-1]
     num_consumed = {}
-    if all(getattr(last.mix, field) == getattr(config_segment.mix, field) for field in CONFIG_KEYS):
+    if all(getattr(last.mix, field) == getattr(config_segment.mix, field) for field in CONFIG_KEY_OF_FIELD):
         counts = stage.count_consumed(samples)
         num_consumed = {(old.name, old.content): count for old, count in zip(last.mix.sources, counts, strict=True)}
     return tuple(

@@ -1,4 +1,7 @@
-"""Build the microbatches of one data-parallel rank from sample numbers, in advance and in a thread."""
+"""Build the microbatches of one data-parallel rank in a background thread, some steps ahead of training.
+
+The samples of a run are numbered in the order of training. A step consumes the next `global_batch` sample numbers.
+"""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -14,23 +17,24 @@ from dist_llm.data.plan import SamplePlan
 from dist_llm.data.streams import masks_prompts
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import Objective, Windows, build_objective
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 
-LOOKUP_SAMPLES = 4096  # samples located per call; each call has a high fixed cost
+LOOKUP_SAMPLES = 4096  # samples that one call locates: a call costs much more than a sample
 
 
 def build_loader(
-    config: Config, plan: SamplePlan, vocabulary: Vocabulary, dp_rank: int, dp_size: int, pin: bool
+    config: Config, plan: SamplePlan, vocabulary: ObjectiveVocabulary, dp_rank: int, dp_size: int, pin: bool
 ) -> "Loader":
-    """Build the loader of a resolved config's training samples."""
+    """Build the loader of the training samples of a resolved config. `pin`: put batches in page-locked memory."""
     has_prompts = masks_prompts(config.data, [source.corpus for source in plan.sources])
     return Loader(plan, build_objective(config, vocabulary, has_prompts), config.data, dp_rank, dp_size, pin)
 
 
 class Loader:
-    """Loads the batches of data-parallel rank `dp_rank` of `dp_size`. The global order is the same for any `dp_size`.
+    """Loads the microbatches of data-parallel rank `dp_rank` of `dp_size`.
 
-    A step that starts at sample n consumes the next `global_batch` numbers; each rank takes its slice.
+    Each rank takes an equal slice of the `global_batch` samples of a step. So the global order of samples does not
+    depend on `dp_size`. Methods identify a step by the number of its first sample.
     """
 
     def __init__(
@@ -40,85 +44,88 @@ class Loader:
         self.streams = plan.streams
         self.global_batch, self.micro_batch = data.global_batch, data.micro_batch
         self.local_batch = data.global_batch // dp_size
-        self.offset = dp_rank * self.local_batch
+        self.rank_offset = dp_rank * self.local_batch  # index of the first sample of this rank in a global batch
         self.prefetch = data.prefetch
         self._pool = ThreadPoolExecutor(1, "loader") if data.prefetch else None
-        self._futures: dict[int, Future[list[Batch]]] = {}
+        self._futures: dict[int, Future[list[Batch]]] = {}  # by the first sample of the step
         self._locations: dict[int, tuple[Ints, Ints, Ints]] = {}  # by the first sample of the step
 
-    def local_samples(self, first: int) -> Ints:
-        """Return the sample numbers of this rank in the step that starts at sample `first`."""
-        return self.plan.sample_numbers(first, self.global_batch)[self.offset : self.offset + self.local_batch]
+    def get_local_samples(self, first_sample: int) -> Ints:
+        """Return the sample numbers of this rank in the step that starts at `first_sample`."""
+        numbers = self.plan.list_sample_numbers(first_sample, self.global_batch)
+        return numbers[self.rank_offset : self.rank_offset + self.local_batch]
 
-    def advance(self, first: int) -> int:
-        """Return the first sample of the step after the one that starts at sample `first`."""
-        return self.plan.advance(first, self.global_batch)
+    def advance(self, first_sample: int) -> int:
+        """Return the first sample of the step after the step that starts at `first_sample`."""
+        return self.plan.advance(first_sample, self.global_batch)
 
-    def advance_steps(self, first: int, steps: int) -> int:
-        """Return the first sample of the step `steps` after the one that starts at sample `first`."""
-        for _ in range(steps):
-            first = self.advance(first)
-        return first
+    def advance_steps(self, first_sample: int, num_steps: int) -> int:
+        """Return the first sample of the step that is `num_steps` after the step that starts at `first_sample`."""
+        for _ in range(num_steps):
+            first_sample = self.advance(first_sample)
+        return first_sample
 
-    def load_batches(self, first: int) -> list[Batch]:
-        """Return the microbatches of the step that starts at sample `first`, and start to build the next steps."""
+    def load_batches(self, first_sample: int) -> list[Batch]:
+        """Return the microbatches of the step that starts at `first_sample`. Start to build those of the next steps."""
         if self._pool is None:
-            return self._build_batches(first)
-        ahead = first
+            return self._build_batches(first_sample)
+        step_start = first_sample
         for _ in range(self.prefetch + 1):
-            if ahead not in self._futures:
-                self._futures[ahead] = self._pool.submit(self._build_batches, ahead)
-            ahead = self.advance(ahead)
-        return self._futures.pop(first).result()
+            if step_start not in self._futures:
+                self._futures[step_start] = self._pool.submit(self._build_batches, step_start)
+            step_start = self.advance(step_start)
+        return self._futures.pop(first_sample).result()
 
-    def load_batches_of_rank(self, dp_rank: int, first: int) -> list[Batch]:
-        """Return the microbatches of data-parallel rank `dp_rank` in the step that starts at sample `first`."""
+    def load_batches_of_rank(self, dp_rank: int, first_sample: int) -> list[Batch]:
+        """Return the microbatches of data-parallel rank `dp_rank` in the step that starts at `first_sample`."""
         loader = copy(self)
-        loader.offset, loader._locations = dp_rank * self.local_batch, {}
-        # Runs in the loader's thread, because a corpus is not thread-safe.
+        loader.rank_offset, loader._locations = dp_rank * self.local_batch, {}
+        # Build in the thread of this loader, because a corpus is not thread-safe.
         if self._pool is None:
-            return loader._build_batches(first)
-        return self._pool.submit(loader._build_batches, first).result()
+            return loader._build_batches(first_sample)
+        return self._pool.submit(loader._build_batches, first_sample).result()
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def _build_batches(self, first: int) -> list[Batch]:
-        samples, streams, offsets = self._locate_samples(first)
-        windows = self._read_windows(streams, offsets)
+    def _build_batches(self, first_sample: int) -> list[Batch]:
+        sample_numbers, stream_ids, offsets = self._locate_samples(first_sample)
+        windows = self._read_windows(stream_ids, offsets)
         num_components = len(self.objective.components)
-        component_ids = (streams % num_components).tolist() if num_components > 1 else ()
+        component_ids = (stream_ids % num_components).tolist() if num_components > 1 else ()
         batches = []
-        for start in range(0, len(samples), self.micro_batch):
+        for start in range(0, len(sample_numbers), self.micro_batch):
             rows = slice(start, start + self.micro_batch)
-            batch = self.objective(windows[rows], samples[rows], component_ids[rows])
+            batch = self.objective(windows[rows], sample_numbers[rows], component_ids[rows])
             if len(self.plan.sources) > 1:
-                batch = replace(batch, source_ids_B=torch.from_numpy(streams[rows] // num_components))
+                batch = replace(batch, source_ids_B=torch.from_numpy(stream_ids[rows] // num_components))
             batches.append(batch)
         return [batch.pin_memory() for batch in batches] if self.pin else batches
 
-    def _read_windows(self, streams: Ints, offsets: Ints) -> Windows:
-        """Read the windows at these offsets of these streams."""
+    def _read_windows(self, stream_ids: Ints, offsets: Ints) -> Windows:
+        """Read window i at offsets[i] of the window stream with index stream_ids[i]."""
         if len(self.streams) == 1:
             return self.streams[0].read(offsets)
         windows = np.empty(len(offsets), dtype=object)
-        for stream in np.unique(streams).tolist():
-            rows = np.flatnonzero(streams == stream)
-            for row, window in zip(rows.tolist(), self.streams[stream].read(offsets[rows]), strict=True):
+        for stream_id in np.unique(stream_ids).tolist():
+            rows = np.flatnonzero(stream_ids == stream_id)
+            for row, window in zip(rows.tolist(), self.streams[stream_id].read(offsets[rows]), strict=True):
                 windows[row] = window
         return windows.tolist()
 
-    def _locate_samples(self, first: int) -> tuple[Ints, Ints, Ints]:
-        """Return (sample numbers, streams, offsets) of this rank in a step. They are computed for several steps at a
-        time."""
-        first = self.plan.advance(first, 0)  # `first` itself, unless it is skipped
-        if first not in self._locations:
-            steps = max(1, LOOKUP_SAMPLES // self.local_batch)
-            numbers = self.plan.sample_numbers(first, steps * self.global_batch).reshape(steps, -1)
-            local_numbers = np.ascontiguousarray(numbers[:, self.offset : self.offset + self.local_batch])
+    def _locate_samples(self, first_sample: int) -> tuple[Ints, Ints, Ints]:
+        """Return (sample numbers, stream indices, offsets) of this rank in a step.
+
+        Locations are computed for several steps at a time and cached.
+        """
+        first_sample = self.plan.advance(first_sample, 0)  # move out of a skipped range
+        if first_sample not in self._locations:
+            num_steps = max(1, LOOKUP_SAMPLES // self.local_batch)
+            numbers = self.plan.list_sample_numbers(first_sample, num_steps * self.global_batch).reshape(num_steps, -1)
+            local_numbers = np.ascontiguousarray(numbers[:, self.rank_offset : self.rank_offset + self.local_batch])
             located = self.plan.locate_samples(local_numbers.ravel())
-            streams, offsets = (array.reshape(local_numbers.shape) for array in located)
-            locations = zip(local_numbers, streams, offsets, strict=True)
+            stream_ids, offsets = (array.reshape(local_numbers.shape) for array in located)
+            locations = zip(local_numbers, stream_ids, offsets, strict=True)
             self._locations = dict(zip(numbers[:, 0].tolist(), locations, strict=True))
-        return self._locations[first]
+        return self._locations[first_sample]

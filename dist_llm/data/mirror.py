@@ -1,10 +1,12 @@
 """Mirror a remote corpus: create a local corpus directory whose shards stay remote until they are read.
 
-    CACHE/shards/SHA256      a file of token ids, named by its content
-    CACHE/offsets/KEY        document offsets; the key is a hash of their URL and the shard's hash
-    CACHE/corpora/KEY/       manifest.json (with the URL of each file), tokenizer.json, and `url`: the corpus's URL
+The cache contains:
 
-The key of a corpus is a hash of its URL and manifest: if the remote corpus changes, it gets a new mirror.
+    CACHE/shards/SHA256      token ids; the file is named by the hash of its content
+    CACHE/offsets/KEY        document offsets; the key is a hash of their URL and of the hash of their shard
+    CACHE/corpora/KEY/       the mirror: manifest.json (with the URL of each file), tokenizer.json, and the file `url`
+
+The key of a mirror is a hash of the URL and the manifest of the corpus. A changed corpus gets a new mirror.
 """
 
 import hashlib
@@ -13,34 +15,34 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_llm.data.remote import convert_write_errors, fetch
-from dist_llm.data.shard import MANIFEST, SPLITS, Manifest, Shard
-from dist_llm.data.tokenizer_file import TOKENIZER
-from dist_llm.io.atomic import SUFFIX, TargetExistsError, create_atomically
+from dist_llm.data.shard import MANIFEST_FILE, SPLITS, Manifest, Shard
+from dist_llm.data.tokenizer_file import TOKENIZER_FILE
+from dist_llm.io.atomic import PARTIAL_SUFFIX, TargetExistsError, create_atomically
 from dist_llm.io.urls import as_path, is_remote, iter_blocks, with_retries
 
 ORIGIN_FILE = "url"
 
 
 def localize_corpus(location: str, cache: str) -> Path:
-    """Return the directory of the corpus at `location`. For a URL it is a mirror without the shards.
+    """Return the local directory of the corpus at `location`. If it is a URL, create a mirror without the shards.
 
-    Raises DataError if the URL has no corpus.
+    Raises DataError if there is no corpus at the URL.
     """
     if not is_remote(location):
         return as_path(location)
-    url, corpora = location.rstrip("/"), as_path(cache).expanduser() / "corpora"
-    address = f"{url}/{MANIFEST}"
-    content = with_retries(address, lambda: b"".join(iter_blocks(address)), lambda: _build_hint(url, corpora))
-    mirror = corpora / hashlib.sha256(f"{url}\n".encode() + content).hexdigest()
+    url, mirrors = location.rstrip("/"), as_path(cache).expanduser() / "corpora"
+    manifest_url = f"{url}/{MANIFEST_FILE}"
+    content = with_retries(manifest_url, lambda: b"".join(iter_blocks(manifest_url)), lambda: _build_hint(url, mirrors))
+    mirror = mirrors / hashlib.sha256(f"{url}\n".encode() + content).hexdigest()
     if not mirror.exists():
-        manifest = Manifest.parse(content, address)
+        manifest = Manifest.parse(content, manifest_url)
         with (
             convert_write_errors(mirror),
             suppress(TargetExistsError),  # another process created it first
             create_atomically(mirror, shared=True) as directory,
         ):
             directory.mkdir(parents=True)
-            fetch(f"{url}/{TOKENIZER}", directory / TOKENIZER, None, f"sha256:{manifest.tokenizer_sha256}")
+            fetch(f"{url}/{TOKENIZER_FILE}", directory / TOKENIZER_FILE, None, f"sha256:{manifest.tokenizer_sha256}")
             (directory / ORIGIN_FILE).write_text(url + "\n", encoding="utf-8")
             shards = {
                 split: tuple(_with_absolute_paths(shard, url) for shard in manifest.shards[split]) for split in SPLITS
@@ -49,22 +51,23 @@ def localize_corpus(location: str, cache: str) -> Path:
     return mirror
 
 
-def locate_shard(directory: Path, shard: Shard, size: int, cache: str) -> Path:
-    """Return the path of the shard's file of `size` bytes, fetched if it is remote. Raises DataError if the fetch
-    fails."""
+def locate_shard(directory: Path, shard: Shard, num_bytes: int, cache: str) -> Path:
+    """Return the path of a shard, which has `num_bytes` bytes. Fetch a remote shard into the cache first.
+
+    Raises DataError if the fetch fails.
+    """
     if not is_remote(shard.file):
         return directory / as_path(shard.file)
-    return fetch(shard.file, _cache_path(cache, "shards", shard.sha256), size, f"sha256:{shard.sha256}")
+    return fetch(shard.file, _cache_path(cache, "shards", shard.sha256), num_bytes, f"sha256:{shard.sha256}")
 
 
-def locate_offsets(directory: Path, shard: Shard, size: int, cache: str) -> Path:
-    """Return the path of the shard's offsets file of `size` bytes, fetched if it is remote. Raises DataError if that
-    fails."""
+def locate_offsets(directory: Path, shard: Shard, num_bytes: int, cache: str) -> Path:
+    """Return the path of the offsets file of a shard, as `locate_shard` does for the shard itself."""
     location = shard.offsets_file
     if not is_remote(location):
         return directory / as_path(location)
     key = hashlib.sha256(f"{location}\n{shard.sha256}".encode()).hexdigest()
-    return fetch(location, _cache_path(cache, "offsets", key), size, None)
+    return fetch(location, _cache_path(cache, "offsets", key), num_bytes, expected_hash=None)
 
 
 def _cache_path(cache: str, kind: str, key: str) -> Path:
@@ -80,9 +83,9 @@ def _with_absolute_paths(shard: Shard, url: str) -> Shard:
     return replace(shard, file=file, offsets=offsets)
 
 
-def _build_hint(url: str, corpora: Path) -> str:
+def _build_hint(url: str, mirrors_dir: Path) -> str:
     """Return a hint for an unreachable manifest: use the newest local mirror, if there is one."""
-    origins = (origin for origin in corpora.glob(f"*/{ORIGIN_FILE}") if origin.parent.suffix != SUFFIX)
+    origins = (origin for origin in mirrors_dir.glob(f"*/{ORIGIN_FILE}") if origin.parent.suffix != PARTIAL_SUFFIX)
     mirrors = [origin for origin in origins if origin.read_text(encoding="utf-8").strip() == url]
     if mirrors:
         newest = max(mirrors, key=lambda origin: origin.stat().st_mtime).parent

@@ -1,9 +1,9 @@
-"""Windows that do not cross documents: one document each, or several whole documents packed into one.
+"""Windows that do not cross documents: a window has one document, or several whole documents (packed sequences).
 
-A document longer than a window is cut into several windows. If the objective predicts the next token, consecutive ones
-overlap by one token, so that each token except a document's first is a target once. Documents are packed in groups that
-are consecutive in the corpus. Only the number of windows per group is stored; the windows of a group are recomputed
-when one is read.
+A document longer than a window is cut into several segments. If the objective predicts the next token, consecutive
+segments overlap by one token, so that each token of a document except the first is a target once. Documents are packed
+in groups of consecutive documents. Only the number of windows per group is stored; the windows of a group are computed
+again when one of them is read.
 """
 
 from bisect import bisect_left, insort
@@ -12,48 +12,55 @@ from functools import lru_cache
 import numpy as np
 
 from dist_llm.config.lengths import Lengths
-from dist_llm.data.corpus import Corpus, Document
+from dist_llm.data.corpus import Corpus, DocumentLocation
 from dist_llm.data.order import Ints
 from dist_llm.objectives.examples import TokenWindow
 
-GROUP_DOCUMENTS = 1024  # documents packed together; fewer mean more padding, more make reads slower
-CACHED_GROUPS = 64
+GROUP_DOCUMENTS = 1024  # documents packed together: fewer documents need more padding, more make reads slower
+NUM_CACHED_GROUPS = 64
 
 Spans = list[tuple[int, int]]  # (first token, number of tokens) of each segment of a window
 
 
 class PackedWindows:
-    """The windows of a corpus, in corpus order. Opening reads the offsets of all documents."""
+    """The windows of a corpus, in the order of the corpus. The constructor reads the offsets of all documents.
 
-    def __init__(self, corpus: Corpus, size: Lengths, packed: bool) -> None:
-        self.corpus, self.size, self.packed = corpus, size, packed
-        self.groups = [
-            (shard, first)
+    `is_packed`: pack several documents into a window; else a window has one document.
+    """
+
+    def __init__(self, corpus: Corpus, lengths: Lengths, is_packed: bool) -> None:
+        self.corpus, self.lengths, self.is_packed = corpus, lengths, is_packed
+        self.groups = [  # (index of the shard, index of the first document in the shard)
+            (shard, first_document)
             for shard in range(len(corpus.shards))
-            for first in range(0, max(corpus.shards[shard].documents, 1), GROUP_DOCUMENTS)
+            for first_document in range(0, max(corpus.shards[shard].documents, 1), GROUP_DOCUMENTS)
         ]
-        self.ends: Ints = np.cumsum([len(self._build_windows(*group)) for group in self.groups], dtype=np.int64)
-        self.count = int(self.ends[-1]) if self.groups else 0
-        self._cached_windows = lru_cache(CACHED_GROUPS)(self._build_windows)
+        # For each group, the number of windows up to its end.
+        self.group_ends: Ints = np.cumsum([len(self._build_windows(*group)) for group in self.groups], dtype=np.int64)
+        self.num_windows = int(self.group_ends[-1]) if self.groups else 0
+        self._cached_windows = lru_cache(NUM_CACHED_GROUPS)(self._build_windows)
 
-    def spans(self, window: int) -> Spans:
-        """Return the spans of a window."""
-        group = int(np.searchsorted(self.ends, window, side="right"))
+    def get_spans(self, window: int) -> Spans:
+        """Return (first token, number of tokens) of each segment of a window."""
+        group = int(np.searchsorted(self.group_ends, window, side="right"))
         windows = self._cached_windows(*self.groups[group])
-        return windows[window - int(self.ends[group]) + len(windows)]
+        return windows[window - int(self.group_ends[group]) + len(windows)]
 
-    def windows_of_document(self, document: Document) -> Ints:
-        """Return the windows that have tokens of a document."""
-        first = document.index // GROUP_DOCUMENTS * GROUP_DOCUMENTS
-        group = self.groups.index((document.shard, first))
-        windows = self._build_windows(document.shard, first)
-        begin = int(self.ends[group]) - len(windows)
-        inside = [any(document.start <= start < document.end for start, _ in window) for window in windows]
-        return np.flatnonzero(inside) + begin
+    def find_document_windows(self, document: DocumentLocation) -> Ints:
+        """Return the indices of the windows that have tokens of a document."""
+        first_document = document.index // GROUP_DOCUMENTS * GROUP_DOCUMENTS
+        group = self.groups.index((document.shard, first_document))
+        windows = self._build_windows(document.shard, first_document)
+        first_window = int(self.group_ends[group]) - len(windows)
+        has_document = [any(document.start <= start < document.end for start, _ in spans) for spans in windows]
+        return np.flatnonzero(has_document) + first_window
 
     def read(self, windows: Ints, score_prompts: bool) -> list[TokenWindow]:
-        """Read these windows. Raises DataError as the corpus does."""
-        return [self._read_window(self.spans(window), score_prompts) for window in windows.tolist()]
+        """Read the windows with these indices. Raises DataError as `Corpus.read` does.
+
+        With `score_prompts` false, prompt tokens have no loss.
+        """
+        return [self._read_window(self.get_spans(window), score_prompts) for window in windows.tolist()]
 
     def _read_window(self, spans: Spans, score_prompts: bool) -> TokenWindow:
         tokens = [self.corpus.read(np.array([start]), length)[0] for start, length in spans]
@@ -65,46 +72,50 @@ class PackedWindows:
             )
         return TokenWindow(np.concatenate(tokens), segment_ids, loss_mask)
 
-    def _build_windows(self, shard: int, first: int) -> list[Spans]:
-        """Build the windows of a group of documents. If a shard begins inside a document, the rest counts as a
-        document."""
-        corpus, stride = self.corpus, self.size.stride
-        starts, end = (
-            corpus.read_document_starts(shard, first, first + GROUP_DOCUMENTS + 1),
-            corpus.shards[shard].tokens,
-        )
-        if len(starts) > GROUP_DOCUMENTS:  # the start of the next group
-            starts, end = starts[:GROUP_DOCUMENTS], int(starts[GROUP_DOCUMENTS])
-        if first == 0 and (not len(starts) or starts[0] > 0):
+    def _build_windows(self, shard: int, first_document: int) -> list[Spans]:
+        """Build the windows of the group of documents that begins with document `first_document` of a shard.
+
+        An adopted shard may begin inside a document. The tokens before its first document start count as a document.
+        """
+        corpus, window_tokens, stride = self.corpus, self.lengths.window, self.lengths.stride
+        starts = corpus.read_document_starts(shard, first_document, first_document + GROUP_DOCUMENTS + 1)
+        group_end = corpus.shards[shard].tokens
+        if len(starts) > GROUP_DOCUMENTS:  # the last one is the start of the next group
+            starts, group_end = starts[:GROUP_DOCUMENTS], int(starts[GROUP_DOCUMENTS])
+        if first_document == 0 and (not len(starts) or starts[0] > 0):
             starts = np.concatenate(([0], starts))
-        tokens = np.diff(np.append(starts, end))
-        shared = self.size.window - stride
-        counts = np.maximum(-(-(tokens - shared) // stride), 0)
-        index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # within the document
-        offset = index * stride
-        lengths = np.minimum(np.repeat(tokens, counts) - offset, self.size.window)
-        begin = int(corpus.shard_ends[shard]) - corpus.shards[shard].tokens
-        spans = list(zip((begin + np.repeat(starts, counts) + offset).tolist(), lengths.tolist(), strict=True))
-        if not self.packed:
+        document_tokens = np.diff(np.append(starts, group_end))
+        overlap = window_tokens - stride
+        num_segments = np.maximum(-(-(document_tokens - overlap) // stride), 0)  # per document
+        first_segments = np.cumsum(num_segments) - num_segments
+        segment_in_document = np.arange(num_segments.sum()) - np.repeat(first_segments, num_segments)
+        offsets = segment_in_document * stride
+        segment_tokens = np.minimum(np.repeat(document_tokens, num_segments) - offsets, window_tokens)
+        shard_start = int(corpus.shard_ends[shard]) - corpus.shards[shard].tokens
+        segment_starts = shard_start + np.repeat(starts, num_segments) + offsets
+        spans = list(zip(segment_starts.tolist(), segment_tokens.tolist(), strict=True))
+        if not self.is_packed:
             return [[span] for span in spans]
-        return [[spans[n] for n in window] for window in pack_best_fit(lengths - shared, stride)]
+        return [[spans[segment] for segment in window] for window in pack_best_fit(segment_tokens - overlap, stride)]
 
 
 def pack_best_fit(sizes: Ints, capacity: int) -> list[list[int]]:
-    """Pack all sizes into bins of `capacity` and return their indices per bin (best-fit decreasing, Ding et al.
-    2024)."""
+    """Pack items of these sizes into bins of `capacity`. Return the indices of the items in each bin.
+
+    The algorithm is best-fit decreasing (Ding et al. 2024).
+    """
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free capacity, bin), ascending
+    free_space: list[tuple[int, int]] = []  # (free capacity, index of the bin), ascending
     for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
-        position = bisect_left(room, (size, -1))
-        if position == len(room):
+        position = bisect_left(free_space, (size, -1))
+        if position == len(free_space):
             bins.append([index])
-            left, bin_index = capacity - size, len(bins) - 1
+            free, bin_index = capacity - size, len(bins) - 1
         else:
-            left, bin_index = room.pop(position)
+            free, bin_index = free_space.pop(position)
             bins[bin_index].append(index)
-            left -= size
-        if left:
-            insort(room, (left, bin_index))
+            free -= size
+        if free:
+            insort(free_space, (free, bin_index))
     return bins

@@ -1,4 +1,8 @@
-"""Map sample numbers to windows of the sources. Pure arithmetic in constant memory."""
+"""Map the sample numbers of a run to windows of its sources, by arithmetic in constant memory.
+
+The samples of a run are numbered in the order of training. A mixture assigns each number to a source; a second mixture
+assigns it to a component of the objective. Each (source, component) has a window stream.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,30 +12,29 @@ import numpy as np
 from dist_llm.data.order import Ints, Mixture
 from dist_llm.data.streams import DataSource, WindowStream
 
-Ranges = Sequence[tuple[int, int]]
+Ranges = Sequence[tuple[int, int]]  # [start, end) of sample numbers
 
 
 @dataclass(frozen=True)
 class MixtureStage:
-    """From sample `first` on, `mixture` assigns samples to sources. `num_consumed`: samples of each source consumed
-    before."""
+    """A stage of training with constant weights of the sources."""
 
-    first: int
-    mixture: Mixture
-    num_consumed: tuple[int, ...]
+    first_sample: int
+    mixture: Mixture  # assigns the samples from `first_sample` on to sources
+    num_consumed: tuple[int, ...]  # samples of each source that earlier stages consumed
 
     def assign(self, samples: Ints) -> tuple[Ints, Ints]:
         """Return (source of each sample, its index among the samples of that source)."""
         if len(self.num_consumed) == 1:
-            return np.zeros_like(samples), samples - self.first + self.num_consumed[0]
-        sources, numbers = self.mixture.assign(samples - self.first)
-        return sources, numbers + np.asarray(self.num_consumed)[sources]
+            return np.zeros_like(samples), samples - self.first_sample + self.num_consumed[0]
+        source_ids, indices = self.mixture.assign(samples - self.first_sample)
+        return source_ids, indices + np.asarray(self.num_consumed)[source_ids]
 
-    def count_consumed(self, samples: int) -> tuple[int, ...]:
-        """Return how many samples of each source come before sample `samples`."""
+    def count_consumed(self, sample: int) -> tuple[int, ...]:
+        """Return how many samples of each source come before sample number `sample`."""
         if len(self.num_consumed) == 1:
-            return (samples - self.first + self.num_consumed[0],)
-        return tuple((np.asarray(self.num_consumed) + self.mixture.count_samples(samples - self.first)).tolist())
+            return (sample - self.first_sample + self.num_consumed[0],)
+        return tuple((np.asarray(self.num_consumed) + self.mixture.count_samples(sample - self.first_sample)).tolist())
 
 
 def merge_ranges(ranges: Ranges) -> tuple[tuple[int, int], ...]:
@@ -45,20 +48,25 @@ def merge_ranges(ranges: Ranges) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-def build_stages(firsts: Sequence[int], mixtures: Sequence[Mixture], num_consumed: Sequence[int]) -> list[MixtureStage]:
-    """Return consecutive stages. If several begin at the same sample, only the last one remains."""
+def build_stages(
+    first_samples: Sequence[int], mixtures: Sequence[Mixture], num_consumed: Sequence[int]
+) -> list[MixtureStage]:
+    """Return consecutive stages. `num_consumed` has the samples of each source that were consumed before them.
+
+    If several stages begin at the same sample, only the last one remains.
+    """
     stages: list[MixtureStage] = []
-    for first, mixture in zip(firsts, mixtures, strict=True):
-        consumed = stages[-1].count_consumed(first) if stages else tuple(num_consumed)
-        if stages and stages[-1].first == first:
+    for first_sample, mixture in zip(first_samples, mixtures, strict=True):
+        consumed = stages[-1].count_consumed(first_sample) if stages else tuple(num_consumed)
+        if stages and stages[-1].first_sample == first_sample:
             stages.pop()
-        stages.append(MixtureStage(first, mixture, consumed))
+        stages.append(MixtureStage(first_sample, mixture, consumed))
     return stages
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Maps sample numbers to windows, until the data changes. Numbers in `skip` are not used."""
+    """Maps the sample numbers of one segment of a run to windows. Numbers in `skip` are not used."""
 
     sources: Sequence[DataSource]
     stages: Sequence[MixtureStage]
@@ -69,51 +77,54 @@ class SamplePlan:
         """The window streams: for each source, one per component of the objective."""
         return [stream for source in self.sources for stream in source.streams]
 
-    def sample_numbers(self, first: int, count: int) -> Ints:
-        """Return the next `count` sample numbers from `first` on, without those in `skip`."""
-        return self._apply_skips(first, np.arange(first, first + count, dtype=np.int64))
+    def list_sample_numbers(self, first_sample: int, num_samples: int) -> Ints:
+        """Return the next `num_samples` sample numbers from `first_sample` on, without those in `skip`."""
+        numbers = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
+        return self._apply_skips(first_sample, numbers)
 
-    def advance(self, first: int, count: int) -> int:
-        """Return the sample number after the next `count` from `first` on."""
-        return int(self._apply_skips(first, np.array([first + count]))[0]) if self.skip else first + count
+    def advance(self, first_sample: int, num_samples: int) -> int:
+        """Return the sample number that follows the next `num_samples` samples from `first_sample` on."""
+        if not self.skip:
+            return first_sample + num_samples
+        return int(self._apply_skips(first_sample, np.array([first_sample + num_samples]))[0])
 
-    def _apply_skips(self, first: int, numbers: Ints) -> Ints:
-        """Shift numbers, counted from `first` on without gaps, past the skipped ranges. Modifies `numbers`."""
+    def _apply_skips(self, first_sample: int, numbers: Ints) -> Ints:
+        """Shift numbers, counted from `first_sample` on without gaps, past the skipped ranges. Modifies `numbers`."""
         for start, end in self.skip:
-            begin = max(first, start)
-            numbers[numbers >= begin] += max(0, end - begin)
+            skip_start = max(first_sample, start)
+            numbers[numbers >= skip_start] += max(0, end - skip_start)
         return numbers
 
-    def count_consumed(self, samples: int) -> tuple[int, ...]:
-        """Return how many samples of each source come before sample `samples`, including those in `skip`."""
-        started_stages = [stage for stage in self.stages if stage.first <= samples or stage is self.stages[0]]
-        return started_stages[-1].count_consumed(samples)
+    def count_consumed(self, sample: int) -> tuple[int, ...]:
+        """Return how many samples of each source come before sample number `sample`, including those in `skip`."""
+        started_stages = [stage for stage in self.stages if stage.first_sample <= sample or stage is self.stages[0]]
+        return started_stages[-1].count_consumed(sample)
 
     def locate_samples(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Return (index of the stream, offset in it) of each sample."""
+        """Return (index in `streams`, offset in this stream) of the window of each sample."""
         num_components = len(self.sources[0].streams)
-        source_ids, numbers = self.assign(samples)
+        source_ids, indices_in_source = self.assign(samples)
         if len(self.sources) * num_components == 1:
-            return source_ids, self.sources[0].streams[0].order.locate(numbers)
-        streams, offsets = np.empty_like(samples), np.empty_like(samples)
-        for index, source in enumerate(self.sources):
-            rows = np.flatnonzero(source_ids == index)
-            component_ids, indices = np.zeros_like(rows), numbers[rows]
+            return source_ids, self.sources[0].streams[0].order.locate_windows(indices_in_source)
+        stream_ids, offsets = np.empty_like(samples), np.empty_like(samples)
+        for source_id, source in enumerate(self.sources):
+            rows = np.flatnonzero(source_ids == source_id)
+            component_ids, indices = np.zeros_like(rows), indices_in_source[rows]
             if num_components > 1:
                 component_ids, indices = source.component_mixture.assign(indices)
-            for component, stream in enumerate(source.streams):
-                selected = component_ids == component
-                offsets[rows[selected]] = stream.order.locate(indices[selected])
-            streams[rows] = index * num_components + component_ids
-        return streams, offsets
+            for component_id, stream in enumerate(source.streams):
+                is_component = component_ids == component_id
+                offsets[rows[is_component]] = stream.order.locate_windows(indices[is_component])
+            stream_ids[rows] = source_id * num_components + component_ids
+        return stream_ids, offsets
 
     def assign(self, samples: Ints) -> tuple[Ints, Ints]:
         """Return (source of each sample, its index among the samples of that source)."""
         if len(self.stages) == 1:
             return self.stages[0].assign(samples)
-        sources, numbers = np.empty_like(samples), np.empty_like(samples)
-        stages = np.searchsorted([stage.first for stage in self.stages], samples, side="right") - 1
-        for n in np.unique(stages).tolist():
-            rows = stages == n
-            sources[rows], numbers[rows] = self.stages[n].assign(samples[rows])
-        return sources, numbers
+        source_ids, indices = np.empty_like(samples), np.empty_like(samples)
+        stage_ids = np.searchsorted([stage.first_sample for stage in self.stages], samples, side="right") - 1
+        for stage_id in np.unique(stage_ids).tolist():
+            rows = stage_ids == stage_id
+            source_ids[rows], indices[rows] = self.stages[stage_id].assign(samples[rows])
+        return source_ids, indices

@@ -1,6 +1,6 @@
-"""Compute from the plan when a run will have read a source 1, 4 and 10 times.
+"""Predict from the sample plan at which sample a run has read a source 1, 4 and 10 times.
 
-It depends only on sample numbers, so a resumed run reports only repetitions that are still ahead.
+Training logs these repetitions at the start. A resumed run reports only the repetitions that are still ahead.
 """
 
 from bisect import bisect_left
@@ -18,27 +18,31 @@ ADVICE = {
 
 @dataclass(frozen=True, order=True)
 class Repetition:
-    """Before sample `sample`, the source has been read `times` times completely."""
+    """The samples before number `sample` read all text of a source `num_reads` times."""
 
     sample: int
     source: str
-    times: int
+    num_reads: int
 
     def __str__(self) -> str:
-        count = "once" if self.times == 1 else f"{self.times} times"
-        return f"data: {self.source} has been read {count} in full, up to sample {self.sample}; {ADVICE[self.times]}"
+        count = "once" if self.num_reads == 1 else f"{self.num_reads} times"
+        return (
+            f"data: {self.source} has been read {count} in full, up to sample {self.sample}; {ADVICE[self.num_reads]}"
+        )
 
 
-def find_repetitions(plan: SamplePlan, first: int, end: int) -> list[Repetition]:
-    """Return the repetitions after sample `first` and up to `end`, sorted."""
+def find_repetitions(plan: SamplePlan, first_sample: int, end_sample: int) -> list[Repetition]:
+    """Return the repetitions after `first_sample` and up to `end_sample`, sorted."""
     repetitions = []
-    for number, source in enumerate(plan.sources):
+    for source_id, source in enumerate(plan.sources):
         name = source.name or str(source.corpus.directory)
-        for times in REPORTED_EPOCHS:
-            threshold = times * source.epoch_samples
-            if plan.count_consumed(first)[number] >= threshold or plan.count_consumed(end)[number] < threshold:
+        for num_reads in REPORTED_EPOCHS:
+            threshold = num_reads * source.samples_per_epoch
+            if plan.count_consumed(first_sample)[source_id] >= threshold:
                 continue
-            samples = range(first, end)
-            index = bisect_left(samples, threshold, key=lambda sample, n=number: plan.count_consumed(sample)[n])  # type: ignore[misc]
-            repetitions.append(Repetition(first + index, name, times))
+            if plan.count_consumed(end_sample)[source_id] < threshold:
+                continue
+            samples = range(first_sample, end_sample)
+            index = bisect_left(samples, threshold, key=lambda sample, s=source_id: plan.count_consumed(sample)[s])  # type: ignore[misc]
+            repetitions.append(Repetition(first_sample + index, name, num_reads))
     return sorted(repetitions)

@@ -1,4 +1,7 @@
-"""The data sources of a run, and the windows that each objective reads from each source."""
+"""The data sources of a run (named corpora), and the windows that each objective reads from each source.
+
+A window is the tokens of one sample, before the objective turns them into inputs and targets.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,38 +15,44 @@ from dist_llm.data.corpus import Corpus, Tokens
 from dist_llm.data.order import Ints, Mixture, Order, RandomOrder, ShuffledOrder
 from dist_llm.data.packed_windows import PackedWindows, Spans
 from dist_llm.data.shard import Split
-from dist_llm.data.tokenizer_file import TOKENIZER, same_tokenizer
+from dist_llm.data.tokenizer_file import TOKENIZER_FILE, is_same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.objectives.examples import TokenWindow
 
 
 @dataclass(frozen=True)
 class WindowStream:
-    """The windows that one objective reads from one corpus, in its order."""
+    """The windows that one objective reads from one corpus, in the order of training."""
 
     corpus: Corpus
-    order: Order  # sample number -> first token of its window or, with `packed_windows`, index of the window
-    window: int
+    order: Order  # sample number -> first token of its window or, with `packed_windows`, index of its window
+    window_tokens: int
     packed_windows: PackedWindows | None = None
     score_prompts: bool = True
     document_mask: bool = False  # whether windows of kind "stream" include document ids
 
     def read(self, offsets: Ints) -> Tokens | list[TokenWindow]:
-        """Return the windows at these offsets: ids [n, window], or windows of varying lengths."""
+        """Return the windows at these offsets: ids [len(offsets), window_tokens], or TokenWindow objects."""
         if self.packed_windows is not None:
             return self.packed_windows.read(offsets, self.score_prompts)
-        return read_windows(self.corpus, offsets, self.window, self.score_prompts, self.document_mask)
+        return read_windows(self.corpus, offsets, self.window_tokens, self.score_prompts, self.document_mask)
 
     @property
-    def epoch_windows(self) -> float:
-        """Windows per epoch. With a random order: windows that have as many tokens as the corpus."""
+    def windows_per_epoch(self) -> float:
+        """Windows per epoch. With a random order, this is the number of windows with as many tokens as the corpus."""
         if self.packed_windows is not None:
-            return self.packed_windows.count
-        return self.order.num_windows if isinstance(self.order, ShuffledOrder) else self.corpus.n_tokens / self.window
+            return self.packed_windows.num_windows
+        return (
+            self.order.num_windows
+            if isinstance(self.order, ShuffledOrder)
+            else self.corpus.num_tokens / self.window_tokens
+        )
 
-    def spans(self, offset: int) -> Spans:
+    def get_spans(self, offset: int) -> Spans:
         """Return (first token, number of tokens) of each segment of the window at an offset."""
-        return self.packed_windows.spans(offset) if self.packed_windows is not None else [(offset, self.window)]
+        return (
+            self.packed_windows.get_spans(offset) if self.packed_windows is not None else [(offset, self.window_tokens)]
+        )
 
 
 @dataclass(frozen=True)
@@ -53,66 +62,72 @@ class DataSource:
     name: str
     corpus: Corpus
     streams: tuple[WindowStream, ...]
-    component_mixture: Mixture  # assigns the source's samples to components
+    component_mixture: Mixture  # assigns the samples of the source to components
 
     @property
-    def epoch_samples(self) -> float:
-        """Samples that read the corpus once, summed over the components of the objective."""
+    def samples_per_epoch(self) -> float:
+        """Number of samples that read the corpus once, over all components of the objective."""
         quotas = zip(self.component_mixture.quotas, self.streams, strict=True)
-        return sum(self.component_mixture.quotas) / sum(quota / stream.epoch_windows for quota, stream in quotas)
+        return sum(self.component_mixture.quotas) / sum(quota / stream.windows_per_epoch for quota, stream in quotas)
 
 
 def read_windows(
-    corpus: Corpus, starts: Ints, window: int, score_prompts: bool, document_mask: bool = False
+    corpus: Corpus, starts: Ints, window_tokens: int, score_prompts: bool, document_mask: bool = False
 ) -> Tokens | list[TokenWindow]:
-    """Read windows of consecutive text, with loss masks if prompts have no loss, and with document ids on demand."""
-    rows = corpus.read(starts, window)
-    has_unscored = corpus.manifest.prompts and not score_prompts
-    if not has_unscored and not document_mask:
-        return rows
-    none = [None] * len(rows)
-    loss_masks = corpus.compute_loss_mask(starts, window) if has_unscored else none
-    document_ids = corpus.compute_document_ids(starts, window) if document_mask else none
-    return [TokenWindow(row, None, *more) for row, *more in zip(rows, loss_masks, document_ids, strict=True)]
+    """Read windows of consecutive tokens. Add loss masks if prompts have no loss, and document ids on demand."""
+    tokens = corpus.read(starts, window_tokens)
+    has_loss_mask = corpus.manifest.prompts and not score_prompts
+    if not has_loss_mask and not document_mask:
+        return tokens
+    none = [None] * len(tokens)
+    loss_masks = corpus.compute_loss_mask(starts, window_tokens) if has_loss_mask else none
+    document_ids = corpus.compute_document_ids(starts, window_tokens) if document_mask else none
+    return [
+        TokenWindow(window, loss_mask_W=loss_mask, document_ids_W=ids)
+        for window, loss_mask, ids in zip(tokens, loss_masks, document_ids, strict=True)
+    ]
 
 
 def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
-    """Open the corpora, sorted by name, and check the sizes of their shards.
+    """Open the corpora of all sources, sorted by name, and check the sizes of their shards.
 
-    Raises DataError if one is incomplete or has another tokenizer than the rest.
+    Raises DataError if a corpus is incomplete, or two corpora have different tokenizers.
     """
     corpora: dict[str, Corpus] = {}
-    for source in sorted(list_sources(data), key=lambda named: named.name):
+    for source in sorted(list_sources(data), key=lambda source: source.name):
         corpora[source.name] = corpus = Corpus.from_config(data.model_copy(update={"path": source.path}), split)
         corpus.check_shard_sizes()
-        first = next(iter(corpora.values()))
-        known = corpus.manifest.tokenizer_sha256 == first.manifest.tokenizer_sha256
-        compared = (corpus.directory / TOKENIZER).exists()
-        if not known and not (compared and same_tokenizer(corpus.directory, first.directory)):
+        first_corpus = next(iter(corpora.values()))
+        has_equal_hash = corpus.manifest.tokenizer_sha256 == first_corpus.manifest.tokenizer_sha256
+        has_tokenizer_file = (corpus.directory / TOKENIZER_FILE).exists()
+        if not has_equal_hash and not (
+            has_tokenizer_file and is_same_tokenizer(corpus.directory, first_corpus.directory)
+        ):
             raise DataError(
-                f"{corpus.directory}: was prepared with another tokenizer than {first.directory}; prepare all sources "
-                "with the same tokenizer"
+                f"{corpus.directory}: was prepared with another tokenizer than {first_corpus.directory}; prepare all "
+                "sources with the same tokenizer"
             )
     return corpora
 
 
 def open_sources(config: Config) -> list[DataSource]:
-    """Open the sources of a resolved config. Raises DataError if one is incomplete or too short for a window."""
+    """Open the sources of a resolved config. Raises DataError if a corpus is incomplete or too short for a window."""
     data, seed = config.data, config.run.seed
     corpora = open_corpora(data)
-    noncausal = {component.name for component in config.objective.components} - {"causal"}
+    noncausal_objectives = {component.name for component in config.objective.components} - {"causal"}
     sources = []
     for name, corpus in corpora.items():
-        if noncausal and masks_prompts(data, [corpus]):
+        if noncausal_objectives and masks_prompts(data, [corpus]):
             raise DataError(
-                f"{corpus.directory}: has prompts, which {' and '.join(sorted(noncausal))} cannot leave unscored; set "
-                "data.score_prompts to true, or objective.name to causal"
+                f"{corpus.directory}: has prompts, which {' and '.join(sorted(noncausal_objectives))} cannot leave "
+                "unscored; set data.score_prompts to true, or objective.name to causal"
             )
         if data.document_mask or data.windows != "stream":
             corpus.check_document_bounds()
         source_seed = derive_seed(seed, name)
         streams = tuple(
-            _build_stream(data, corpus, source_seed ^ n, size) for n, size in enumerate(all_lengths(config))
+            _build_stream(data, corpus, source_seed ^ component_id, lengths)
+            for component_id, lengths in enumerate(all_lengths(config))
         )
         component_mixture = Mixture.from_weights(
             [component.weight for component in config.objective.components], source_seed
@@ -126,43 +141,47 @@ def derive_seed(seed: int, name: str) -> int:
     return seed ^ (int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") >> 1 if name else 0)
 
 
-def _build_stream(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> WindowStream:
+def _build_stream(data: DataConfig, corpus: Corpus, seed: int, lengths: Lengths) -> WindowStream:
     if data.windows == "stream":
         return WindowStream(
-            corpus, build_order(data, corpus, seed, size), size.window, None, data.score_prompts, data.document_mask
+            corpus,
+            build_order(data, corpus, seed, lengths),
+            lengths.window,
+            score_prompts=data.score_prompts,
+            document_mask=data.document_mask,
         )
-    packed_windows = PackedWindows(corpus, size, data.windows == "packed")
-    if not packed_windows.count:
+    packed_windows = PackedWindows(corpus, lengths, is_packed=data.windows == "packed")
+    if not packed_windows.num_windows:
         raise DataError(
             f"{corpus.directory}: has no {corpus.split} document with a token to predict; prepare more text"
         )
     order: Order = (
-        RandomOrder(seed, packed_windows.count)
+        RandomOrder(seed, packed_windows.num_windows)
         if data.order == "random"
-        else ShuffledOrder(seed, packed_windows.count, 1)
+        else ShuffledOrder(seed, packed_windows.num_windows, stride=1)
     )
-    return WindowStream(corpus, order, size.window, packed_windows, data.score_prompts)
+    return WindowStream(corpus, order, lengths.window, packed_windows, data.score_prompts)
 
 
-def build_order(data: DataConfig, corpus: Corpus, seed: int, size: Lengths) -> Order:
-    """Build the order that `data.order` names, for windows of `size`. Raises DataError if no window fits."""
-    num_windows = corpus.count_windows(size.window, size.stride)
+def build_order(data: DataConfig, corpus: Corpus, seed: int, lengths: Lengths) -> Order:
+    """Build the order that `data.order` names. Raises DataError if the corpus is shorter than a window."""
+    num_windows = corpus.count_windows(lengths.window, lengths.stride)
     if num_windows < 1:
-        hint = f"lower seq_len (to make it {corpus.n_tokens} or fewer) or " if corpus.n_tokens > 1 else ""
+        hint = f"lower seq_len (to make it {corpus.num_tokens} or fewer) or " if corpus.num_tokens > 1 else ""
         raise DataError(
-            f"{corpus.directory}: {corpus.n_tokens} {corpus.split} tokens are too few for a window of {size.window}, "
-            f"which data.seq_len {data.seq_len} needs; {hint}prepare more text"
+            f"{corpus.directory}: {corpus.num_tokens} {corpus.split} tokens are too few for a window of "
+            f"{lengths.window}, which data.seq_len {data.seq_len} needs; {hint}prepare more text"
         )
     if data.order == "random":
-        return RandomOrder(seed, corpus.n_tokens - size.window + 1)
-    return ShuffledOrder(seed, num_windows, size.stride)
+        return RandomOrder(seed, corpus.num_tokens - lengths.window + 1)
+    return ShuffledOrder(seed, num_windows, lengths.stride)
 
 
 def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[float]:
-    """Return the weight of each source: as configured, or epochs times tokens. Raises DataError for a tiny weight."""
+    """Return the weight of each source as configured, or epochs * tokens. Raises DataError if one is too small."""
     configured = {source.name: source for source in list_sources(data)}
     weights = {
-        source.name: configured[source.name].weight or configured[source.name].epochs * source.corpus.n_tokens
+        source.name: configured[source.name].weight or configured[source.name].epochs * source.corpus.num_tokens
         for source in sources
     }
     for message in starved(weights):
@@ -176,5 +195,5 @@ def masks_prompts(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
 
 
 def compute_quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the samples of each source per BLOCK."""
+    """Return how many of BLOCK consecutive samples each source gets."""
     return Mixture.from_weights(weights, 0, BLOCK).quotas if len(weights) > 1 else (BLOCK,)

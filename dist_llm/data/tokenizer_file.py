@@ -1,7 +1,7 @@
-"""Compare two tokenizer files: whether they give the same ids. Names and additional texts do not matter.
+"""Compare two `tokenizer.json` files: do they give the same ids for all texts?
 
-`dist_llm/text` writes `tokenizer.json`; a corpus and a checkpoint contain one. This package only knows the fields that
-determine ids.
+Corpora and checkpoints contain this file, which `dist_llm/text` writes. This module reads only the fields that
+determine ids. Other fields, such as names, may differ.
 """
 
 import hashlib
@@ -12,65 +12,66 @@ from typing import Any
 
 from dist_llm.errors import DataError
 
-TOKENIZER = "tokenizer.json"
-BPE_IDENTITY = "equal_bpe"
-# original files that determine ids: the first one or, without it, the others
-DECIDES_IDS = ("tokenizer.json", "vocab.json", "merges.txt")
+TOKENIZER_FILE = "tokenizer.json"
+EQUAL_BPE_KEY = "equal_bpe"
+# The original files of a Hugging Face tokenizer that determine ids: the first file or, without it, the other two.
+FILES_WITH_IDS = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
-def same_tokenizer(first: Path, second: Path, second_sha256: str = "") -> bool:
-    """Return whether the tokenizers in two directories give the same ids. `second_sha256` is the hash of the second
-    file.
+def is_same_tokenizer(first: Path, second: Path, second_sha256: str = "") -> bool:
+    """Return whether the tokenizers in two directories give the same ids.
 
-    Returns False if the second has no file. Raises DataError if the first has none or one cannot be read.
+    `second_sha256` is the hash of the second file, if it is known. Return False if the second directory has no
+    tokenizer. Raises DataError if the first directory has none, or a file cannot be read.
     """
-    content = _read(first)
-    if hashlib.sha256(content).hexdigest() == second_sha256:
+    first_content = _read(first)
+    if hashlib.sha256(first_content).hexdigest() == second_sha256:
         return True
-    if not (second / TOKENIZER).exists():
+    if not (second / TOKENIZER_FILE).exists():
         return False
-    other = _read(second)
-    return content == other or identity(content) == identity(other)
+    second_content = _read(second)
+    return first_content == second_content or hash_tokenizer_ids(first_content) == hash_tokenizer_ids(second_content)
 
 
-def identity(content: bytes) -> str:
-    """Return a hash of what determines ids in the bytes of our `tokenizer.json`."""
+def hash_tokenizer_ids(content: bytes) -> str:
+    """Return a hash of the fields of a `tokenizer.json` that determine ids."""
     try:
         fields = json.loads(content)
         if "ranks" in fields:
-            return bpe_identity(fields)
+            return hash_bpe_ids(fields)
         if fields.get("kind") != "huggingface":
             return _hash(fields)
-        if fields[BPE_IDENTITY]:
-            return str(fields[BPE_IDENTITY])
+        if fields[EQUAL_BPE_KEY]:
+            return str(fields[EQUAL_BPE_KEY])
         files = {**fields["files"], **fields["binary_files"]}
-        decisive = DECIDES_IDS[:1] if DECIDES_IDS[0] in files else DECIDES_IDS[1:]
-        return _hash([fields["end_token"], fields["first_tokens"], [files.get(name) for name in decisive]])
+        names = FILES_WITH_IDS[:1] if FILES_WITH_IDS[0] in files else FILES_WITH_IDS[1:]
+        return _hash([fields["end_token"], fields["first_tokens"], [files.get(name) for name in names]])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return hashlib.sha256(content).hexdigest()
 
 
-def bpe_identity(fields: Mapping[str, Any]) -> str:
-    """Return the identity of a byte-level BPE tokenizer.
+def hash_bpe_ids(fields: Mapping[str, Any]) -> str:
+    """Return a hash of the fields of a byte-level BPE tokenizer that determine ids.
 
-    Of its special tokens only the end of document and the largest id count, because text never becomes one.
+    Text never becomes a special token. So only two facts about special tokens count: the id of <|endoftext|>, and the
+    largest id, which determines the vocabulary size.
     """
-    special = fields["special_tokens"]
+    special_tokens = fields["special_tokens"]
     ranks = sorted(fields["ranks"].items(), key=lambda item: item[1])
-    largest = max(*special.values(), ranks[-1][1])
-    return _hash([fields["pattern"], special["<|endoftext|>"], largest, ranks])
+    largest_id = max(*special_tokens.values(), ranks[-1][1])
+    return _hash([fields["pattern"], special_tokens["<|endoftext|>"], largest_id, ranks])
 
 
 def _read(directory: Path) -> bytes:
     try:
-        return (directory / TOKENIZER).read_bytes()
+        return (directory / TOKENIZER_FILE).read_bytes()
     except FileNotFoundError:
         raise DataError(
-            f"{directory / TOKENIZER}: missing, so the ids that the model was trained on are unknown. If it was "
-            f"converted without a tokenizer, copy the {TOKENIZER} of a corpus with its ids there."
+            f"{directory / TOKENIZER_FILE}: missing, so the ids that the model was trained on are unknown. If it was "
+            f"converted without a tokenizer, copy the {TOKENIZER_FILE} of a corpus with its ids there."
         ) from None
     except OSError as error:
-        raise DataError(f"{directory / TOKENIZER}: cannot be read: {error.strerror}.") from None
+        raise DataError(f"{directory / TOKENIZER_FILE}: cannot be read: {error.strerror}.") from None
 
 
 def _hash(value: Any) -> str:

@@ -19,7 +19,7 @@ from dist_llm.launch.environment import prepare_deepspeed
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import init_param_, init_rule
+from dist_llm.models.init import get_init_rule, init_param_
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
@@ -210,7 +210,7 @@ def _init_partitions(state: CheckpointState, config: Config) -> None:
     """Initialize the fp32 partitions of this rank."""
     for name, shard in state.weights().items():
         name = name.removeprefix("model.")
-        rule = init_rule(name, shard.shape, config.model)
+        rule = get_init_rule(name, shard.shape, config.model)
         for offset, chunk in shard.chunks.items():
             init_param_(chunk, name, rule, config.run.seed, shard.shape, offset)
     state.after_load()

@@ -56,7 +56,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         with torch.device("meta"):
             model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         layers = split_layers(config.model, self.num_stages, config.parallel.pp_split)[stage]
-        model_part.trim_to_stage(layers, first=stage == 0, last=self.is_last_stage)
+        model_part.trim_to_stage(layers, is_first=stage == 0, is_last=self.is_last_stage)
         parallelize_model(model_part, config, None)
         model_part.to_empty(device=self.device)
         init_parameters(model_part, config)
@@ -96,7 +96,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
     def _compute_loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
         """Compute the loss of one microbatch on the last stage. DeepSpeed calls this function."""
         assert self.model.head is not None
-        loss, terms = self.model.head.loss_for_mode()
+        loss, terms = self.model.head.select_loss()
         losses_B = loss(logits_BSV, targets_BS, terms) / self.num_valid_tokens
         self.losses.append(losses_B.detach().float())
         return losses_B.sum() * self.loss_factor

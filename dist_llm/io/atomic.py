@@ -1,7 +1,7 @@
-"""Write files and folders so that a crash leaves the old content or the new content, and never a mixture of both.
+"""Write files and folders atomically: after a crash there is the old content or the new content, never a mixture.
 
-New content gets a temporary name, is synced to the disk, and is renamed to its own name; then the folder is synced, so
-that the rename survives a power cut. Inside a folder that has its own name only when it is complete, `write_durably`
+New content is written under a temporary name, synced to the disk, and renamed to its final name. Then the parent folder
+is synced, so that the rename survives a power cut. Inside a folder that is renamed when it is complete, `write_durably`
 is enough.
 """
 
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import IO, BinaryIO, cast
 from uuid import uuid4
 
-SUFFIX = ".partial"  # of temporary names
+PARTIAL_SUFFIX = ".partial"  # suffix of temporary names
 
 
 class TargetExistsError(FileExistsError):
-    """Another process has created the target in the meantime."""
+    """The target already exists, because another process created it in the meantime."""
 
 
 @contextmanager
 def open_durably(path: Path, mode: str = "wb") -> Iterator[BinaryIO]:
-    """Open a file, and sync it when the block ends. A crash within the block may leave an incomplete file."""
+    """Open a file, and sync it when the `with` block ends. A crash within the block may leave an incomplete file."""
     with path.open(mode) as file:
         yield cast(BinaryIO, file)
         sync_file(file)
@@ -37,9 +37,9 @@ def write_durably(path: Path, content: bytes) -> None:
 
 @contextmanager
 def open_replacement(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
-    """Open a new file that replaces `path` when the block ends. An error in the block leaves `path` as it is.
+    """Open a new file that replaces `path` when the `with` block ends. An error in the block leaves `path` as it is.
 
-    `shared`: other processes may replace the file at the same time; the last one wins.
+    `shared`: other processes may replace the file at the same time; the last process wins.
     """
     temporary = temporary_path(path, shared)
     try:
@@ -59,15 +59,14 @@ def replace_file(path: Path, content: bytes, shared: bool = False) -> None:
 
 @contextmanager
 def create_atomically(target: Path, shared: bool = False) -> Iterator[Path]:
-    """Yield a path for a new file or folder. When the block ends, sync it with all its content and rename it to
-    `target`. An error removes it.
+    """Yield a temporary path, at which the caller creates a file or folder. Rename it to `target` at the end.
 
-    The caller creates the file or folder, and its parents. An existing file or empty folder is replaced. Raises
-    TargetExistsError if the target is a folder with content. `shared`: other processes may create the target at the
-    same time; the first one wins.
+    The content is synced before the rename. If the `with` block raises, the file or folder is removed. An existing
+    target is replaced if it is a file or an empty folder. Raises TargetExistsError if it is a folder with content.
+    `shared`: other processes may create the target at the same time; the first process wins.
     """
     temporary = temporary_path(target, shared)
-    remove(temporary)  # left behind by a killed process
+    remove(temporary)  # a killed process may have left it
     try:
         yield temporary
         sync_tree(temporary)
@@ -83,11 +82,11 @@ def create_atomically(target: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def temporary_path(path: Path, shared: bool = False) -> Path:
-    """Return the temporary name of a file or folder: the same one for each write or, if `shared`, a unique one.
+    """Return the temporary path of a file or folder. If `shared`, the path is unique.
 
-    The next write overwrites what a killed process left under the same name. Unique names of killed processes remain.
+    A killed process may leave a file under this path. The next write overwrites it, unless the path is unique.
     """
-    return path.with_name(f"{path.name}.{uuid4().hex}{SUFFIX}" if shared else f"{path.name}{SUFFIX}")
+    return path.with_name(f"{path.name}.{uuid4().hex}{PARTIAL_SUFFIX}" if shared else f"{path.name}{PARTIAL_SUFFIX}")
 
 
 def remove(path: Path) -> None:
@@ -99,23 +98,23 @@ def remove(path: Path) -> None:
 
 
 def _discard(temporary: Path) -> None:
-    with suppress(OSError):  # an error of the block says more
+    with suppress(OSError):  # an error of the `with` block is more informative
         remove(temporary)
 
 
 def sync_file(file: IO[bytes]) -> None:
-    """Make the content of an open file durable. Raises what `fileno` raises if it is not a file of the system."""
+    """Sync the content of an open file to the disk. If the object is no system file, `fileno` raises."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
+    """Sync the names in a directory to the disk."""
     _sync_path(directory)
 
 
 def sync_tree(path: Path) -> None:
-    """Make a file durable, or a folder with all that it contains."""
+    """Sync a file, or a folder with everything in it, to the disk."""
     for entry in path.rglob("*") if path.is_dir() else ():
         if not entry.is_symlink():
             _sync_path(entry)

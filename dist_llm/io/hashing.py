@@ -1,4 +1,4 @@
-"""Hashes of content: digests that name their algorithm, and short hashes for decisions about a text."""
+"""Hashes of content: digests with the name of their algorithm for verification, and 64-bit hashes of texts."""
 
 import hashlib
 from typing import Any
@@ -7,8 +7,10 @@ from blake3 import blake3
 
 
 def create_hash(like: str = "blake3:") -> Any:
-    """Return a new hash object of the algorithm that the digest `like` names. BLAKE3 takes a fifth of SHA-256's
-    time."""
+    """Return a new hash object for the algorithm of the digest `like`, such as "sha256:...".
+
+    The default is BLAKE3, which takes a fifth of the time of SHA-256.
+    """
     return blake3() if like.startswith("blake3:") else hashlib.new(like.partition(":")[0])
 
 
@@ -25,5 +27,5 @@ def hash_content(content: bytes) -> str:
 
 
 def digest64(content: bytes) -> bytes:
-    """Return 8 bytes that are a function of `content`, uniformly distributed (BLAKE2b). Not for verification."""
+    """Return an 8-byte hash (BLAKE2b), which is too short for verification. Use it to select or to group texts."""
     return hashlib.blake2b(content, digest_size=8).digest()

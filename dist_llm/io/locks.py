@@ -1,4 +1,4 @@
-"""Locks between processes: by the kernel on one machine, or by the creation of a file on a shared file system."""
+"""Locks between processes: kernel locks on one machine, and exclusive file creation on a shared file system."""
 
 import fcntl
 import os
@@ -10,10 +10,10 @@ from typing import IO
 
 @contextmanager
 def lock_file(path: Path, wait: bool = True, required: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which is removed at the end. The kernel releases it if we die.
+    """Hold an exclusive lock on the file `path`, which is removed at the end. If the process dies, the kernel unlocks.
 
-    Raises BlockingIOError if another process holds it, unless `wait`. On a file system without locks it raises OSError
-    or, unless `required`, runs the block without a lock.
+    If another process has the lock, wait for it or, with `wait` false, raise BlockingIOError. On a file system without
+    locks, raise OSError or, with `required` false, run the `with` block without a lock.
     """
     while True:
         with path.open("w") as file:
@@ -24,7 +24,7 @@ def lock_file(path: Path, wait: bool = True, required: bool = True) -> Iterator[
             except OSError:
                 if required:
                     raise
-            if not _is_same_file(path, file):  # the previous holder removed it between our open and our lock
+            if not _is_same_file(path, file):  # the previous holder removed the file between our open and our lock
                 continue
             try:
                 yield
@@ -41,9 +41,9 @@ def _is_same_file(path: Path, file: IO[str]) -> bool:
 
 
 def create_exclusively(path: Path, content: bytes) -> bool:
-    """Create a file that does not exist yet; return whether it was created. This also works on shared file systems.
+    """Create a file unless it exists. Return whether it was created. This also works on shared file systems.
 
-    Raises OSError that names `path` if the content cannot be written; the file is then removed.
+    If the content cannot be written, remove the file and raise an OSError that names `path`.
     """
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

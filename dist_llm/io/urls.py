@@ -1,4 +1,7 @@
-"""Locations: a path, a file:// URL, or the URL of a remote file, which is read in blocks and with retries."""
+"""Locations of files: a path, a file:// URL, or the URL of a remote file. Remote files are read in blocks.
+
+`with_retries` repeats a read after a temporary error.
+"""
 
 import logging
 import re
@@ -18,16 +21,17 @@ log = logging.getLogger("dist_llm")
 Result = TypeVar("Result")
 
 BLOCK_BYTES = 1 << 22
-MAX_TRIES, PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 1.0, 60.0  # the pause doubles after each try
+MAX_TRIES, TIMEOUT_SECONDS = 4, 60.0
+PAUSE_SECONDS = 1.0  # pause after the first try; it doubles after each try
 RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
 
 
 class RemoteError(Exception):
-    """A read of a remote file failed. `permanent`: a retry would fail too."""
+    """A read of a remote file failed. `is_permanent`: a retry would fail too."""
 
-    def __init__(self, message: str, permanent: bool = False) -> None:
+    def __init__(self, message: str, is_permanent: bool = False) -> None:
         super().__init__(message)
-        self.permanent = permanent
+        self.is_permanent = is_permanent
 
 
 def is_remote(location: str) -> bool:
@@ -36,12 +40,12 @@ def is_remote(location: str) -> bool:
 
 
 def as_path(location: str) -> Path:
-    """Return a local path, given as a path or as a file:// URL."""
+    """Convert a path or a file:// URL to a Path."""
     return Path(unquote(urlsplit(location).path)) if location.startswith("file://") else Path(location)
 
 
 def iter_blocks(url: str) -> Iterator[bytes]:
-    """Yield the bytes of `url` in blocks. Raises RemoteError if they cannot be read or the connection ends early."""
+    """Yield the content of `url` in blocks. Raises RemoteError if it cannot be read or the connection ends early."""
     try:
         with _open_url(url) as file:
             while block := file.read(BLOCK_BYTES):
@@ -50,11 +54,11 @@ def iter_blocks(url: str) -> Iterator[bytes]:
                 raise OSError(f"the connection ended {file.length} bytes early")
     except HTTPError as error:
         error.close()
-        permanent = error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in RETRYABLE_STATUSES
-        raise RemoteError(f"HTTP status {error.code} {error.reason}", permanent) from None
+        is_permanent = error.code < HTTPStatus.INTERNAL_SERVER_ERROR and error.code not in RETRYABLE_STATUSES
+        raise RemoteError(f"HTTP status {error.code} {error.reason}", is_permanent) from None
     except Exception as error:  # each fsspec backend raises its own exceptions
-        permanent = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
-        raise RemoteError(f"{type(error).__name__}: {error}", permanent) from None
+        is_permanent = isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
+        raise RemoteError(f"{type(error).__name__}: {error}", is_permanent) from None
 
 
 def _open_url(url: str) -> IO[bytes]:
@@ -67,16 +71,16 @@ def _open_url(url: str) -> IO[bytes]:
 
 
 def with_retries(url: str, action: Callable[[], Result], hint: Callable[[], str]) -> Result:
-    """Return the result of `action`, which reads `url`. Retries a few times after an error that is not permanent.
+    """Return the result of `action`, which reads `url`. Repeat it after a RemoteError that is not permanent.
 
-    Raises DataError with the URL and the hint.
+    Raises DataError with the URL and the hint after a permanent error or MAX_TRIES tries.
     """
     for attempt in range(MAX_TRIES):
         try:
             return action()
         except RemoteError as error:
-            if error.permanent or attempt == MAX_TRIES - 1:
-                tries = "" if error.permanent else f" in {MAX_TRIES} tries"
+            if error.is_permanent or attempt == MAX_TRIES - 1:
+                tries = "" if error.is_permanent else f" in {MAX_TRIES} tries"
                 raise DataError(f"{url}: cannot be fetched{tries}: {error}. {hint()}") from None
             log.warning("%s: %s; trying again", url, error)
         time.sleep(PAUSE_SECONDS * 2**attempt)

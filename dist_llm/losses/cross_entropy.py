@@ -1,4 +1,7 @@
-"""Cross-entropy as a SUM per sequence. The training step divides once, by the world's number of valid tokens."""
+"""Cross-entropy, summed per sequence. The training step divides it once, by the number of valid tokens of all ranks.
+
+Shape suffixes: B sequences, S tokens, V vocabulary, N = all tokens of the batch.
+"""
 
 from collections import deque
 from dataclasses import dataclass
@@ -7,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target without a loss (torch's default value)
-MAX_MICROBATCHES = 1 << 16
+IGNORE_INDEX = -100  # a target without a loss; the default `ignore_index` of torch
+MAX_MICROBATCHES = 1 << 16  # limits the memory if nobody reads the terms
 
 
 class LossTerms:
-    """The terms of a training loss: sums over valid targets, [2] per microbatch, of the cross-entropy and the z-loss.
+    """Collects the terms of a regularized training loss, for logging.
 
-    The remainder of the loss is label smoothing. Layers with a regularized loss add their terms here, without
-    gradients.
+    Each microbatch adds (cross-entropy, z-loss), summed over its valid targets, without gradients. The remainder of the
+    loss is label smoothing.
     """
 
     def __init__(self) -> None:
@@ -24,47 +27,50 @@ class LossTerms:
     def add(self, sums_2: Tensor) -> None:
         self._sums.append(sums_2.detach())
 
-    def pop_latest(self, microbatches: int) -> Tensor | None:
-        """Return the sums over the latest microbatches, [2], and clear all. Older ones come from a trial forward."""
-        newest = list(self._sums)[-microbatches:]
+    def pop_latest(self, num_microbatches: int) -> Tensor | None:
+        """Return the sum of the terms of the latest microbatches, [2], and clear all terms.
+
+        Older terms come from a trial forward.
+        """
+        latest = list(self._sums)[-num_microbatches:]
         self._sums.clear()
-        return torch.stack(newest).sum(0) if newest else None
+        return torch.stack(latest).sum(0) if latest else None
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """-log softmax(logits)[target], summed per sequence, in fp32 for all logit types.
+    """-log softmax(logits)[target], summed per sequence, computed at least in fp32.
 
-    `label_smoothing` spreads that fraction of the target evenly over the vocabulary (Szegedy et al. 2016). `z_loss`
-    adds z_loss * log(Z)^2 per valid target (Chowdhery et al. 2022, section 5).
+    `label_smoothing` is the fraction of the target that is spread evenly over the vocabulary (Szegedy et al. 2016).
+    `z_loss` adds z_loss * log(Z)^2 per valid target (Chowdhery et al. 2022, section 5).
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
     @property
-    def is_plain(self) -> bool:
-        """Whether this is the plain cross-entropy that evaluation uses."""
+    def is_unregularized(self) -> bool:
+        """Whether the loss has neither label smoothing nor z-loss, as in evaluation."""
         return not self.label_smoothing and not self.z_loss
 
     def __call__(self, logits_BSV: Tensor, targets_BS: Tensor, terms: LossTerms | None = None) -> Tensor:
-        """Logits [..., S, V] and targets [..., S] -> sums over the targets that are not IGNORE, [...].
+        """Logits [..., S, V] and targets [..., S] -> losses [...], summed over the targets that are not IGNORE_INDEX.
 
-        The terms of the sums are added to `terms`.
+        The terms of the losses are added to `terms`.
         """
         logits_NV = logits_BSV.flatten(0, -2)
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         targets_N = targets_BS.flatten()
         loss_N = F.cross_entropy(
-            logits_NV, targets_N, ignore_index=IGNORE, reduction="none", label_smoothing=self.label_smoothing
+            logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=self.label_smoothing
         )
         z_loss_N = torch.zeros_like(loss_N)
         if self.z_loss:
             log_z_N = torch.logsumexp(logits_NV, dim=-1)
-            z_loss_N = self.z_loss * log_z_N.square() * (targets_N != IGNORE)
+            z_loss_N = self.z_loss * log_z_N.square() * (targets_N != IGNORE_INDEX)
             loss_N = loss_N + z_loss_N
         if terms is not None:
             with torch.no_grad():
-                plain = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")
-                terms.add(torch.stack((plain, z_loss_N.sum())))
+                cross_entropy = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
+                terms.add(torch.stack((cross_entropy, z_loss_N.sum())))
         return loss_N.view(targets_BS.shape).sum(-1)

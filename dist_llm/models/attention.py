@@ -1,4 +1,4 @@
-"""Grouped-query attention, and the choice of the attention kernel."""
+"""Grouped-query attention, its KV cache, and the choice of the attention kernel."""
 
 from dataclasses import replace
 from functools import cache
@@ -15,13 +15,13 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.positional_encoding import apply_rotary
 
-# B batch  S queries  T keys  D d_model  H query heads  K key-value heads  E head dim
+# Shape suffixes: B batch, S queries, T keys, D d_model, H query heads, K key-value heads, E head_dim.
 
 RotaryCosSin = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2]
 
 
 class KVCache:
-    """Keys and values per layer for generation: of all tokens so far, and of the encoder's output.
+    """Keys and values of each layer, for generation: of all tokens so far, and of the encoder output (the memory).
 
     Not a dataclass: FSDP's mixed-precision input casting copies dataclasses, so updates to the cache would be lost.
     """
@@ -35,12 +35,13 @@ class KVCache:
         return next(iter(self.layers.values()))[0].shape[1] if self.layers else 0
 
     def append(self, layer: int, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the new tokens' keys and values, [B, S, K, E]. Return those of all tokens, [B, T, K, E]."""
+        """Append the keys and values of new tokens, [B, S, K, E]. Return those of all tokens, [B, T, K, E]."""
+        k_BTKE, v_BTKE = k_BSKE, v_BSKE
         if layer in self.layers:
-            k_old, v_old = self.layers[layer]
-            k_BSKE, v_BSKE = torch.cat((k_old, k_BSKE), dim=1), torch.cat((v_old, v_BSKE), dim=1)
-        self.layers[layer] = (k_BSKE, v_BSKE)
-        return k_BSKE, v_BSKE
+            k_cached, v_cached = self.layers[layer]
+            k_BTKE, v_BTKE = torch.cat((k_cached, k_BSKE), dim=1), torch.cat((v_cached, v_BSKE), dim=1)
+        self.layers[layer] = (k_BTKE, v_BTKE)
+        return k_BTKE, v_BTKE
 
 
 class Attention(nn.Module):
@@ -62,43 +63,43 @@ class Attention(nn.Module):
         self, x_BSD: Tensor, rotation: RotaryCosSin | None, mask: AttentionMask, cache: KVCache | None = None
     ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        q_BSHE = self._queries(x_BSD)
-        k_BSKE, v_BSKE = self._keys_and_values(x_BSD)
+        q_BSHE = self._project_queries(x_BSD)
+        k_BSKE, v_BSKE = self._project_keys_and_values(x_BSD)
         if rotation is not None:
             q_BSHE, k_BSKE = apply_rotary(q_BSHE, *rotation), apply_rotary(k_BSKE, *rotation)
         if cache is not None:
             k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
         return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, mask).flatten(-2))
 
-    def _queries(self, x_BSD: Tensor) -> Tensor:
-        # -1 instead of n_heads: a tensor-parallel rank holds only its own heads.
+    def _project_queries(self, x_BSD: Tensor) -> Tensor:
+        # -1 instead of n_heads, because a tensor-parallel rank has only some of the heads.
         q_BSHE = self.q(x_BSD).unflatten(-1, (-1, self.head_dim))
         return q_BSHE if self.norm_q is None else self.norm_q(q_BSHE)
 
-    def _keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def _project_keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         k_BTKE = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKE = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
         return k_BTKE if self.norm_k is None else self.norm_k(k_BTKE), v_BTKE
 
 
 class CrossAttention(Attention):
-    """Attention of the decoder's tokens to the encoder's output, without positional encoding."""
+    """Attention of the decoder tokens to the encoder output (the memory), without positional encoding."""
 
     def forward(  # type: ignore[override]
         self, x_BSD: Tensor, memory_BTD: Tensor, mask: AttentionMask, cache: KVCache | None = None
     ) -> Tensor:
-        """[B, S, D] and the encoder's output [B, T, D] -> [B, S, D]."""
+        """Decoder activations [B, S, D] and encoder output [B, T, D] -> [B, S, D]."""
         if cache is not None and self.layer in cache.memory:
             k_BTKE, v_BTKE = cache.memory[self.layer]
         else:
-            k_BTKE, v_BTKE = self._keys_and_values(memory_BTD)
+            k_BTKE, v_BTKE = self._project_keys_and_values(memory_BTD)
         if cache is not None:
             cache.memory[self.layer] = (k_BTKE, v_BTKE)
-        return self.out(self.kernel(self._queries(x_BSD), k_BTKE, v_BTKE, mask).flatten(-2))
+        return self.out(self.kernel(self._project_queries(x_BSD), k_BTKE, v_BTKE, mask).flatten(-2))
 
 
 class AttentionKernel(nn.Module):
-    """Softmax attention as a module of its own, so that parallelism can replace it."""
+    """Softmax attention without projections. It is a module, so that context parallelism can replace it."""
 
     def __init__(self, dropout: float, scale: float) -> None:
         super().__init__()
@@ -116,11 +117,11 @@ def materialize_mask(
     dense: bool,
     bias_HST: Tensor | None = None,
 ) -> AttentionMask:
-    """Return `mask` with the representation that the kernel needs, computed once for all layers.
+    """Return `mask` with `mask.materialized` in the form that the attention kernel needs, for all layers.
 
-    `shape` is (B rows, S queries, T keys). The result is None if `mask.causal` suffices, which is the kernels' fast
-    path. On a GPU it is a FlexAttention block mask, which skips masked blocks. With `dense`, with a bias, or on a CPU
-    it is boolean, [B, 1, S, T], or the bias with -inf at masked positions, [B, H, S, T].
+    `shape` is (B, S, T). `materialized` stays None if `mask.causal` alone describes the mask: this is the fast path of
+    the kernels. On a GPU it becomes a FlexAttention block mask, which skips masked blocks. On a CPU, with `dense`, or
+    with a bias it becomes a boolean mask [B, 1, S, T] or the bias with -inf at masked positions, [B, H, S, T].
     """
     if mask.is_trivial and bias_HST is None:
         return mask
@@ -151,10 +152,10 @@ def scaled_dot_product(
         return flex(q, k, v, block_mask=materialized, scale=scale, enable_gqa=enable_gqa).transpose(1, 2)
     if isinstance(materialized, Tensor) and materialized.is_floating_point():
         materialized = materialized.to(q.dtype)
-    # A single query attends to all keys and needs no mask. A square mask is the kernels' fast path. Any other causal
-    # mask is aligned to the end.
-    causal = mask.causal and materialized is None
-    if causal and 1 < S < T:
+    # A single query is the last token and attends to all keys, so it needs no mask. With S == T, `is_causal` is the
+    # fast path of the kernels. Otherwise the causal mask is aligned to the last key.
+    is_causal = mask.causal and materialized is None
+    if is_causal and 1 < S < T:
         with disable_current_modes():  # selective checkpointing's dispatch mode rejects this tensor subclass
             materialized = causal_lower_right(S, T)
     out_BHSE = F.scaled_dot_product_attention(
@@ -163,7 +164,7 @@ def scaled_dot_product(
         v,
         attn_mask=materialized,
         dropout_p=dropout,
-        is_causal=causal and S == T and S > 1,
+        is_causal=is_causal and S == T and S > 1,
         enable_gqa=enable_gqa,
         scale=scale,
     )
@@ -172,5 +173,5 @@ def scaled_dot_product(
 
 @cache
 def _compiled_flex_attention() -> Any:
-    """FlexAttention generates its kernel only when compiled. Otherwise it computes every score."""
+    """Compile FlexAttention. Without compilation it has no kernel and computes all scores, also the masked ones."""
     return torch.compile(flex_attention, dynamic=False)

@@ -1,4 +1,4 @@
-"""Attention masks and encoder inputs: data that travels with the batch."""
+"""Attention masks and encoder inputs, which are part of a batch."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,27 +7,24 @@ from torch import Tensor
 
 from dist_llm.compat import pytree
 
-# B batch  S queries  T keys
+# Shape suffixes: B batch, S queries, T keys.
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys each query attends to.
+    """Says which keys each query attends to.
 
     A query attends to a key if both are in the same document and one of these holds: the mask is not `causal`; the key
     is not after the query; the key is in the prefix. By default the S queries are the last S of the T keys.
-    `materialized` is the representation for a kernel, which `materialize_mask` computes once for all layers.
     """
 
     causal: bool
-    prefix_B: Tensor | None = None  # number of leading keys of a row that all its queries attend to
-    documents_BT: Tensor | None = None  # document of each key; padding is a document of its own, -1
-    # Documents of the queries, if they differ from the keys' (cross-attention).
-    query_documents_BS: Tensor | None = None
-    # Positions of the queries among the keys, if not at the end (context parallelism).
-    query_positions_BS: Tensor | None = None
-    num_keys: int = 0  # number of keys, if not that of the queries (context parallelism)
-    materialized: Any = None
+    prefix_B: Tensor | None = None  # length of the prefix: leading keys that all queries of the row attend to
+    documents_BT: Tensor | None = None  # document id of each key; None: one document
+    query_documents_BS: Tensor | None = None  # for cross-attention: document id of each query
+    query_positions_BS: Tensor | None = None  # for context parallelism: position of each query among the keys
+    num_keys: int = 0  # for context parallelism: number of keys; 0: as many as queries
+    materialized: Any = None  # the form for an attention kernel, which `materialize_mask` computes for all layers
 
     @property
     def is_trivial(self) -> bool:
@@ -35,7 +32,7 @@ class AttentionMask:
         return self.prefix_B is None and self.documents_BT is None
 
     def allows(self, S: int, T: int, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        """Return whether query q of S attends to key k of T in row b. Indices are broadcast against each other."""
+        """Return whether query q (of S) attends to key k (of T) in row b. The indices broadcast against each other."""
         position = q + (T - S) if self.query_positions_BS is None else self.query_positions_BS[b, q]
         allowed = position >= k if self.causal else (q >= 0) & (k >= 0)
         if self.causal and self.prefix_B is not None:
@@ -48,9 +45,11 @@ class AttentionMask:
             allowed = allowed & (query_document == self.documents_BT[b, k])
         return allowed
 
-    def cross_attention_mask(self, encoder_mask: "AttentionMask", S: int) -> "AttentionMask":
-        """Return the mask of S decoder queries over the encoder's tokens: all of the same document, or of document 0
-        without documents."""
+    def build_cross_attention_mask(self, encoder_mask: "AttentionMask", S: int) -> "AttentionMask":
+        """Return the mask of S decoder queries over the tokens of the encoder.
+
+        A query attends to the encoder tokens of its own document. Without document ids, all queries are in document 0.
+        """
         if encoder_mask.documents_BT is None:
             return FULL
         query_documents_BS = self.documents_BT
@@ -69,19 +68,21 @@ FULL = AttentionMask(causal=False)
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """The encoder's input: T ids per row, their mask, and their positions (None: 0, 1, 2, ...)."""
+    """The input of an encoder: T token ids per row, and the mask of its self-attention."""
 
     tokens_BT: Tensor
     mask: AttentionMask = FULL
-    positions_BT: Tensor | None = None
+    positions_BT: Tensor | None = None  # None: 0, 1, 2, ...
 
 
-# Pipeline schedules split all tensors of a batch by rows, so they must find these in the pytree.
+# Register both classes as pytrees, because pipeline schedules split all tensors in the pytree of a batch by rows.
 _MASK_TENSORS = ("prefix_B", "documents_BT", "query_documents_BS", "query_positions_BS", "materialized")
 pytree.register_pytree_node(
     AttentionMask,
     lambda mask: ([getattr(mask, name) for name in _MASK_TENSORS], (mask.causal, mask.num_keys)),
-    lambda values, rest: AttentionMask(rest[0], num_keys=rest[1], **dict(zip(_MASK_TENSORS, values, strict=True))),
+    lambda tensors, context: AttentionMask(
+        context[0], num_keys=context[1], **dict(zip(_MASK_TENSORS, tensors, strict=True))
+    ),
     serialized_type_name="dist_llm.models.attention_mask.AttentionMask",
 )
 pytree.register_pytree_node(

@@ -1,4 +1,7 @@
-"""One transformer layer: attention and feed-forward, each with a residual connection."""
+"""One transformer layer: attention and feed-forward, each with a residual connection.
+
+Shape suffixes: B batch, S tokens, T encoder tokens, D d_model.
+"""
 
 from collections.abc import Callable
 
@@ -13,18 +16,15 @@ from dist_llm.models.feedforward import FeedForward
 
 
 class Block(nn.Module):
-    """Pre-norm: x + f(norm(x)). Post-norm: norm(x + f(x)) (Xiong et al. 2020 compare them).
+    """A pre-norm block, x + f(norm(x)), or a post-norm block, norm(x + f(x)). Xiong et al. 2020 compare them."""
 
-    With `cross` the block also has cross-attention to the encoder's output.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
+    def __init__(self, config: ModelConfig, layer: int, has_cross_attention: bool = False) -> None:
         super().__init__()
-        self.pre = config.norm_order == "pre"
+        self.is_pre_norm = config.norm_order == "pre"
         self.norm_attention = build_norm(config)
         self.attention = Attention(config, layer)
-        self.norm_cross = build_norm(config) if cross else None
-        self.cross = CrossAttention(config, layer) if cross else None
+        self.norm_cross = build_norm(config) if has_cross_attention else None
+        self.cross = CrossAttention(config, layer) if has_cross_attention else None
         self.norm_feedforward = build_norm(config)
         self.feedforward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -41,19 +41,20 @@ class Block(nn.Module):
     ) -> Tensor:
         """[B, S, D] -> [B, S, D].
 
-        Sublayer outputs are multiplied by `depth_scale_BS1`, [B, 1 or S, 1]: stochastic depth.
+        `depth_scale_BS1`, [B, 1 or S, 1], scales the outputs of the sublayers, for stochastic depth. `memory_BTD` is
+        the output of the encoder.
         """
 
-        def step(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-            out_BSD = self.dropout(sublayer(cast_to_autocast_dtype(norm(x_BSD) if self.pre else x_BSD)))
+        def apply_sublayer(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+            out_BSD = self.dropout(sublayer(cast_to_autocast_dtype(norm(x_BSD) if self.is_pre_norm else x_BSD)))
             x_BSD = x_BSD + (out_BSD if depth_scale_BS1 is None else out_BSD * depth_scale_BS1.to(out_BSD.dtype))
-            return x_BSD if self.pre else norm(x_BSD)
+            return x_BSD if self.is_pre_norm else norm(x_BSD)
 
-        x_BSD = step(x_BSD, self.norm_attention, lambda x: self.attention(x, rotation, mask, cache))
+        x_BSD = apply_sublayer(x_BSD, self.norm_attention, lambda x: self.attention(x, rotation, mask, cache))
         if (cross := self.cross) is not None:
             assert self.norm_cross is not None
-            x_BSD = step(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, memory_mask, cache))
-        return step(x_BSD, self.norm_feedforward, self.feedforward)
+            x_BSD = apply_sublayer(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, memory_mask, cache))
+        return apply_sublayer(x_BSD, self.norm_feedforward, self.feedforward)
 
 
 def cast_to_autocast_dtype(x: Tensor) -> Tensor:

@@ -7,5 +7,8 @@ from dist_llm.models.encoder_decoder import EncoderDecoder
 
 
 def build_model(config: ModelConfig, loss: CrossEntropy | None = None) -> Decoder:
-    """Build the model of `model.architecture`. An encoder is a decoder whose batches have a bidirectional mask."""
+    """Build the model of `model.architecture`.
+
+    An encoder-only model is a Decoder too: its batches have a bidirectional attention mask.
+    """
     return EncoderDecoder(config, loss) if config.architecture == "encoder_decoder" else Decoder(config, loss)

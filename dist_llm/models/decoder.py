@@ -1,8 +1,10 @@
-"""Single-stack transformers: embedding, blocks, head. GPT-2, Llama and BERT are settings of it.
+"""Transformers with a single stack: embedding, blocks, head. Configs make it GPT-2, Llama or BERT.
 
-The batch's attention mask makes it a decoder or an encoder. The model does not depend on ranks: `parallel` shards and
-wraps it from outside. A pipeline stage is a model with some of its parts removed; it runs what it has and returns the
-activations.
+The attention mask of the batch makes the model a decoder or an encoder. The model knows nothing about ranks:
+`dist_llm/parallel` shards and wraps it. A pipeline stage is a model from which the modules of the other stages were
+removed.
+
+Shape suffixes: B batch, S tokens, T keys, D d_model, V vocabulary, H heads.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
 from dist_llm.models.build_norm import build_norm
 from dist_llm.models.feedforward import ACTIVATIONS
-from dist_llm.models.positional_encoding import RelativeBias, SinusoidalEncoding, rotary_angles
+from dist_llm.models.positional_encoding import RelativeBias, SinusoidalEncoding, compute_rotary_angles
 from dist_llm.models.stochastic_depth import stochastic_depth_scale
 
 
@@ -29,7 +31,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, tokens: nn.Embedding | None = None) -> None:
         super().__init__()
-        # An encoder-decoder shares one token embedding.
+        # The encoder and the decoder of an encoder-decoder share the token embedding.
         self.tokens = tokens or nn.Embedding(round_up(config.vocab_size, config.vocab_multiple), config.d_model)
         self.positions: nn.Module | None = None
         if config.positions == "learned":
@@ -40,7 +42,7 @@ class Embedding(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
-        """Ids and positions [B, S] (positions may be [S]) -> [B, S, D]."""
+        """Token ids [B, S] and positions [B, S] or [S] -> [B, S, D]."""
         x_BSD = self.tokens(tokens_BS)
         if self.positions is not None:
             x_BSD = x_BSD + self.positions(positions_BS).to(x_BSD.dtype)
@@ -48,48 +50,52 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and logits; or, given targets, their loss summed per sequence.
+    """The final norm and the output projection. With targets, it computes the loss instead of the logits.
 
-    Evaluation uses the plain cross-entropy, whatever the training loss is. `terms` collects the terms of a training
-    loss.
+    Evaluation uses the cross-entropy without regularization. `terms` collects the terms of a regularized training loss.
     """
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy) -> None:
         super().__init__()
         self.vocab_size, self.softcap, self.loss = config.vocab_size, config.logit_cap, loss
-        self.terms = None if loss.is_plain else LossTerms()
+        self.terms = None if loss.is_unregularized else LossTerms()
         # With post-norm every block already ends with a norm.
         self.norm = build_norm(config) if config.norm_order == "pre" else nn.Identity()
         rows = round_up(config.vocab_size, config.vocab_multiple)
-        self.dense = MaskedDense(config) if config.head == "mlm" else None
+        self.dense = MLMTransform(config) if config.head == "mlm" else None
         self.bias = nn.Parameter(torch.empty(rows)) if config.head == "mlm" else None
         self.out = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
-        """[B, S, D] -> logits [B, S, V], or the losses' sums [B]. The padding rows of the head are left out."""
+        """[B, S, D] -> logits [B, S, V] or, with targets, losses summed per sequence, [B].
+
+        `tied_VD` is the token embedding if the head is tied to it. The padding rows of the head give no logits.
+        """
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
         if targets_BS is not None:
-            vocab_shard = VocabShard(self.vocab_size, 0, self.vocab_size)
-            loss, terms = self.loss_for_mode()
+            vocab_shard = VocabShard(self.vocab_size, first_token=0, num_tokens=self.vocab_size)
+            loss, terms = self.select_loss()
             return linear_cross_entropy(
-                self.pre_logits(x_BSD), weight_VD, self.bias, targets_BS, loss, self.softcap, vocab_shard, terms
+                self.compute_pre_logits(x_BSD), weight_VD, self.bias, targets_BS, loss, self.softcap, vocab_shard, terms
             )
         bias_V = None if self.bias is None else self.bias[: self.vocab_size]
-        return softcap(F.linear(self.pre_logits(x_BSD), weight_VD[: self.vocab_size], bias_V), self.softcap)
+        return apply_softcap(
+            F.linear(self.compute_pre_logits(x_BSD), weight_VD[: self.vocab_size], bias_V), self.softcap
+        )
 
-    def loss_for_mode(self) -> tuple[CrossEntropy, LossTerms | None]:
-        """Return the loss of training or evaluation, and the collector of its terms."""
+    def select_loss(self) -> tuple[CrossEntropy, LossTerms | None]:
+        """Return (the loss, the collector of its terms) for training or for evaluation."""
         return (self.loss, self.terms) if self.training else (CrossEntropy(), None)
 
-    def pre_logits(self, x_BSD: Tensor) -> Tensor:
+    def compute_pre_logits(self, x_BSD: Tensor) -> Tensor:
         """Return the vectors that are multiplied by the vocabulary matrix, [B, S, D]."""
         x_BSD = self.norm(x_BSD)
         return x_BSD if self.dense is None else self.dense(x_BSD)
 
 
-class MaskedDense(nn.Module):
-    """BERT's layer before its logits (Devlin et al. 2019 and its code)."""
+class MLMTransform(nn.Module):
+    """The layer that BERT has before its output projection (Devlin et al. 2019, and the code of BERT)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,15 +108,15 @@ class MaskedDense(nn.Module):
         return self.norm(self.activation(self.linear(x_BSD)))
 
 
-def softcap(logits: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(logits / cap): logits are bounded by `cap` (Gemma Team 2024, section 2)."""
+def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """Return cap * tanh(logits / cap), which is bounded by `cap` (Gemma Team 2024, section 2). None: no cap."""
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class Decoder(nn.Module):
-    """A single-stack transformer, built from the `model` section of a resolved config.
+    """A transformer with a single stack, built from the `model` section of a resolved config.
 
-    `is_first_stage` and `is_last_stage` are both true in a full model; see `trim_to_stage`.
+    `trim_to_stage` makes a pipeline stage of it. In a full model `is_first_stage` and `is_last_stage` are both true.
     """
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy | None = None) -> None:
@@ -121,19 +127,19 @@ class Decoder(nn.Module):
         self.relative: RelativeBias | None = None
         if config.positions == "relative":
             self.relative = RelativeBias(config, bidirectional=config.architecture == "encoder")
-        # Keyed by layer number, because a pipeline stage keeps the names of the full model.
+        # Keyed by layer number, so that the parameters of a pipeline stage have the same names as in the full model.
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.n_layers)})
         self.head: Head | None = Head(config, loss or CrossEntropy())
 
-    def trim_to_stage(self, layers: range, first: bool, last: bool) -> None:
-        """Remove all but these blocks; remove the embedding and the head unless this is the `first` or `last` stage.
+    def trim_to_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
+        """Remove all but these blocks; remove the embedding and the head unless this is the first or the last stage.
 
         The last stage keeps the token embedding if the head is tied to it.
         """
-        self.is_first_stage, self.is_last_stage = first, last
+        self.is_first_stage, self.is_last_stage = is_first, is_last
         for name in [name for name in self.blocks if int(name) not in layers]:
             del self.blocks[name]
-        self._trim_embedding(embeds=first, projects=last)
+        self._trim_embedding(embeds=is_first, projects=is_last)
 
     def _trim_embedding(self, embeds: bool, projects: bool) -> None:
         """Remove the embedding, unless this stage embeds tokens or projects on tied embeddings; remove an unused
@@ -153,16 +159,17 @@ class Decoder(nn.Module):
         positions_BS: Tensor | None = None,
         sample_hash_B: Tensor | None = None,
     ) -> Tensor:
-        """Token ids [B, S] -> logits [B, S, V]; or, given targets, their losses' sums per sequence, [B].
+        """Token ids [B, S] -> logits [B, S, V] or, with targets, losses summed per sequence, [B].
 
-        With a cache the tokens follow those in the cache. Positions default to 0, 1, 2, ..., or continue from the
-        cache. After the first stage `inputs` are activations [B, S, D]; before the last stage the result is.
-        `sample_hash_B` provides the random bits of stochastic depth.
+        With a cache, the tokens follow the cached tokens. Positions default to 0, 1, 2, ..., counted from the first
+        cached token. In a pipeline, stages after the first take activations [B, S, D], and stages before the last
+        return them. `sample_hash_B` provides the random bits of stochastic depth.
         """
-        past = cache.length if cache else 0
+        num_cached = cache.length if cache else 0
         if positions_BS is None:
-            positions_BS = torch.arange(past, past + inputs.shape[1], device=inputs.device)
-        mask = self._materialize_mask(mask, self.relative, (len(inputs), positions_BS.shape[-1]), past, inputs.device)
+            positions_BS = torch.arange(num_cached, num_cached + inputs.shape[1], device=inputs.device)
+        shape_BS = len(inputs), positions_BS.shape[-1]
+        mask = self._materialize_mask(mask, self.relative, shape_BS, num_cached, inputs.device)
         x_BSD = self.embed(inputs, positions_BS) if self.embed is not None and self.is_first_stage else inputs
         rotation = self._rotary_cos_sin(positions_BS)
         for layer, block in self._iter_blocks():
@@ -180,22 +187,26 @@ class Decoder(nn.Module):
     def _rotary_cos_sin(self, positions_BS: Tensor) -> RotaryCosSin | None:
         if self.config.positions != "rope":
             return None
-        angles = rotary_angles(positions_BS, self.config.head_dim, self.config.rope_theta)
+        angles = compute_rotary_angles(positions_BS, self.config.head_dim, self.config.rope_theta)
         return angles.cos(), angles.sin()
 
     def _materialize_mask(
-        self, mask: AttentionMask, relative: RelativeBias | None, rows: tuple[int, int], past: int, device: torch.device
+        self,
+        mask: AttentionMask,
+        relative: RelativeBias | None,
+        shape_BS: tuple[int, int],
+        num_cached: int,
+        device: torch.device,
     ) -> AttentionMask:
-        """Compute the mask of all layers once."""
-        B, S = rows
-        T = mask.num_keys or past + S
+        """Compute the mask for all layers. It includes the relative position bias if there is one."""
+        B, S = shape_BS
+        T = mask.num_keys or num_cached + S
         bias_HST = None
         if relative is not None:
             keys_T = torch.arange(T, device=device)
-            bias_HST = relative(
-                keys_T[T - S :] if mask.query_positions_BS is None else mask.query_positions_BS[0], keys_T
-            )
-        return materialize_mask(mask, (B, S, T), device, self._needs_dense_mask, bias_HST)
+            queries_S = keys_T[T - S :] if mask.query_positions_BS is None else mask.query_positions_BS[0]
+            bias_HST = relative(queries_S, keys_T)
+        return materialize_mask(mask, (B, S, T), device, dense=self._needs_dense_mask, bias_HST=bias_HST)
 
     @property
     def _needs_dense_mask(self) -> bool:
@@ -205,7 +216,6 @@ class Decoder(nn.Module):
     def _depth_scale(self, sample_hash_B: Tensor | None, layer: int) -> Tensor | None:
         if not (self.training and self.config.stochastic_depth) or sample_hash_B is None:
             return None
-        layers = self.config.n_layers + self.config.n_encoder_layers
-        return stochastic_depth_scale(sample_hash_B, layer, self.config.stochastic_depth * (layer + 1) / layers)[
-            :, None, None
-        ]
+        num_layers = self.config.n_layers + self.config.n_encoder_layers
+        rate = self.config.stochastic_depth * (layer + 1) / num_layers  # grows linearly with the depth of the layer
+        return stochastic_depth_scale(sample_hash_B, layer, rate)[:, None, None]

@@ -1,6 +1,9 @@
-"""Encoder-decoder models such as T5 and BART: the decoder attends to the encoder's output.
+"""Encoder-decoder models such as T5 and BART: the decoder attends to the encoder output.
 
-Blocks form one numbered list, the encoder's first, so that pipeline stages and wrappers treat it like a single stack.
+The blocks of the encoder and then those of the decoder form one numbered list. So pipeline stages and wrappers can
+treat the model like a single stack.
+
+Shape suffixes: B batch, S decoder tokens, T encoder tokens, D d_model, V vocabulary. `memory` is the encoder output.
 """
 
 import torch
@@ -17,34 +20,34 @@ from dist_llm.models.positional_encoding import RelativeBias
 
 
 class EncoderDecoder(Decoder):
-    """Both stacks share the token embedding, and so does a tied head."""
+    """An encoder-decoder transformer. The encoder, the decoder and a tied head share the token embedding."""
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy | None = None) -> None:
         super().__init__(config, loss)
         assert self.embed is not None
-        encoder = config.n_encoder_layers
+        num_encoder_layers = config.n_encoder_layers
         self.source_embed: Embedding | None = Embedding(config, self.embed.tokens)
         self.source_relative = RelativeBias(config, bidirectional=True) if self.relative is not None else None
         self.blocks = nn.ModuleDict(
-            {str(layer): Block(config, layer, cross=layer >= encoder) for layer in range(encoder + config.n_layers)}
+            {
+                str(layer): Block(config, layer, has_cross_attention=layer >= num_encoder_layers)
+                for layer in range(num_encoder_layers + config.n_layers)
+            }
         )
         self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
 
-    def trim_to_stage(self, layers: range, first: bool, last: bool) -> None:
-        """Trim as `Decoder.trim_to_stage` does.
-
-        The first stage embeds the encoder's tokens and keeps the token embedding for it.
-        """
-        super().trim_to_stage(layers, first, last)
+    def trim_to_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
+        """Trim as `Decoder.trim_to_stage` does. The first stage also keeps the embedding, for the encoder tokens."""
+        super().trim_to_stage(layers, is_first, is_last)
         if self.config.n_encoder_layers - 1 not in layers:
             self.source_norm = None
-        if not first:
+        if not is_first:
             self.source_embed = None
 
     def _trim_embedding(self, embeds: bool, projects: bool) -> None:
-        embed, encoder = self.embed, str(self.config.n_encoder_layers)
-        super()._trim_embedding(embeds=encoder in self.blocks, projects=projects)
-        if embeds:  # the first stage embeds the encoder's tokens
+        embed, first_decoder_layer = self.embed, str(self.config.n_encoder_layers)
+        super()._trim_embedding(embeds=first_decoder_layer in self.blocks, projects=projects)
+        if embeds:  # the first stage embeds the encoder tokens
             self.embed = embed
 
     def forward(  # type: ignore[override]
@@ -59,11 +62,11 @@ class EncoderDecoder(Decoder):
         encoder_input: EncoderInput | None = None,
         tokens_BS: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The decoder's ids [B, S] and the encoder's input -> logits [B, S, V], or the losses' sums [B].
+        """Decoder ids [B, S] and the encoder input -> logits [B, S, V] or, with targets, losses per sequence, [B].
 
-        After the first stage `inputs` are the encoder's activations [B, T, D], `x_BSD` the decoder's if it has begun,
-        and `tokens_BS` the decoder's ids. Before the last stage, these activations are the result. With a cache the
-        encoder runs once; after that `encoder_input` may be None.
+        In a pipeline, stages after the first take the activations of the encoder as `inputs` [B, T, D], those of the
+        decoder as `x_BSD` (None before its first block), and the decoder ids as `tokens_BS`. Stages before the last
+        return these activations. With a cache, only the first call needs `encoder_input`.
         """
         tokens_BS = inputs if self.is_first_stage else tokens_BS
         assert tokens_BS is not None
@@ -74,11 +77,11 @@ class EncoderDecoder(Decoder):
         if not decoder_blocks:
             assert memory_BTD is not None
             return memory_BTD
-        (B, S), past = tokens_BS.shape, cache.length if cache else 0
+        (B, S), num_cached = tokens_BS.shape, cache.length if cache else 0
         if positions_BS is None:
-            positions_BS = torch.arange(past, past + S, device=tokens_BS.device)
+            positions_BS = torch.arange(num_cached, num_cached + S, device=tokens_BS.device)
         memory_mask = FULL if encoder_input is None else self._materialize_memory_mask(mask, encoder_input, B, S)
-        mask = self._materialize_mask(mask, self.relative, (B, S), past, tokens_BS.device)
+        mask = self._materialize_mask(mask, self.relative, (B, S), num_cached, tokens_BS.device)
         if x_BSD is None:
             assert self.embed is not None
             x_BSD = self.embed(tokens_BS, positions_BS)
@@ -93,7 +96,7 @@ class EncoderDecoder(Decoder):
         return self._apply_head(x_BSD, targets_BS)
 
     def _encode(self, inputs: Tensor, encoder_input: EncoderInput, sample_hash_B: Tensor | None) -> Tensor:
-        """Run the encoder blocks that this stage holds, [B, T, D]."""
+        """Run the encoder blocks of this stage. Return the activations of the encoder, [B, T, D]."""
         B, T = encoder_input.tokens_BT.shape
         positions_BT = encoder_input.positions_BT
         if positions_BT is None:
@@ -106,7 +109,9 @@ class EncoderDecoder(Decoder):
             mask = self._materialize_mask(encoder_input.mask, self.source_relative, (B, T), 0, inputs.device)
             rotation = self._rotary_cos_sin(positions_BT)
             for layer, block in encoder_blocks:
-                x_BTD = block(x_BTD, rotation, mask, None, self._depth_scale(sample_hash_B, layer))
+                x_BTD = block(
+                    x_BTD, rotation, mask, cache=None, depth_scale_BS1=self._depth_scale(sample_hash_B, layer)
+                )
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
     def _materialize_memory_mask(
@@ -114,8 +119,8 @@ class EncoderDecoder(Decoder):
     ) -> AttentionMask:
         T = encoder_input.tokens_BT.shape[1]
         return materialize_mask(
-            mask.cross_attention_mask(encoder_input.mask, S),
+            mask.build_cross_attention_mask(encoder_input.mask, S),
             (B, S, T),
             encoder_input.tokens_BT.device,
-            self._needs_dense_mask,
+            dense=self._needs_dense_mask,
         )

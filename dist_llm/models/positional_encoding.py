@@ -1,7 +1,7 @@
-"""Positional encodings: rotary, sinusoidal, learned, or a learned bias per distance.
+"""Positional encodings: rotary, sinusoidal, and relative position biases. (Learned positions are in decoder.py.)
 
-All but the learned tables are computed from the positions in each step. There are no buffers, so a model built on the
-meta device needs nothing but its parameters.
+Rotary and sinusoidal encodings are computed from the positions in each step. There are no buffers, so a model that was
+built on the meta device needs nothing but its parameters.
 """
 
 import math
@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
 
-# E head dimension  F half of it  S queries  T keys  H heads
+# Shape suffixes: B batch, S tokens or queries, T keys, H heads, E head_dim, F = E / 2, D d_model.
 
 
-def rotary_angles(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Positions [..., S] -> angles [..., S, E/2], position * theta^(-2i/E) (Su et al. 2021, eq. 15)."""
+def compute_rotary_angles(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Positions [..., S] -> angles [..., S, F]: position * theta^(-2i/E) for i < F (Su et al. 2021, eq. 15)."""
     exponents_F = torch.arange(0, head_dim, 2, device=positions_S.device, dtype=torch.float32) / head_dim
     return positions_S.float()[..., None] * theta**-exponents_F
 
 
 def apply_rotary(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
-    """Rotate each pair (i, i + E/2) by its angle, in fp32. The pairs are Hugging Face's, not Meta's (2i, 2i + 1)."""
+    """Rotate each pair (i, i + F) of dimensions by its angle, in fp32.
+
+    Hugging Face uses the same pairs. The original code of Llama uses pairs (2i, 2i + 1).
+    """
     left, right = x_BSHE.to(torch.promote_types(x_BSHE.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = cos_BSF.unsqueeze(-2), sin_BSF.unsqueeze(-2)  # the same for all heads
     rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
@@ -29,7 +32,7 @@ def apply_rotary(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
 
 
 class SinusoidalEncoding(nn.Module):
-    """The fixed encoding of Vaswani et al. 2017, computed on use."""
+    """The fixed encoding of Vaswani et al. 2017, without a table."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
@@ -37,10 +40,10 @@ class SinusoidalEncoding(nn.Module):
 
     def forward(self, positions_S: Tensor) -> Tensor:
         """[..., S] -> [..., S, D]."""
-        return sinusoidal_encoding(positions_S, self.d_model)
+        return compute_sinusoidal_encoding(positions_S, self.d_model)
 
 
-def sinusoidal_encoding(positions_S: Tensor, d_model: int) -> Tensor:
+def compute_sinusoidal_encoding(positions_S: Tensor, d_model: int) -> Tensor:
     """Positions [..., S] -> [..., S, D]: sines in the even columns, cosines in the odd (Vaswani et al. 2017, 3.5)."""
     exponents = torch.arange(0, d_model, 2, device=positions_S.device, dtype=torch.float32) / d_model
     angles = positions_S.float()[..., None] * 10_000.0**-exponents
@@ -48,31 +51,29 @@ def sinusoidal_encoding(positions_S: Tensor, d_model: int) -> Tensor:
 
 
 class RelativeBias(nn.Module):
-    """A learned bias per head on the attention scores, by the distance of query and key (Raffel et al. 2020, 2.1)."""
+    """A learned bias on the attention scores, per head and distance of query and key (Raffel et al. 2020, 2.1)."""
 
     def __init__(self, config: ModelConfig, bidirectional: bool) -> None:
         super().__init__()
-        self.buckets, self.distance, self.bidirectional = (
-            config.relative_buckets,
-            config.relative_distance,
-            bidirectional,
-        )
+        self.num_buckets, self.max_distance = config.relative_buckets, config.relative_distance
+        self.bidirectional = bidirectional
         self.table = nn.Embedding(config.relative_buckets, config.n_heads)
 
     def forward(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
         """Positions of queries [S] and keys [T] -> biases [H, S, T]."""
-        return self.table(self.bucket(keys_T[None, :] - queries_S[:, None])).permute(2, 0, 1)
+        return self.table(self.compute_buckets(keys_T[None, :] - queries_S[:, None])).permute(2, 0, 1)
 
-    def bucket(self, ahead_ST: Tensor) -> Tensor:
-        """Distance from query to key, positive if the key is ahead -> row of the table.
+    def compute_buckets(self, offset_ST: Tensor) -> Tensor:
+        """Offset from query to key, positive if the key is after the query -> bucket (row of the table).
 
-        Near distances have a row each; far ones share rows of logarithmic width. If `bidirectional`, half of the rows
-        are for keys ahead; otherwise keys ahead count as distance 0.
+        Small distances have a bucket each; large distances share buckets of logarithmic width. If `bidirectional`, half
+        of the buckets are for keys after the query. Otherwise such keys count as distance 0.
         """
-        buckets = self.buckets // 2 if self.bidirectional else self.buckets
-        first_ST = (ahead_ST > 0) * buckets if self.bidirectional else 0
-        distance_ST = ahead_ST.abs() if self.bidirectional else (-ahead_ST).clamp(min=0)
-        near = buckets // 2
-        steps_ST = torch.log(distance_ST.clamp(min=1) / near) / math.log(self.distance / near) * (buckets - near)
-        far_ST = (near + steps_ST.long()).clamp(max=buckets - 1)
-        return first_ST + torch.where(distance_ST < near, distance_ST, far_ST)
+        num_buckets = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        first_bucket_ST = (offset_ST > 0) * num_buckets if self.bidirectional else 0
+        distance_ST = offset_ST.abs() if self.bidirectional else (-offset_ST).clamp(min=0)
+        num_exact = num_buckets // 2  # distances below this have their own bucket
+        log_ratio = math.log(self.max_distance / num_exact)
+        steps_ST = torch.log(distance_ST.clamp(min=1) / num_exact) / log_ratio * (num_buckets - num_exact)
+        shared_bucket_ST = (num_exact + steps_ST.long()).clamp(max=num_buckets - 1)
+        return first_bucket_ST + torch.where(distance_ST < num_exact, distance_ST, shared_bucket_ST)

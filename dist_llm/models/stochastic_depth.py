@@ -1,6 +1,6 @@
-"""Stochastic depth (Huang et al. 2016): in training a sample skips some layers.
+"""Stochastic depth (Huang et al. 2016): in training, each sample skips random layers.
 
-The choice is a pure function of the sample and the layer, so it is the same on every layout.
+The choice depends only on the sample and the layer, so it is the same on all layouts.
 """
 
 import torch
@@ -10,6 +10,6 @@ from dist_llm.counter_rng import splitmix64
 
 
 def stochastic_depth_scale(sample_hash_B: Tensor, layer: int, rate: float) -> Tensor:
-    """Return the factor of each row's sublayer outputs, [B]: 0 with probability `rate`, else 1 / (1 - rate)."""
+    """Return a factor for the sublayer outputs of each sample, [B]: 0 with probability `rate`, else 1 / (1 - rate)."""
     bits_B = (splitmix64(sample_hash_B ^ (layer << 32)) >> 40) & 0xFFFFFF
     return ((bits_B.float() + 0.5) * 2.0**-24 >= rate).to(torch.float32) / (1 - rate)

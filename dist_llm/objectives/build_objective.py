@@ -1,4 +1,7 @@
-"""Build the objective of a config: a function from token windows and sample ids to batches."""
+"""Build the training objective of a config: a function from token windows and sample ids to batches.
+
+Shape suffixes: B samples, W tokens of a window, S tokens of an example.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +29,7 @@ from dist_llm.objectives.causal_lm import make_causal_example
 from dist_llm.objectives.examples import BatchLayout, Example, TokenWindow, collate
 from dist_llm.objectives.fill_in_the_middle import make_fim_example
 from dist_llm.objectives.masked_lm import make_masked_example
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.objectives.prefix_lm import make_prefix_example
 from dist_llm.objectives.span_corruption import make_span_example
 
@@ -35,28 +38,25 @@ Windows = Sequence[npt.NDArray[Any] | TokenWindow] | npt.NDArray[Any]  # one win
 
 @dataclass(frozen=True)
 class Objective:
-    """The training objective.
+    """The training objective, or a mixture of several objectives (its components).
 
-    An example is a pure function of (window, seed, sample id), on every rank and after a resume.
+    An example depends only on (window, seed, sample id), so it is the same on all ranks and after a resume.
     """
 
     components: tuple[tuple[ObjectiveSpec, Lengths], ...]
-    vocabulary: Vocabulary
+    vocabulary: ObjectiveVocabulary
     layout: BatchLayout
-    inputs_len: int  # tokens of every example
-    encoder_len: int  # tokens of every encoder input; 0: there is no encoder
+    inputs_len: int  # tokens of an example, which is padded to this length
+    encoder_len: int  # tokens of an encoder input, which is padded to this length; 0: there is no encoder
     seed: int
 
     def __call__(
         self, windows: Windows, sample_ids_B: npt.NDArray[np.int64], component_ids_B: Sequence[int] = ()
     ) -> Batch:
-        """Build the batch of windows.
-
-        `component_ids_B` names each window's objective in a mixture; empty: the first.
-        """
+        """Build a batch from windows. `component_ids_B` has the component of each window; empty: the first."""
         ids_B = torch.from_numpy(sample_ids_B)
-        sample_hash_B = splitmix64(ids_B ^ self._seed_hash) if self.layout.sample_hashes else None
-        if self.is_plain_causal:
+        sample_hash_B = splitmix64(ids_B ^ self._seed_hash) if self.layout.has_sample_hashes else None
+        if self.is_causal_only:
             ids_BW = np.asarray(windows)
             inputs_BS, targets_BS = torch.from_numpy(ids_BW[:, :-1]), torch.from_numpy(ids_BW[:, 1:])
             num_valid_tokens = ids_BW.size - len(ids_BW)
@@ -70,27 +70,29 @@ class Objective:
 
     @cached_property
     def _seed_hash(self) -> torch.Tensor:
-        return splitmix64(torch.tensor(self.seed))  # computed once: it would take a third of the time of a small batch
+        return splitmix64(torch.tensor(self.seed))  # cached: it would take a third of the time to build a small batch
 
     @cached_property
-    def is_plain_causal(self) -> bool:
-        """Whether a batch consists of windows and their next tokens only."""
-        causal = all(spec.name == "causal" for spec, _ in self.components)
-        return causal and not (self.layout.document_mask or self.layout.prefix or self.layout.token_windows)
+    def is_causal_only(self) -> bool:
+        """Whether a batch has only windows and their next tokens: no masks, prefixes or padding."""
+        all_causal = all(spec.name == "causal" for spec, _ in self.components)
+        return all_causal and not (
+            self.layout.has_document_mask or self.layout.has_prefix or self.layout.uses_token_windows
+        )
 
     def build_example(self, window: npt.NDArray[Any] | TokenWindow, sample_id: int, component: int) -> Example:
-        """Build one example, padded to the length of all examples."""
-        spec, size = self.components[component]
+        """Build one example, padded to `inputs_len` and `encoder_len`."""
+        spec, lengths = self.components[component]
         rng = np.random.Generator(np.random.Philox(key=[self.seed, sample_id]))
-        example = self._apply_objective(window, rng, spec, size)
-        return example.pad(self.inputs_len, self.encoder_len, self.vocabulary.eot)
+        example = self._apply_objective(window, rng, spec, lengths)
+        return example.pad(self.inputs_len, self.encoder_len, filler=self.vocabulary.eot)
 
     def _apply_objective(
-        self, window: npt.NDArray[Any] | TokenWindow, rng: np.random.Generator, spec: ObjectiveSpec, size: Lengths
+        self, window: npt.NDArray[Any] | TokenWindow, rng: np.random.Generator, spec: ObjectiveSpec, lengths: Lengths
     ) -> Example:
         window = window if isinstance(window, TokenWindow) else TokenWindow(window)
-        if self.layout.document_mask and window.segment_ids_W is None and window.document_ids_W is None:
-            raise ValueError("a window without document ids: its reader must take them from the corpus's offsets")
+        if self.layout.has_document_mask and window.segment_ids_W is None and window.document_ids_W is None:
+            raise ValueError("a window without document ids: its reader must take them from the document offsets")
         is_encoder_decoder = self.encoder_len > 0
         match spec:
             case CausalSpec():
@@ -100,30 +102,27 @@ class Objective:
             case MaskedSpec():
                 return make_masked_example(window, rng, spec, self.vocabulary)
             case SpanSpec():
-                return make_span_example(window, rng, spec, size, self.vocabulary, is_encoder_decoder)
+                return make_span_example(window, rng, spec, lengths, self.vocabulary, is_encoder_decoder)
             case FIMSpec():
                 return make_fim_example(window, rng, spec, self.vocabulary)
 
 
-def build_objective(config: Config, vocabulary: Vocabulary, mask_prompts: bool = False) -> Objective:
-    """Build the objective of a resolved config.
-
-    With `mask_prompts` the corpus has prompts, whose tokens have no loss.
-    """
-    specs, sizes = config.objective.components, all_lengths(config)
+def build_objective(config: Config, vocabulary: ObjectiveVocabulary, mask_prompts: bool = False) -> Objective:
+    """Build the objective of a resolved config. `mask_prompts`: windows have loss masks that leave out prompts."""
+    specs, lengths_of_specs = config.objective.components, all_lengths(config)
     is_encoder_decoder = config.model.architecture == "encoder_decoder"
-    bidirectional = any(isinstance(spec, PrefixSpec | SpanSpec) and spec.see_prefix for spec in specs)
+    is_prefix_bidirectional = any(isinstance(spec, PrefixSpec | SpanSpec) and spec.see_prefix for spec in specs)
     layout = BatchLayout(
         causal=config.model.architecture != "encoder",
-        prefix=bidirectional and not is_encoder_decoder,
-        # Padding follows the text, so only bidirectional attention needs a mask against it.
-        document_mask=config.data.document_mask
+        has_prefix=is_prefix_bidirectional and not is_encoder_decoder,
+        # Padding follows the text, so causal attention needs no mask against it; bidirectional attention does.
+        has_document_mask=config.data.document_mask
         or config.data.windows == "packed"
         or (config.data.windows == "document" and config.model.architecture == "encoder"),
-        encoder_padding=is_encoder_decoder and any(spec.name == "prefix" for spec in specs),
-        sample_hashes=config.model.stochastic_depth > 0,
-        token_windows=mask_prompts or config.data.windows != "stream",
+        has_encoder_padding=is_encoder_decoder and any(spec.name == "prefix" for spec in specs),
+        has_sample_hashes=config.model.stochastic_depth > 0,
+        uses_token_windows=mask_prompts or config.data.windows != "stream",
     )
     encoder_len = config.data.seq_len if is_encoder_decoder else 0
-    components = tuple(zip(specs, sizes, strict=True))
+    components = tuple(zip(specs, lengths_of_specs, strict=True))
     return Objective(components, vocabulary, layout, inputs_len(config), encoder_len, config.run.seed)

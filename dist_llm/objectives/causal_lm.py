@@ -2,21 +2,21 @@
 
 import numpy as np
 
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.examples import Example, TokenWindow
 
 
 def make_causal_example(window: TokenWindow) -> Example:
-    """A window of S + 1 tokens -> S inputs and the S tokens that follow them.
+    """Build S inputs, and the S tokens that follow them as targets, from a window of S + 1 tokens.
 
-    In a stream, the first token of a document is predicted from the previous document. Packed segments do not predict
-    each other: the last token of a segment is no input, and its first token is no target.
+    In a window of consecutive text, the first token of a document is predicted from the previous document. Packed
+    segments do not predict each other: the last token of a segment is no input, and its first token is no target.
     """
-    tokens, documents = window.tokens_W.astype(np.int64), window.document_ids()
+    tokens, document_ids = window.tokens_W.astype(np.int64), window.get_document_ids()
     inputs, targets = tokens[:-1], tokens[1:]
     if window.loss_mask_W is not None:
-        targets = np.where(window.loss_mask_W[1:], targets, IGNORE)
+        targets = np.where(window.loss_mask_W[1:], targets, IGNORE_INDEX)
     if window.segment_ids_W is None:
-        return Example(inputs, targets, documents[:-1])
-    inside = documents[1:] == documents[:-1]
-    return Example(inputs[inside], targets[inside], documents[:-1][inside])
+        return Example(inputs, targets, document_ids[:-1])
+    is_same_segment = document_ids[1:] == document_ids[:-1]
+    return Example(inputs[is_same_segment], targets[is_same_segment], document_ids[:-1][is_same_segment])

@@ -1,4 +1,4 @@
-"""The token ids of an objective: the tokenizer's, and the special tokens and sentinels after them."""
+"""The token ids that a training objective uses: ids of the tokenizer, special tokens such as <mask>, and sentinels."""
 
 from dataclasses import dataclass, field
 
@@ -9,28 +9,28 @@ from dist_llm.config.lengths import SPECIALS
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The ids 0 to `num_tokenizer_ids` - 1 of a tokenizer, then those of SPECIALS, then the sentinels.
+class ObjectiveVocabulary:
+    """The ids 0 to `num_tokenizer_ids` - 1 belong to the tokenizer. The ids of SPECIALS and the sentinels follow.
 
-    `eot` is the end-of-document token. It is one of the tokenizer's ids.
+    A sentinel stands for a removed span in span corruption.
     """
 
     num_tokenizer_ids: int
-    eot: int
-    # One row per id. Column 0: the token begins inside a word. Column 1: it ends inside a word.
-    word_V2: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
+    eot: int  # end-of-document id, one of the ids of the tokenizer
+    # [V, 2], with a row per id of the tokenizer: whether its text begins inside a word, and whether it ends inside one.
+    word_edges_V2: npt.NDArray[np.bool_] | None = field(default=None, compare=False)
 
     def special_id(self, name: str) -> int:
-        """The id of one of SPECIALS."""
+        """Return the id of a special token, which SPECIALS lists by name."""
         return self.num_tokenizer_ids + SPECIALS.index(name)
 
-    def sentinel(self, number: int) -> int:
-        """The id of the sentinel of span `number`, from 0."""
-        return self.num_tokenizer_ids + len(SPECIALS) + number
+    def sentinel_id(self, span_index: int) -> int:
+        """Return the id of the sentinel for the span with this index, counted from 0."""
+        return self.num_tokenizer_ids + len(SPECIALS) + span_index
 
-    def describe(self, token: int) -> str | None:
-        """The name of an added id, such as `<mask>`; None for an id of the tokenizer."""
-        extra = token - self.num_tokenizer_ids
-        if extra < 0:
+    def describe_added_id(self, token: int) -> str | None:
+        """Return a name for an id that is not of the tokenizer, such as `<mask>`; None for an id of the tokenizer."""
+        index = token - self.num_tokenizer_ids
+        if index < 0:
             return None
-        return f"<{SPECIALS[extra]}>" if extra < len(SPECIALS) else f"<sentinel {extra - len(SPECIALS)}>"
+        return f"<{SPECIALS[index]}>" if index < len(SPECIALS) else f"<sentinel {index - len(SPECIALS)}>"

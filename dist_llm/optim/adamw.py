@@ -1,4 +1,7 @@
-"""AdamW: torch's on the local shards of DTensors, and one with bf16 moments, which saves 4 bytes per parameter."""
+"""Two variants of AdamW: torch's AdamW on the local shards of DTensors, and an AdamW with moments in bf16.
+
+bf16 moments save 4 bytes of optimizer state per parameter.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
@@ -9,7 +12,8 @@ from torch import Tensor, optim
 from dist_llm.compat import MappedAdamW
 from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 
-# A tensor -> this rank's shard of it, in the same memory; and the same with the shard's offset in the full tensor.
+# Functions from a tensor to the shard of this rank, which shares its memory. LocalWithOffset also returns the offset of
+# the shard in the full tensor.
 ToLocal = Callable[[Tensor], Tensor]
 LocalWithOffset = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
 
@@ -17,8 +21,8 @@ LocalWithOffset = Callable[[Tensor], tuple[Tensor, tuple[int, ...]]]
 class LocalAdamW(MappedAdamW):
     """torch's AdamW on the local shards of DTensors. The update is elementwise, so shards are independent.
 
-    Given DTensors, torch plans every operation on a list of them: the first step of eight ranks on three mesh
-    dimensions and two cores then takes tens of seconds, and every later step takes twice as long.
+    On DTensors themselves, torch plans each operation on a list of tensors. Measured with eight ranks, three mesh
+    dimensions and two cores, the first step takes tens of seconds, and later steps take twice as long.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *arguments: Any, to_local: ToLocal, **options: Any) -> None:
@@ -32,9 +36,9 @@ class LocalAdamW(MappedAdamW):
 class BF16AdamW(optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), computed in fp32, with moments stored in bf16.
 
-    Moments are rounded stochastically, so they are right on average. With rounding to nearest, a second moment would
-    stop changing as soon as a step changes it by less than 1/512. The random bits are a function of the parameter's
-    name, the element and the step, so all layouts and resumed runs round alike.
+    Stochastic rounding keeps the moments unbiased. With rounding to nearest, a second moment would stop changing when
+    the relative change of a step is below 1/512. The random bits depend only on the parameter name, the element and the
+    step, so all layouts and resumed runs round equally.
     """
 
     moment_dtypes: ClassVar = {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16}
@@ -56,9 +60,9 @@ class BF16AdamW(optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group)
+                    self._update_parameter(parameter, parameter.grad, group)
 
-    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_parameter(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
@@ -71,16 +75,17 @@ class BF16AdamW(optim.Optimizer):
         )
         (beta1, beta2), lr = group["betas"], group["lr"]
         key = (step.long() << 40) ^ hash64(self.names[parameter])
-        for rows, elements in iter_element_ids(weights, parameter.shape, offset):
+        for rows, element_ids in iter_element_ids(weights, parameter.shape, offset):
             m = exp_avg[rows].float().lerp_(gradient[rows], 1 - beta1)
             v = exp_avg_sq[rows].float().mul_(beta2).addcmul_(gradient[rows], gradient[rows], value=1 - beta2)
-            bits = splitmix64(elements ^ key)
+            bits = splitmix64(element_ids ^ key)
             exp_avg[rows], exp_avg_sq[rows] = stochastic_round_bf16(m, bits), stochastic_round_bf16(v, bits >> 16)
             denominator = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
             weights[rows].mul_(1 - lr * group["weight_decay"]).addcdiv_(m.div_(1 - beta1**step), denominator, value=-lr)
 
 
 def stochastic_round_bf16(values: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to bf16. The lower 16 of the random `bits` decide between the two neighbours, without bias."""
+    """Round fp32 to bf16 without bias. The lower 16 of the random `bits` decide whether to round up or down."""
     rounded = ((values.view(torch.int32) + (bits & 0xFFFF).int()) & -0x10000).view(torch.float32)
-    return torch.where(values.isfinite(), rounded, values).bfloat16()  # a GPU's NaN has all bits set and would overflow
+    # Leave out NaN: on a GPU all its bits are set, and the addition would overflow.
+    return torch.where(values.isfinite(), rounded, values).bfloat16()

@@ -1,4 +1,4 @@
-"""Build the optimizer from the config: weight-decay groups, and which update each parameter gets."""
+"""Build the optimizer of a config, with its parameter groups: weight decay, no weight decay, Muon."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,12 +13,12 @@ from dist_llm.sharded import full_shape
 
 
 def identity(tensor: Tensor) -> Tensor:
-    """Return the tensor itself: the `ToLocal` of plain tensors."""
+    """Return the tensor itself. This is the `ToLocal` for tensors that are not sharded."""
     return tensor
 
 
 def zero_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Return the tensor and a zero offset: the `LocalWithOffset` of plain tensors."""
+    """Return the tensor and a zero offset. This is the `LocalWithOffset` for tensors that are not sharded."""
     return tensor, (0,) * tensor.ndim
 
 
@@ -29,10 +29,10 @@ def build_optimizer(
     local_with_offset: LocalWithOffset = zero_offset,
     orthogonalize_fn: Orthogonalize = orthogonalize,
 ) -> optim.Optimizer:
-    """Build AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD, or Muon for matrices with AdamW for the rest.
+    """Build AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD, or Muon for matrices with AdamW for other parameters.
 
-    `to_local` and `local_with_offset` give this rank's shard of a DTensor. With `to_local=None` all parameters are
-    plain tensors and torch's own optimizers are used. `orthogonalize_fn` gets the updates of all of Muon's matrices.
+    `to_local` and `local_with_offset` return the shard of this rank of a DTensor. `to_local=None`: no parameter is a
+    DTensor, so torch's own optimizers can be used. `orthogonalize_fn` orthogonalizes the momenta of Muon.
     """
     parameters = list(parameters)
     muon_params = select_muon_params(parameters) if config.name == "muon" else {}
@@ -68,20 +68,20 @@ def build_optimizer(
 def split_weight_decay(
     config: OptimKeys, parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return (parameters with weight decay, parameters without).
+    """Return (parameters with weight decay, parameters without weight decay).
 
-    Norms and biases are never decayed; these are the vectors. Embeddings are decayed if the config says so. Their names
-    start with `embed` or `relative`, after `source_` in an encoder. A tied head counts as an embedding.
+    Vectors (norms and biases) have no weight decay. Embeddings have weight decay if `decay_embeddings` is set. They are
+    named `embed.*` or `relative.*`, in an encoder with the prefix `source_`. A tied head is an embedding.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in parameters:
-        is_table = name.removeprefix("source_").startswith(("embed.", "relative."))
-        is_exempt = is_table and not config.decay_embeddings
-        (no_decay if len(full_shape(parameter)) < 2 or is_exempt else decay).append(parameter)
+        is_embedding = name.removeprefix("source_").startswith(("embed.", "relative."))
+        is_exempt_embedding = is_embedding and not config.decay_embeddings
+        (no_decay if len(full_shape(parameter)) < 2 or is_exempt_embedding else decay).append(parameter)
     return decay, no_decay
 
 
 def select_muon_params(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Return the matrices of the blocks, which Muon updates. Embeddings and the head are left to AdamW."""
+    """Return the parameters that Muon updates: the matrices of the blocks. AdamW updates embeddings and the head."""
     return {name: parameter for name, parameter in parameters if name.startswith("blocks.") and parameter.ndim == 2}

@@ -23,17 +23,19 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def clip_grads_(gradients: Sequence[Tensor], norm_before: Tensor, max_norm: float, loss_scale: float = 1.0) -> None:
-    """Multiply all gradients by max_norm / (norm + 1e-6) if that is below 1, without a device sync.
+    """Multiply all gradients by min(1, max_norm / (norm_before + 1e-6)) / loss_scale, without a device sync.
 
-    If the gradients carry a `loss_scale`, they are unscaled in the same pass. `norm_before` is the unscaled norm.
+    `norm_before` is the norm of the gradients without the loss scale.
     """
     foreach_mul_(list(gradients), (max_norm / (norm_before + 1e-6)).clamp(max=1.0) / loss_scale)
 
 
 def _norm_on_cpu(gradient: Tensor) -> Tensor:
-    """Compute the norm by rows. torch's CPU kernel sums all squares sequentially, with an error of 1e-5 at a million
-    elements."""
+    """Return the norm, computed in rows of ROW_ELEMENTS.
+
+    The CPU kernel of torch adds all squares sequentially. Its relative error reaches 1e-5 at a million elements.
+    """
     flat = gradient.reshape(-1)
-    end = len(flat) // ROW_ELEMENTS * ROW_ELEMENTS  # of the full rows
-    rows = torch.linalg.vector_norm(flat[:end].view(-1, ROW_ELEMENTS), dim=1)
-    return torch.linalg.vector_norm(torch.cat((rows, flat[end:])))
+    full_rows_end = len(flat) // ROW_ELEMENTS * ROW_ELEMENTS
+    row_norms = torch.linalg.vector_norm(flat[:full_rows_end].view(-1, ROW_ELEMENTS), dim=1)
+    return torch.linalg.vector_norm(torch.cat((row_norms, flat[full_rows_end:])))

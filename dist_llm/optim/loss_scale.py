@@ -1,6 +1,6 @@
-"""The dynamic loss scale of fp16 (Micikevicius et al. 2018, 3.2).
+"""The dynamic loss scale of fp16 training (Micikevicius et al. 2018, 3.2).
 
-Without it small gradients would underflow to zero.
+It keeps small gradients from underflowing to zero.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,18 @@ GROWTH_STEPS = 2000  # consecutive finite steps after which the scale doubles
 
 @dataclass
 class LossScale:
-    """The loss is multiplied by `value` before backward. Both numbers are saved in the checkpoint."""
+    """The factor of the loss before backward, and the steps since its last change. Checkpoints have both fields."""
 
     value: float = 2.0**16
-    good_steps: int = 0
+    good_steps: int = 0  # consecutive steps with finite gradients
 
-    def update(self, finite: bool) -> None:
-        """Halve after a step with overflow, which is skipped. Double after GROWTH_STEPS finite steps."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
+    def update(self, is_finite: bool) -> None:
+        """Update the scale after a step whose gradients are finite or not.
+
+        Halve the scale after an overflow. Double it after GROWTH_STEPS consecutive finite steps.
+        """
+        self.good_steps = self.good_steps + 1 if is_finite else 0
+        if not is_finite:
             self.value = max(1.0, self.value / 2)
         elif self.good_steps == GROWTH_STEPS:
             self.value, self.good_steps = self.value * 2, 0

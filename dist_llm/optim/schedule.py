@@ -1,4 +1,4 @@
-"""The learning-rate schedule, a pure function of the step."""
+"""The learning-rate schedule: the learning rate as a function of the step."""
 
 import math
 
@@ -14,11 +14,13 @@ from dist_llm.config.optim_sections import (
 
 
 def learning_rate(optim: OptimKeys, schedule: ScheduleConfig, step: int) -> float:
-    """Return the learning rate of update `step`, counted from 1. T_w is warmup_steps, T_c is decay_steps.
+    """Return the learning rate of update `step`, counted from 1.
 
-    step < T_w: step * lr / T_w. After that, by name: cosine and linear decay to the floor at T_c and stay there;
-    inverse_sqrt is lr * sqrt(T_w / step) (Vaswani et al. 2017, 5.3); wsd holds lr and decays linearly over the last
-    decay_fraction of T_c (Hu et al. 2024); constant holds lr.
+    During warm-up (step < warmup_steps) it is lr * step / warmup_steps. After that it depends on the schedule:
+    cosine, linear: decay to lr * min_ratio at decay_steps, and stay there.
+    inverse_sqrt: lr * sqrt(warmup_steps / step) (Vaswani et al. 2017, 5.3), but at least lr * min_ratio.
+    wsd: stay at lr, then decay linearly over the last decay_fraction of decay_steps (Hu et al. 2024).
+    constant: stay at lr.
     """
     peak, warmup = optim.lr, schedule.warmup_steps
     if step < warmup:

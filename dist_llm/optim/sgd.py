@@ -11,7 +11,7 @@ from dist_llm.optim.adamw import ToLocal
 
 
 class LocalSGD(optim.SGD):
-    """torch's SGD on the local shards, for the reason that `LocalAdamW` gives."""
+    """torch's SGD on the local shards of DTensors. `LocalAdamW` explains why."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, momentum: float, to_local: ToLocal) -> None:
         super().__init__(groups, lr=lr, momentum=momentum, foreach=True)
@@ -24,7 +24,7 @@ class LocalSGD(optim.SGD):
             buffers: list[Tensor | None] = [None] * len(parameters)
             if group["momentum"]:
                 for parameter in parameters:
-                    # A buffer of zeros equals the gradient after the first step, as torch's own first buffer does.
+                    # After the first step this buffer equals the gradient, as in torch, which starts without a buffer.
                     self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 buffers = [self.to_local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
             options = {key: group[key] for key in ("weight_decay", "momentum", "lr", "dampening", "nesterov")}

@@ -34,7 +34,7 @@ def shard_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
         return batch
     batch = batch.to(
         batch.inputs_BS.device
-    )  # converts ids to int64, because unsigned ids cannot be compared with IGNORE
+    )  # converts ids to int64, because unsigned ids cannot be compared with IGNORE_INDEX
     B, S = batch.inputs_BS.shape
     indices_BS = torch.arange(S).expand(B, S)
     positions_BS = batch.positions_BS if batch.positions_BS is not None else indices_BS

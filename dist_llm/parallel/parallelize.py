@@ -7,7 +7,7 @@ from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import init_param_, init_rule
+from dist_llm.models.init import get_init_rule, init_param_
 from dist_llm.parallel.activation_checkpoint import checkpoint_blocks, compile_blocks
 from dist_llm.parallel.async_tp import enable_async_tp
 from dist_llm.parallel.context_parallel import apply_context_parallel
@@ -59,7 +59,7 @@ def init_parameters(model: Decoder, config: Config) -> None:
     """Initialize each parameter, or its shard on this rank, as a function of (seed, name, element index)."""
     for name, parameter in model.named_parameters():
         shard, offset = local_with_offset(parameter.detach())
-        rule = init_rule(name, parameter.shape, config.model)
+        rule = get_init_rule(name, parameter.shape, config.model)
         init_param_(shard, name, rule, config.run.seed, parameter.shape, offset)
 
 
@@ -75,6 +75,6 @@ def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
     for stage in local_stages:
         with torch.device("meta"):
             model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
-        model_part.trim_to_stage(layers[stage], first=stage == 0, last=stage == num_stages - 1)
+        model_part.trim_to_stage(layers[stage], is_first=stage == 0, is_last=stage == num_stages - 1)
         model_parts.append(model_part)
     return model_parts

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from dist_llm.compat import build_dtensor, copy_dtensor_spec
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import CrossAttention
-from dist_llm.models.decoder import Decoder, Head, softcap
+from dist_llm.models.decoder import Decoder, Head, apply_softcap
 from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective, reduce_scatter
 from dist_llm.sharded import to_local
 
@@ -218,15 +218,15 @@ class VocabParallelHead(Head):
 
     def forward(self, x_BTD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """Return the losses, [B], or without targets all logits, [B, S, V]; the same on every rank."""
-        x_BSD = self.region.all_gather_sequence(self.pre_logits(x_BTD))
+        x_BSD = self.region.all_gather_sequence(self.compute_pre_logits(x_BTD))
         weight_VD = tied_VD if self.out is None else self.out.weight
         assert weight_VD is not None
         weight_WD, bias_W = _local_param(weight_VD), None if self.bias is None else _local_param(self.bias)
         if targets_BS is not None:
             vocab_shard = self._build_vocab_shard(weight_WD)
-            loss, terms = self.loss_for_mode()
+            loss, terms = self.select_loss()
             return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.softcap, vocab_shard, terms)
-        logits_BSW = softcap(F.linear(x_BSD, weight_WD, bias_W), self.softcap)
+        logits_BSW = apply_softcap(F.linear(x_BSD, weight_WD, bias_W), self.softcap)
         logits_BSV = DTensor.from_local(logits_BSW, self.region.mesh, (Shard(2),), run_check=False).full_tensor()
         return logits_BSV[..., : self.vocab_size]
 

@@ -27,12 +27,12 @@ from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.token_files import TokenFileScan, check_size, locate_data_file, read_header
 from dist_llm.text.tokenizer import Tokenizer
 
-NO_EOT = -1  # the tokenizer has no id that ends a document; no id is -1
-HINT = "Check the URL, the network and your credentials."
+NO_EOT = -1  # stands for the end-of-document id if the tokenizer has none; real ids are never negative
+REMOTE_HINT = "Check the URL, the network and your credentials."
 
 
-def adopt(options: AdoptOptions, stream: TextIO | None = None) -> Manifest:
-    """Build the corpus that `options` describe. Print progress and a summary to `stream` (default: stderr).
+def adopt(options: AdoptOptions, log_stream: TextIO | None = None) -> Manifest:
+    """Build the corpus that `options` describe. Print progress and a summary to `log_stream` (default: stderr).
 
     Raises DataError for each error that the user can fix: options, files, ids, tokenizer, `OUT`, a full disk.
     """
@@ -40,44 +40,44 @@ def adopt(options: AdoptOptions, stream: TextIO | None = None) -> Manifest:
     tokenizer = build_tokenizer(options.tokenizer, options.split_pattern, lambda: ())
     out = Path(os.path.realpath(options.out))
     try:
-        with ProgressMeter(stream or sys.stderr, _sum_sizes(options), "checking") as meter:
+        with ProgressMeter(log_stream or sys.stderr, _sum_file_bytes(options), activity="checking") as meter:
             with create_atomically(out, shared=True) as partial:
                 partial.mkdir(parents=True)
                 run = _AdoptRun(options, tokenizer, partial, meter)
                 manifest = run.write_corpus()
             _print_summary(options, manifest, meter, sorted(run.files_with_leading_eot))
     except OSError as error:
-        where, why = error.filename or out, error.strerror or error
-        raise DataError(f"{where}: cannot be written: {why}. Nothing of this run was saved.") from None
+        path, reason = error.filename or out, error.strerror or error
+        raise DataError(f"{path}: cannot be written: {reason}. Nothing of this run was saved.") from None
     return manifest
 
 
 def _check_options(options: AdoptOptions) -> None:
-    typed = options.format == "bin"
+    is_bin = options.format == "bin"
     rules = (
         (bool(options.data), "--data: give at least one file"),
         (options.workers >= 1, "--workers: must be at least 1"),
         (not options.tokenizer.startswith("bpe:"), f"--tokenizer {options.tokenizer}: give the one that made the ids"),
-        (typed or options.dtype is None, f"--dtype: {options.format} files store their dtype; leave the option out"),
-        (not typed or options.dtype is not None, "--dtype: required, because bin files do not store their dtype"),
+        (is_bin or options.dtype is None, f"--dtype: {options.format} files store their dtype; leave the option out"),
+        (not is_bin or options.dtype is not None, "--dtype: required, because bin files do not store their dtype"),
         (
             options.eot_position is None or options.format != "megatron",
             "--eot-position: the .idx of a megatron file has the document boundaries; leave the option out",
         ),
         (not options.out.exists(), f"{options.out}: exists. Choose another --out, or remove it first."),
     )
-    for holds, rule in rules:
-        if not holds:
-            raise DataError(rule)
+    for is_satisfied, message in rules:
+        if not is_satisfied:
+            raise DataError(message)
 
 
-def _sum_sizes(options: AdoptOptions) -> int | None:
+def _sum_file_bytes(options: AdoptOptions) -> int | None:
     """Return the size of all files in bytes, or None if a file is remote."""
     locations = [locate_data_file(options.format, location) for location in (*options.data, *options.heldout)]
-    return None if any(map(is_remote, locations)) else sum(map(_get_size, locations))
+    return None if any(map(is_remote, locations)) else sum(map(_get_file_bytes, locations))
 
 
-def _get_size(location: str) -> int:
+def _get_file_bytes(location: str) -> int:
     try:
         return as_path(location).stat().st_size
     except OSError as error:
@@ -85,37 +85,42 @@ def _get_size(location: str) -> int:
 
 
 class _AdoptRun:
-    """One pass over the files in a pool of threads. Hashing and numpy release the GIL."""
+    """Scans all files once, in a pool of threads, and writes the corpus. Hashing and numpy release the GIL."""
 
     def __init__(self, options: AdoptOptions, tokenizer: Tokenizer, directory: Path, meter: ProgressMeter) -> None:
         self.options, self.tokenizer, self.directory, self.meter = options, tokenizer, directory, meter
-        self.text_bytes = np.zeros(tokenizer.vocab_size, np.uint16)
-        for token, text in tokenizer.token_bytes().items():
-            self.text_bytes[token] = len(text)
+        self.text_bytes_of_id = np.zeros(tokenizer.vocab_size, np.uint16)
+        for token, text in tokenizer.get_token_bytes().items():
+            self.text_bytes_of_id[token] = len(text)
         self._lock, self._bytes_read, self._num_documents = Lock(), 0, 0
-        default = "start" if options.format == "llmc" else "end"
-        self._eot_at_start = (options.eot_position or default) == "start"
+        default_position = "start" if options.format == "llmc" else "end"
+        self._eot_at_start = (options.eot_position or default_position) == "start"
         self._has_document_bounds = False  # whether any file has document boundaries
         self.files_with_leading_eot: list[str] = []  # probably a wrong --eot-position
 
     def write_corpus(self) -> Manifest:
         """Write the tokenizer and the document offsets, then the manifest."""
         self.tokenizer.save(self.directory)
-        work: list[tuple[Split, int, str]] = [("train", *each) for each in enumerate(self.options.data)]
-        work += [("heldout", *each) for each in enumerate(self.options.heldout)]
+        files: list[tuple[Split, int, str]] = []
+        files += [("train", index, location) for index, location in enumerate(self.options.data)]
+        files += [("heldout", index, location) for index, location in enumerate(self.options.heldout)]
         pool = ThreadPoolExecutor(self.options.workers)
         try:
-            done = list(pool.map(lambda each: self._adopt_file(*each), work))
+            adopted_files = list(pool.map(lambda file: self._adopt_file(*file), files))
         finally:
             pool.shutdown(cancel_futures=True)
         manifest = Manifest(
-            dtype=self._check_same_dtype([(shard.file, dtype) for shard, dtype in done]),
+            dtype=self._check_same_dtype([(shard.file, dtype) for shard, dtype in adopted_files]),
             vocab_size=self.tokenizer.vocab_size,
             tokenizer_sha256=self.tokenizer.sha256,
             source=(f"{ADOPTED}{self.options.format} files",),
             shards={
-                s: tuple(shard for (split, *_), (shard, _) in zip(work, done, strict=True) if split == s)
-                for s in SPLITS
+                split: tuple(
+                    shard
+                    for (file_split, *_), (shard, _) in zip(files, adopted_files, strict=True)
+                    if file_split == split
+                )
+                for split in SPLITS
             },
             document_bounds=self._has_document_bounds,
         )
@@ -123,50 +128,59 @@ class _AdoptRun:
         return manifest
 
     def _check_same_dtype(self, files: list[tuple[str, DType]]) -> DType:
-        (first, dtype), *rest = files
-        for location, other in rest:
-            if other != dtype:
+        (first_location, first_dtype), *other_files = files
+        for location, dtype in other_files:
+            if dtype != first_dtype:
                 raise DataError(
-                    f"{location}: ids of {other}, but those of {first} are {dtype}. All files of a corpus need one "
-                    "dtype: adopt them as two corpora, or convert one kind."
+                    f"{location}: ids of {dtype}, but those of {first_location} are {first_dtype}. All files of a "
+                    "corpus need one dtype: adopt them as two corpora, or convert one kind."
                 )
-        return dtype
+        return first_dtype
 
-    def _adopt_file(self, split: Split, number: int, argument: str) -> tuple[Shard, DType]:
-        location = locate_data_file(self.options.format, argument)
+    def _adopt_file(self, split: Split, shard_index: int, file_argument: str) -> tuple[Shard, DType]:
+        """Scan one file and write its document offsets. Return its manifest entry and the dtype of its ids."""
+        location = locate_data_file(self.options.format, file_argument)
         if not is_remote(location):
             location = os.path.abspath(as_path(location))
-            ids, digest = self._scan_file(location)
+            scan, sha256_digest = self._scan_file(location)
         else:
-            ids, digest = urls.with_retries(location, lambda: self._scan_file(location), lambda: HINT)
-        starts = ids.compute_starts(self._eot_at_start)
-        offsets = f"{split}-{number:05d}.offsets"
-        write_durably(self.directory / offsets, starts.astype("<u8").tobytes())
+            scan, sha256_digest = urls.with_retries(location, lambda: self._scan_file(location), lambda: REMOTE_HINT)
+        starts = scan.compute_starts(self._eot_at_start)
+        offsets_file = f"{split}-{shard_index:05d}.offsets"
+        write_durably(self.directory / offsets_file, starts.astype("<u8").tobytes())
         with self._lock:
             self._num_documents += len(starts)
-            self._has_document_bounds |= ids.has_document_bounds
-            if ids.has_leading_eot and not self._eot_at_start:
+            self._has_document_bounds |= scan.has_document_bounds
+            if scan.has_leading_eot and not self._eot_at_start:
                 self.files_with_leading_eot.append(location)
-        shard = Shard(location, ids.tokens, len(starts), ids.text_bytes, digest, ids.header.skip_bytes, offsets)
-        return shard, ids.header.dtype
+        shard = Shard(
+            file=location,
+            tokens=scan.num_tokens,
+            documents=len(starts),
+            text_bytes=scan.text_bytes,
+            sha256=sha256_digest,
+            skip_bytes=scan.header.skip_bytes,
+            offsets=offsets_file,
+        )
+        return shard, scan.header.dtype
 
     def _scan_file(self, location: str) -> tuple[TokenFileScan, str]:
         """Read a file; check and count its ids. Return (the scan, SHA-256). Raises RemoteError if a URL fails."""
-        stream, digest = _iter_blocks(location), sha256()
-        head = next(stream, b"")
-        header = read_header(self.options.format, location, head, self.options.dtype, _read_all)
+        blocks, digest = _iter_blocks(location), sha256()
+        first_block = next(blocks, b"")
+        header = read_header(self.options.format, location, first_block, self.options.dtype, _read_all)
         if not is_remote(location):
-            check_size(location, header, _get_size(location))  # before the long pass over the content
+            check_size(location, header, _get_file_bytes(location))  # fail before the long pass over the content
         eot = NO_EOT if self.tokenizer.eot is None else self.tokenizer.eot
-        ids = TokenFileScan(location, header, eot, self.text_bytes)
-        for block in chain([head], stream):
+        scan = TokenFileScan(location, header, eot, self.text_bytes_of_id)
+        for block in chain([first_block], blocks):
             digest.update(block)
-            ids.add(block)
+            scan.add(block)
             with self._lock:
                 self._bytes_read += len(block)
                 self.meter.update(self._bytes_read, self._bytes_read, self._num_documents)
-        ids.check()
-        return ids, digest.hexdigest()
+        scan.check()
+        return scan, digest.hexdigest()
 
 
 def _iter_blocks(location: str) -> Iterator[bytes]:
@@ -190,19 +204,20 @@ def _read_all(location: str) -> bytes:
 def _print_summary(
     options: AdoptOptions, manifest: Manifest, meter: ProgressMeter, files_with_leading_eot: list[str]
 ) -> None:
-    tokens, texts, documents = (
-        sum(measure(split) for split in SPLITS)
-        for measure in (manifest.tokens, manifest.text_bytes, manifest.documents)
+    num_tokens, text_bytes, num_documents = (
+        sum(count(split) for split in SPLITS)
+        for count in (manifest.count_tokens, manifest.count_text_bytes, manifest.count_documents)
     )
     shards = [shard for split in SPLITS for shard in manifest.shards[split]]
     meter.print_line(
-        f"adopted into {options.out}: {len(shards)} files, {documents:,} documents, {tokens:,} tokens of "
-        f"{manifest.vocab_size:,} ids, {texts / tokens:.2f} bytes per token, "
-        f"{manifest.tokens('heldout') / tokens:.2%} held out, {meter.seconds:.1f} s"
+        f"adopted into {options.out}: {len(shards)} files, {num_documents:,} documents, {num_tokens:,} tokens of "
+        f"{manifest.vocab_size:,} ids, {text_bytes / num_tokens:.2f} bytes per token, "
+        f"{manifest.count_tokens('heldout') / num_tokens:.2%} held out, {meter.seconds:.1f} s"
     )
-    if single := [shard.file for shard in shards if shard.documents == 1]:
+    if single_document_files := [shard.file for shard in shards if shard.documents == 1]:
         meter.print_line(
-            f"  {len(single)} of the files are a single document, such as {single[0]}: do they have <|endoftext|>?"
+            f"  {len(single_document_files)} of the files are a single document, such as {single_document_files[0]}: "
+            "do they have <|endoftext|>?"
         )
     if not manifest.has_document_bounds:
         meter.print_line(

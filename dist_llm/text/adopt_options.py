@@ -13,8 +13,8 @@ EOT_POSITIONS = ("start", "end")
 DTYPES = ("uint16", "int16", "uint32", "int32")
 
 EPILOG = """\
-Nothing is copied: the new directory contains a manifest that points at the files, the tokenizer, and the offsets of
-documents. If you move or change a file, adopt again.
+No file is copied: the new directory contains a manifest that points at the files, the tokenizer, and the document
+offsets. If you move or change a file, adopt it again.
 
 examples:
   # Megatron-LM: mix_text_document.bin and its .idx
@@ -23,10 +23,10 @@ examples:
   # nanoGPT
   dist-llm adopt --format bin --dtype uint16 --data train.bin --heldout val.bin --tokenizer gpt2 --out data/owt
 
-  # nanoGPT with an id for each character
+  # nanoGPT with character-level ids
   dist-llm adopt --format bin --dtype uint16 --data train.bin --tokenizer meta.pkl --out data/chars
 
-  # llm.c's FineWeb, a hundred files
+  # FineWeb in the format of llm.c, many files
   dist-llm adopt --format llmc --data fineweb_train_*.bin --heldout fineweb_val_*.bin --tokenizer gpt2 --out data/fw
 
   # remote files: read once now, and fetched again when training needs them
@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=FORMATS,
         required=True,
-        help="megatron: .bin with its .idx beside it; npy: flat arrays; bin: only ids (nanoGPT, OLMo); llmc: llm.c's",
+        help="megatron: X.bin beside X.idx; npy: one-dimensional arrays; bin: ids without a header (nanoGPT, OLMo); "
+        "llmc: the token files of llm.c",
     )
     add(
         "--data",
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="files or URLs of training tokens, in their order",
+        help="files or URLs of training tokens, in the order of the corpus",
     )
     add(
         "--heldout",
@@ -74,26 +75,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="files or URLs of held-out tokens (default: none, so there is no evaluation)",
+        help="files or URLs of held-out tokens (default: none; training then runs no evaluation)",
     )
     add(
         "--tokenizer",
         required=True,
-        help="the tokenizer of the ids: as for prepare, except bpe:N, because there is no text to train on",
+        help="the tokenizer that made the ids: any value that prepare accepts, except bpe:N",
     )
-    add("--split-pattern", help="as for prepare")
-    add("--dtype", choices=DTYPES, help="type of the ids, little-endian; only for --format bin, other formats store it")
+    add("--split-pattern", help="the pattern that splits text before merging, as for prepare")
+    add("--dtype", choices=DTYPES, help="type of the little-endian ids; only for --format bin: other formats store it")
     add(
         "--eot-position",
         choices=EOT_POSITIONS,
-        help="the position of <|endoftext|> in a document (default: start for llmc, end for npy and bin; an index of "
-        "megatron contains it)",
+        help="whether <|endoftext|> is the first or the last token of a document (default: start for llmc, end for npy "
+        "and bin; not for megatron, whose .idx has the document boundaries)",
     )
-    add("--out", type=Path, required=True, help="the directory of the corpus; it is created when complete")
+    add("--out", type=Path, required=True, help="the directory of the corpus; it appears when the corpus is complete")
     add("--workers", type=int, default=os.cpu_count() or 1, help="files read at once (default: one per CPU)")
 
 
 def build_options(namespace: argparse.Namespace) -> AdoptOptions:
     """Build the options from a namespace parsed with `add_arguments`; other attributes are ignored."""
-    values = {each.name: getattr(namespace, each.name) for each in fields(AdoptOptions)}
+    values = {option.name: getattr(namespace, option.name) for option in fields(AdoptOptions)}
     return AdoptOptions(**{**values, "data": tuple(values["data"]), "heldout": tuple(values["heldout"])})

@@ -1,7 +1,7 @@
-"""Byte-level BPE run by tiktoken.
+"""A byte-level BPE tokenizer, run by tiktoken.
 
-Such a tokenizer consists of a name, a pattern that splits text into pieces, a rank (= id) for each mergeable byte
-string, and ids for special strings. The name appears only in messages; no id depends on it.
+The tokenizer has a name, a split pattern (a regular expression that splits text before merging), a rank (= id) for
+each mergeable byte string, and ids for special tokens. The name appears only in messages.
 """
 
 import base64
@@ -21,7 +21,7 @@ from dist_llm.text.tokenizer import BPE_FORMAT, ENDOFTEXT, MAX_IDS, Tokenizer, t
 if TYPE_CHECKING:
     import tiktoken
 
-# Patterns published with each model. cl100k's possessive quantifiers change speed, not meaning.
+# The split pattern that was published with each model. The possessive quantifiers (`?+`) of cl100k only affect speed.
 SPLIT_PATTERNS = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -30,7 +30,8 @@ SPLIT_PATTERNS = {
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
 }
 
-# tiktoken's regex engine fails on about a million consecutive blanks; such text is split into chunks.
+# The regex engine of tiktoken fails on about a million consecutive blanks. Text on which it fails is encoded in
+# segments of this length.
 SEGMENT_CHARS = 100_000
 
 
@@ -38,7 +39,7 @@ SEGMENT_CHARS = 100_000
 class BPETokenizer(Tokenizer):
     """Byte-level BPE. `ranks` maps each mergeable byte string to its id, which is also its merge priority.
 
-    Raises DataError if these cannot make a tokenizer.
+    The constructor raises DataError for a byte without an id, for invalid ids, and if `<|endoftext|>` is missing.
     """
 
     name: str
@@ -77,20 +78,20 @@ class BPETokenizer(Tokenizer):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
-        """Return the bytes of `ids`. An id without a token, which a model may still sample, becomes U+FFFD."""
-        known: list[int] = np.asarray(ids, dtype=np.int64).tolist()
+        """Return the bytes of `ids`. An id without a token becomes U+FFFD: a model may sample unused ids."""
+        token_ids: list[int] = np.asarray(ids, dtype=np.int64).tolist()
         try:
-            return self._encoding.decode_bytes(known)
+            return self._encoding.decode_bytes(token_ids)
         except (KeyError, OverflowError):
-            return b"".join(self._id_to_bytes.get(each, b"\xef\xbf\xbd") for each in known)
+            return b"".join(self._id_to_bytes.get(token_id, b"\xef\xbf\xbd") for token_id in token_ids)
 
-    def text_stream(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "ByteTextStream":
-        return ByteTextStream(self)
+    def build_incremental_decoder(self, before: Sequence[int] | npt.NDArray[np.integer]) -> "ByteIncrementalDecoder":
+        return ByteIncrementalDecoder(self)
 
-    def token_bytes(self) -> Mapping[int, bytes]:
+    def get_token_bytes(self) -> Mapping[int, bytes]:
         return {rank: token for token, rank in self.ranks.items()}
 
-    def file_bytes(self) -> bytes:
+    def to_json_bytes(self) -> bytes:
         content = {
             "format": BPE_FORMAT,
             "name": self.name,
@@ -105,7 +106,7 @@ class BPETokenizer(Tokenizer):
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "BPETokenizer":
-        """Build the tokenizer from the JSON fields of `file_bytes`. Raises the exception of a malformed field."""
+        """Build the tokenizer from the JSON fields of `to_json_bytes`. Raises the exception of a malformed field."""
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in fields["ranks"].items()}
         specials = {str(token): int(rank) for token, rank in fields["special_tokens"].items()}
         return BPETokenizer(str(fields["name"]), str(fields["pattern"]), ranks, specials)
@@ -127,8 +128,8 @@ class BPETokenizer(Tokenizer):
         return {rank: token for token, rank in self.ranks.items()} | special
 
 
-class ByteTextStream:
-    """A `TextStream` of a tokenizer whose ids represent bytes."""
+class ByteIncrementalDecoder:
+    """The `IncrementalDecoder` of a tokenizer whose ids represent bytes."""
 
     def __init__(self, tokenizer: BPETokenizer) -> None:
         self._tokenizer = tokenizer

@@ -1,14 +1,14 @@
-"""Build the tokenizer of a specification: train it on the source, or read it from files.
+"""Build the tokenizer that `--tokenizer` names: train it on the source text, or read it from files.
 
-The forms of a specification:
+The accepted values:
 
 byte                     the 256 bytes
-bpe:N                    byte-level BPE with N ids, trained on the source
+bpe:N                    byte-level BPE with N ids, trained on the source text
 gpt2, cl100k_base, ...   an encoding of tiktoken
 FILE.tiktoken            a base64 token and its id on each line
 vocab.json,merges.txt    the two files of GPT-2, or a folder with only these
-FOLDER                   a folder of Hugging Face: its tokenizer.json, which is run unchanged, and the files beside it
-meta.pkl                 nanoGPT's table of characters, or a folder with it
+FOLDER                   a Hugging Face folder: its tokenizer.json, which is run unchanged, and the files beside it
+meta.pkl                 the character table of nanoGPT, or a folder with this file
 CORPUS or CHECKPOINT     the tokenizer of a prepared corpus or of a checkpoint
 """
 
@@ -31,18 +31,19 @@ from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer, is_own
 
 BYTE_IDS = {bytes([byte]): byte for byte in range(256)}
 
-# Split patterns that the regex engines of tokenizers and tiktoken read in the same way; in cl100k `{1,3}+` differs.
+# Split patterns with the same meaning in the regex engines of `tokenizers` (which trains) and tiktoken (which encodes).
+# cl100k is not one of them: `{1,3}+` has different meanings.
 TRAINABLE_PATTERNS = ("gpt2", "llama3")
-MIN_BPE_SIZE = len(BYTE_IDS) + 1
-NUM_SAMPLES, MAX_CHARS_PER_SAMPLE = 256, 8192
+MIN_BPE_IDS = len(BYTE_IDS) + 1  # 256 bytes and <|endoftext|>
+NUM_CHECKED_TEXTS, MAX_CHECKED_CHARS = 256, 8192  # training texts on which both libraries are compared
 TextFactory = Callable[[], Iterable[str]]
 
 
 def build_tokenizer(spec: str, split_pattern: str | None, training_texts: TextFactory) -> Tokenizer:
-    """Build the tokenizer of `spec` (see above). `training_texts` is called only for `bpe:N`.
+    """Build the tokenizer of `spec`, a value of `--tokenizer`. `training_texts` is called only for `bpe:N`.
 
-    Raises DataError if the spec is unknown, its files are missing or malformed, it needs a network and there is none,
-    or the texts are too few for N ids.
+    Raises DataError if the spec is unknown, its files are missing or malformed, a download fails, or the training texts
+    are too few for N ids.
     """
     import tiktoken
 
@@ -53,8 +54,8 @@ def build_tokenizer(spec: str, split_pattern: str | None, training_texts: TextFa
         )
     if path.name.endswith(".tiktoken"):
         return _load_tiktoken_file(path, _choose_pattern(spec, split_pattern, "cl100k", tuple(SPLIT_PATTERNS)))
-    own_file = _has_own_tokenizer(path)
-    if "," in spec or ((path / "merges.txt").is_file() and not own_file and not is_hf_folder(path)):
+    has_own_file = _has_own_tokenizer(path)
+    if "," in spec or ((path / "merges.txt").is_file() and not has_own_file and not is_hf_folder(path)):
         paths = spec.split(",") if "," in spec else [str(path / "vocab.json"), str(path / "merges.txt")]
         if len(paths) != 2:
             raise DataError(f"--tokenizer {spec}: expected two files, as in vocab.json,merges.txt")
@@ -66,20 +67,21 @@ def build_tokenizer(spec: str, split_pattern: str | None, training_texts: TextFa
         return BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], BYTE_IDS, {ENDOFTEXT: len(BYTE_IDS)})
     if spec in tiktoken.list_encoding_names():
         return _load_tiktoken_encoding(spec)
-    if own_file:
+    if has_own_file:
         return Tokenizer.load(path)
     if is_hf_folder(path):
         return read_hf_folder(path)
     if path.name == NANOGPT_META_FILE or (path / NANOGPT_META_FILE).is_file():
         return read_nanogpt_meta(path if path.name == NANOGPT_META_FILE else path / NANOGPT_META_FILE)
     raise DataError(
-        f"--tokenizer {spec}: unknown. Give byte, bpe:N, a .tiktoken file, vocab.json,merges.txt, a folder of "
-        "Hugging Face's, nanoGPT's meta.pkl, the folder of a prepared corpus or checkpoint, or one of "
-        f"tiktoken's: {', '.join(tiktoken.list_encoding_names())}"
+        f"--tokenizer {spec}: unknown. Give byte, bpe:N, a .tiktoken file, vocab.json,merges.txt, a Hugging Face "
+        "folder, the meta.pkl of nanoGPT, the folder of a prepared corpus or checkpoint, or an encoding of tiktoken: "
+        f"{', '.join(tiktoken.list_encoding_names())}"
     )
 
 
 def _has_own_tokenizer(folder: Path) -> bool:
+    """Return whether the `tokenizer.json` of a folder has our format, not that of Hugging Face."""
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         return False
@@ -98,60 +100,60 @@ def _choose_pattern(spec: str, requested_pattern: str | None, default: str, allo
 
 def _parse_bpe_size(spec: str) -> int:
     digits = spec.removeprefix("bpe:")
-    size = int(digits) if digits.isdecimal() else 0
-    if size < MIN_BPE_SIZE:
+    num_ids = int(digits) if digits.isdecimal() else 0
+    if num_ids < MIN_BPE_IDS:
         raise DataError(
-            f"--tokenizer {spec}: N must be a whole number of at least {MIN_BPE_SIZE}, "
+            f"--tokenizer {spec}: N must be a whole number of at least {MIN_BPE_IDS}, "
             f"for 256 bytes and {ENDOFTEXT}; for example bpe:4096"
         )
-    return size
+    return num_ids
 
 
-def _train_bpe(size: int, pattern: str, training_texts: TextFactory) -> BPETokenizer:
-    """Train byte-level BPE of `size` ids: bytes, merges in the order of training, `<|endoftext|>` last."""
-    reference = _train_reference(size - 1, pattern, training_texts)
-    vocabulary = reference.get_vocab()
-    if len(vocabulary) < size - 1:
+def _train_bpe(num_ids: int, pattern: str, training_texts: TextFactory) -> BPETokenizer:
+    """Train byte-level BPE with `num_ids` ids: bytes, then merges in the order of training, then `<|endoftext|>`."""
+    hf_tokenizer = _train_hf_tokenizer(num_ids - 1, pattern, training_texts)
+    vocab = hf_tokenizer.get_vocab()
+    if len(vocab) < num_ids - 1:
         raise DataError(
-            f"--tokenizer bpe:{size}: the training text is too small or too uniform for so many merges. "
-            f"The largest N it allows is {len(vocabulary) + 1}: use bpe:{len(vocabulary) + 1} or add text."
+            f"--tokenizer bpe:{num_ids}: the training text is too small or too uniform for so many merges. "
+            f"The largest N it allows is {len(vocab) + 1}: use bpe:{len(vocab) + 1} or add text."
         )
-    ranks = {to_bytes(token): token_id for token, token_id in sorted(vocabulary.items(), key=lambda item: item[1])}
-    tokenizer = BPETokenizer(f"bpe:{size}", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: size - 1})
-    _check_same_ids_on_samples(tokenizer, reference, training_texts)
+    ranks = {to_bytes(token): token_id for token, token_id in sorted(vocab.items(), key=lambda item: item[1])}
+    tokenizer = BPETokenizer(f"bpe:{num_ids}", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: num_ids - 1})
+    _check_same_ids_on_texts(tokenizer, hf_tokenizer, training_texts)
     return tokenizer
 
 
-def _train_reference(size: int, pattern: str, training_texts: TextFactory) -> Any:
-    """Train a `tokenizers.Tokenizer` on the texts. Ties are broken by id, so it is deterministic."""
+def _train_hf_tokenizer(num_ids: int, pattern: str, training_texts: TextFactory) -> Any:
+    """Train a `tokenizers.Tokenizer` on the texts. The library breaks ties by id, so training is deterministic."""
     from tokenizers import Regex, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Reference
+    from tokenizers import Tokenizer as LibraryTokenizer
 
-    reference = Reference(models.BPE())
-    reference.pre_tokenizer = pre_tokenizers.Sequence(
+    hf_tokenizer = LibraryTokenizer(models.BPE())
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT_PATTERNS[pattern]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=num_ids,
         min_frequency=2,  # do not merge pairs that occur only once
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    reference.train_from_iterator(training_texts(), trainer)
-    return reference
+    hf_tokenizer.train_from_iterator(training_texts(), trainer)
+    return hf_tokenizer
 
 
-def _check_same_ids_on_samples(tokenizer: BPETokenizer, reference: Any, training_texts: TextFactory) -> None:
-    """Raise DataError unless both libraries give the same ids on samples.
+def _check_same_ids_on_texts(tokenizer: BPETokenizer, hf_tokenizer: Any, training_texts: TextFactory) -> None:
+    """Raise DataError unless tiktoken and `tokenizers` give the same ids on difficult texts and on training texts.
 
-    Their regex engines differ, so the same split pattern may match different text.
+    The regex engines of the two libraries differ, so the same split pattern may split text differently.
     """
-    sample = (text[:MAX_CHARS_PER_SAMPLE] for text in islice(training_texts(), NUM_SAMPLES))
-    for text in (*DIFFICULT_TEXTS, *sample):
-        if not np.array_equal(tokenizer.encode(text), reference.encode(text).ids):
+    checked_texts = (text[:MAX_CHECKED_CHARS] for text in islice(training_texts(), NUM_CHECKED_TEXTS))
+    for text in (*DIFFICULT_TEXTS, *checked_texts):
+        if not np.array_equal(tokenizer.encode(text), hf_tokenizer.encode(text).ids):
             raise DataError(
                 f"--tokenizer {tokenizer.name}: tiktoken and tokenizers disagree on {text[:60]!r}. "
                 "Choose another N or --split-pattern."
@@ -163,7 +165,7 @@ def _load_tiktoken_encoding(name: str) -> BPETokenizer:
 
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # the network, its library and a stale cache raise many types
+    except Exception as error:  # the network, the HTTP library and a stale cache raise exceptions of many types
         raise DataError(
             f"--tokenizer {name}: tiktoken could not get its file ({type(error).__name__}). The first use downloads a "
             "file: set TIKTOKEN_CACHE_DIR to a directory filled on a connected machine, give a local .tiktoken file "
@@ -174,27 +176,26 @@ def _load_tiktoken_encoding(name: str) -> BPETokenizer:
 
 def _load_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(_read_file(path).splitlines(), start=1):
+    for line_number, line in enumerate(_read_file(path).splitlines(), start=1):
         try:
             token, token_id = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(token_id)
         except ValueError:
-            raise DataError(f"{path}:{number}: expected a base64 token and its id, got {line[:60]!r}") from None
+            raise DataError(f"{path}:{line_number}: expected a base64 token and its id, got {line[:60]!r}") from None
     if not ranks:
-        raise DataError(f"{path}: no ids in it.")
+        raise DataError(f"{path}: contains no ids.")
     return BPETokenizer(".tiktoken", SPLIT_PATTERNS[pattern], ranks, {ENDOFTEXT: max(ranks.values()) + 1})
 
 
 def _load_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokenizer:
-    """Load GPT-2's two files. tiktoken merges by id, so ids must ascend in the order of the merges."""
+    """Load the two files of GPT-2. tiktoken merges by id, so ids must ascend in the order of the merges."""
     try:
         ids: dict[str, int] = json.loads(_read_file(vocab))
         if not all(type(token_id) is int for token_id in ids.values()):
             raise ValueError("an id is not a whole number")
         lines = _read_file(merges).decode("utf-8").split("\n")
         merged_tokens = ["".join(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        alphabet = list(CHAR_TO_BYTE)
-        mergeable_ids = {token: ids[token] for token in (*alphabet, *merged_tokens)}
+        mergeable_ids = {token: ids[token] for token in (*CHAR_TO_BYTE, *merged_tokens)}
     except KeyError as error:
         raise DataError(
             f"{vocab}: no id for {error.args[0]!r}, which {merges} needs; the two files may be from different "
@@ -202,13 +203,14 @@ def _load_vocab_and_merges(vocab: Path, merges: Path, pattern: str) -> BPETokeni
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{vocab}, {merges}: not a vocabulary and its merges: {error}") from None
-    order = [mergeable_ids[token] for token in dict.fromkeys(merged_tokens)]
-    if order != sorted(order):
+    ids_in_merge_order = [mergeable_ids[token] for token in dict.fromkeys(merged_tokens)]
+    if ids_in_merge_order != sorted(ids_in_merge_order):
         raise DataError(
-            f"{vocab}: ids must rise in the order of {merges}, as GPT-2's do; tiktoken cannot use this vocabulary."
+            f"{vocab}: ids must rise in the order of {merges}, as those of GPT-2 do; tiktoken cannot use this "
+            "vocabulary."
         )
     if ENDOFTEXT not in ids:
-        raise DataError(f"{vocab}: no {ENDOFTEXT}, which ends each document. Add it with an id of its own.")
+        raise DataError(f"{vocab}: no {ENDOFTEXT}, which ends each document. Add this token with an unused id.")
     ranks = {to_bytes(token): token_id for token, token_id in sorted(mergeable_ids.items(), key=lambda item: item[1])}
     special = {token: token_id for token, token_id in ids.items() if token not in mergeable_ids}
     return BPETokenizer("vocab.json,merges.txt", SPLIT_PATTERNS[pattern], ranks, special)

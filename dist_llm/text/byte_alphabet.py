@@ -1,17 +1,17 @@
-"""GPT-2's alphabet, in which vocabularies of byte-level BPE are written: a printable character for each byte."""
+"""The byte alphabet of GPT-2: one printable character for each byte. Files of byte-level BPE write tokens in it."""
 
 from collections.abc import Iterator
 
 
 def _iter_alphabet() -> Iterator[tuple[str, int]]:
-    """Yield each byte's character: the byte's own if it is printable, else the next one from U+0100."""
-    spare = 256
+    """Yield (character, byte). A printable byte keeps its character; other bytes get the characters from U+0100 on."""
+    next_code_point = 256
     for byte in range(256):
         if chr(byte).isprintable() and chr(byte) != " ":
             yield chr(byte), byte
         else:
-            yield chr(spare), byte
-            spare += 1
+            yield chr(next_code_point), byte
+            next_code_point += 1
 
 
 CHAR_TO_BYTE = dict(_iter_alphabet())

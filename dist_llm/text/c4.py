@@ -1,8 +1,8 @@
 """The rules of C4 for web pages: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", 2.2.
 
 Not implemented: the list of bad words and the language detector, which need external data and models, and the removal
-of repeated three-sentence spans. For repeated documents see dist_llm/text/duplicates.py. Removed citation markers count
-as bytes without a line.
+of repeated three-sentence spans. For repeated documents see dist_llm/text/duplicates.py. A removed citation marker adds
+its bytes to the removal counts, but no line.
 """
 
 import re
@@ -20,10 +20,10 @@ _CITATION = re.compile(r"\[(?:\d+|edit|citation needed)\]")
 _SENTENCE_END = re.compile(r"[.!?]+[\"”’')\]]*(?=\s|$)")
 
 
-def clean(text: str, removed: RemovalCounts) -> str | None:
-    """Return the page with the lines that pass, or None; removals are counted in `removed`, under "c4.<rule>"."""
-    if broken := _find_broken_page_rule(text):
-        removed.add(f"c4.{broken}", documents=1, bytes=len(text.encode()))
+def filter_page(text: str, removed: RemovalCounts) -> str | None:
+    """Return the lines of a page that break no rule, or None. Count removals in `removed`, under "c4.<rule>"."""
+    if broken_rule := _find_broken_page_rule(text):
+        removed.add(f"c4.{broken_rule}", documents=1, bytes=len(text.encode()))
         return None
     lines = [line for line in _remove_citations(text, removed).split("\n") if not _drops_line(line, removed)]
     page = "\n".join(lines)
@@ -54,7 +54,7 @@ def _drops_line(line: str, removed: RemovalCounts) -> bool:
 
 
 def find_broken_line_rule(line: str) -> str | None:
-    """Return the first of LINE_RULES that a line breaks."""
+    """Return the first of LINE_RULES that a line breaks, or None."""
     lower = line.lower()
     if not line.rstrip().endswith(TERMINAL):
         return "terminal_punctuation"

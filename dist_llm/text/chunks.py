@@ -1,21 +1,22 @@
-"""Group documents into large chunks, with a resume point at the end of input files.
+"""Group the documents of the input files into chunks, the unit of work that `prepare` sends to a tokenizing process.
 
-A resumed run does not read the input files before the last resume point again.
+A chunk may carry a resume point: the counts at the end of an input file. A resumed run continues at the last resume
+point and does not read the input files before it again.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dist_llm.text.input_files import InputFile
-from dist_llm.text.rows import Document, Tally
+from dist_llm.text.rows import RowCounts, TextDocument
 from dist_llm.text.tokenizer import ENDOFTEXT
 
-COUNTS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")
+SAVED_COUNTERS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")  # keys of the journal
 CHUNK_CHARS = 1 << 20
-DOCUMENT_OVERHEAD_CHARS = 64  # limits the number of objects in a chunk of tiny documents
-# A resume point syncs all files to the disk, which takes a tenth of the time of tokenizing this text. Smaller input
-# files share a resume point with their neighbours.
+DOCUMENT_OVERHEAD_CHARS = 64  # added to the length of each document: limits the number of tiny documents in a chunk
+# The least text between resume points. A resume point syncs all files to the disk, which takes a tenth of the time of
+# tokenizing this text.
 RESUME_POINT_CHARS = 8 << 20
 
 
@@ -29,61 +30,64 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Non-empty texts, the `file:line` of each and the length of its prompt. A resume point if an input file ends with
-    the last text."""
+    """Non-empty documents. `resume_point` is set only if an input file ends with the last document."""
 
     texts: list[str] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)  # `file:line` of each text
     resume_point: ResumePoint | None = None
-    prompts: list[int] = field(default_factory=list)  # characters
+    prompt_chars: list[int] = field(default_factory=list)  # length of the prompt at the start of each text
 
 
 class ChunkReader:
-    """Reads input files one after the other."""
+    """Reads the input files in order, groups their documents into chunks, and counts rows and documents."""
 
-    def __init__(self, files: Sequence[InputFile], tally: Tally) -> None:
-        self.files, self.tally = files, tally
+    def __init__(self, files: Sequence[InputFile], row_counts: RowCounts) -> None:
+        self.files, self.row_counts = files, row_counts
         self.empty_documents = self.end_token_documents = 0
-        self.end_token_origin = ""  # of the first document that contains the text of the end token
-        self.documents_of: dict[str, int] = {}  # by --source
+        self.end_token_origin = ""  # origin of the first document that contains the string <|endoftext|>
+        self.documents_of: dict[str, int] = {}  # number of documents of each --source
 
     def iter_chunks(self) -> Iterator[Chunk]:
-        chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
+        chunk, chunk_chars, chars_since_resume_point, fingerprints = Chunk(), 0, 0, []
         for file in self.files:
-            fingerprint = file.fingerprint  # computed before the read, because a file may change meanwhile
-            for document in file.iter_documents(self.tally):
+            fingerprint = file.fingerprint  # computed before the read, because the file may change during the read
+            for document in file.iter_documents(self.row_counts):
                 self._count_document(document, file.spec)
                 if not document.text:
                     self.empty_documents += 1
                     continue
                 chunk.texts.append(document.text)
                 chunk.origins.append(document.origin)
-                chunk.prompts.append(document.prompt_chars)
-                size = len(document.text) + DOCUMENT_OVERHEAD_CHARS
-                chars, unmarked = chars + size, unmarked + size
-                if chars >= CHUNK_CHARS:
+                chunk.prompt_chars.append(document.prompt_chars)
+                document_chars = len(document.text) + DOCUMENT_OVERHEAD_CHARS
+                chunk_chars += document_chars
+                chars_since_resume_point += document_chars
+                if chunk_chars >= CHUNK_CHARS:
                     yield chunk
-                    chunk, chars = Chunk(), 0
-            inputs.append(fingerprint)
-            if unmarked >= RESUME_POINT_CHARS:
-                yield Chunk(chunk.texts, chunk.origins, ResumePoint(inputs, self._copy_counts()), chunk.prompts)
-                chunk, chars, unmarked, inputs = Chunk(), 0, 0, []
+                    chunk, chunk_chars = Chunk(), 0
+            fingerprints.append(fingerprint)
+            if chars_since_resume_point >= RESUME_POINT_CHARS:
+                yield replace(chunk, resume_point=ResumePoint(fingerprints, self._copy_counts()))
+                chunk, chunk_chars, chars_since_resume_point, fingerprints = Chunk(), 0, 0, []
         if chunk.texts:
             yield chunk
 
-    def _count_document(self, document: Document, spec: str) -> None:
-        """Count signs that a document is several documents: documents per --source, and end tokens in texts."""
+    def _count_document(self, document: TextDocument, spec: str) -> None:
+        """Count the documents of each --source and those that contain <|endoftext|>, for `list_warnings`."""
         self.documents_of[spec] = self.documents_of.get(spec, 0) + 1
         if ENDOFTEXT in document.text:
             self.end_token_origin = self.end_token_origin or document.origin
             self.end_token_documents += 1
 
     def list_warnings(self, reads_all_files: bool) -> list[str]:
-        """Return warnings about documents that may be several. `reads_all_files`: this run is not one of the parts."""
+        """Return warnings about documents that may really be several documents.
+
+        `reads_all_files` is False if this run prepares one of several parts of the corpus.
+        """
         warnings = []
-        if single := [spec for spec, count in self.documents_of.items() if reads_all_files and count == 1]:
+        if specs := [spec for spec, count in self.documents_of.items() if reads_all_files and count == 1]:
             warnings.append(
-                f"--source {single[0]} is a single document. If it is a text file that holds many, give --separator "
+                f"--source {specs[0]} is a single document. If it is a text file that holds many, give --separator "
                 "STRING, or --separator blank-lines"
             )
         if self.end_token_documents:
@@ -94,14 +98,14 @@ class ChunkReader:
         return warnings
 
     def _copy_counts(self) -> dict[str, Any]:
-        tally = asdict(self.tally)
-        del tally["max_bad_rate"], tally["part"], tally["skip_unreadable"]
-        return {"tally": tally, **{name: getattr(self, name) for name in COUNTS}}
+        row_counts = asdict(self.row_counts)
+        del row_counts["max_bad_rate"], row_counts["part"], row_counts["skip_unreadable"]
+        return {"tally": row_counts, **{name: getattr(self, name) for name in SAVED_COUNTERS}}
 
     def restore(self, num_files: int, counts: dict[str, Any]) -> None:
         """Continue after the first `num_files` files, with the counts of a resume point."""
         self.files = self.files[num_files:]
-        for name in COUNTS:
+        for name in SAVED_COUNTERS:
             setattr(self, name, counts[name])
         for name, value in counts["tally"].items():
-            setattr(self.tally, name, value)
+            setattr(self.row_counts, name, value)

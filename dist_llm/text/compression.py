@@ -1,5 +1,7 @@
-"""Compressed files as streams of bytes: with several frames, padding after them, and an error if the file is
-truncated."""
+"""Read compressed files as streams of bytes.
+
+A file may have several compressed frames and padding after a frame. A truncated file raises UnreadableError.
+"""
 
 import bz2
 import io
@@ -11,9 +13,9 @@ from typing import Any
 from dist_llm.text.rows import UnreadableError
 
 BLOCK_BYTES = 64 << 10  # compressed bytes read at once
-GZIP_WINDOW = 31  # zlib's value for a gzip header
-ZSTD_WINDOW_BYTES = 1 << 31  # the longest window, of `zstd --ultra --long=31`
-PADDING = b"\0"  # which tar and tapes append
+GZIP_WBITS = 31  # value of `wbits` with which zlib expects a gzip header
+ZSTD_WINDOW_BYTES = 1 << 31  # the longest window that zstd writes, with `zstd --ultra --long=31`
+PADDING = b"\0"  # tar and tapes append zero bytes
 
 
 def _open_zstd() -> Any:
@@ -23,7 +25,7 @@ def _open_zstd() -> Any:
 
 
 CODECS: dict[str, Callable[[], Any]] = {
-    ".gz": lambda: zlib.decompressobj(GZIP_WINDOW),
+    ".gz": lambda: zlib.decompressobj(GZIP_WBITS),
     ".zst": _open_zstd,
     ".bz2": bz2.BZ2Decompressor,
     ".xz": lzma.LZMADecompressor,
@@ -31,49 +33,51 @@ CODECS: dict[str, Callable[[], Any]] = {
 
 
 class DecompressedFile(io.RawIOBase):
-    """The content of a file compressed by the method of its suffix. Raises UnreadableError if it is damaged."""
+    """The decompressed content of a file. Its suffix selects the codec. Raises UnreadableError if it is damaged."""
 
-    def __init__(self, raw: io.FileIO, suffix: str) -> None:
-        self._raw, self._suffix, self._new = raw, suffix, CODECS[suffix]
-        self._frame: Any = None  # the decompressor of the current frame
-        self._packed = self._content = b""
-        self._used = 0  # bytes of `_content` that were returned
-        self._frames = 0
+    def __init__(self, raw_file: io.FileIO, suffix: str) -> None:
+        self._raw_file, self._suffix, self._create_decompressor = raw_file, suffix, CODECS[suffix]
+        self._decompressor: Any = None  # of the current frame; None between frames
+        self._compressed = self._content = b""
+        self._num_returned_bytes = 0  # bytes of `_content` that `readinto` has returned
+        self._num_finished_frames = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        while self._used == len(self._content) and self._decompress_block():
+        while self._num_returned_bytes == len(self._content) and self._decompress_block():
             pass
-        size = min(len(buffer), len(self._content) - self._used)
-        buffer[:size] = self._content[self._used : self._used + size]
-        self._used += size
-        return size
+        start = self._num_returned_bytes
+        num_bytes = min(len(buffer), len(self._content) - start)
+        buffer[:num_bytes] = self._content[start : start + num_bytes]
+        self._num_returned_bytes += num_bytes
+        return num_bytes
 
     def _decompress_block(self) -> bool:
         """Decompress one more block. Return False at the end of the file."""
-        packed = self._packed or self._raw.read(BLOCK_BYTES) or b""
-        self._packed = b""
-        if self._frame is None:
-            if self._frames:
-                packed = packed.lstrip(PADDING) or self._skip_padding()
-            if not packed:
+        compressed = self._compressed or self._raw_file.read(BLOCK_BYTES) or b""
+        self._compressed = b""
+        if self._decompressor is None:
+            if self._num_finished_frames:
+                compressed = compressed.lstrip(PADDING) or self._skip_padding()
+            if not compressed:
                 return False
-            self._frame = self._new()
-        elif not packed:
+            self._decompressor = self._create_decompressor()
+        elif not compressed:
             raise UnreadableError(f"Truncated {self._suffix} file: it ends within a frame")
         try:
-            self._content, self._used = self._frame.decompress(packed), 0
+            self._content, self._num_returned_bytes = self._decompressor.decompress(compressed), 0
         except Exception as error:  # zlib, lzma, bz2 and zstandard raise different types
             raise UnreadableError(f"damaged {self._suffix} file: {error}") from None
-        if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, None
-            self._frames += 1
+        if self._decompressor.eof:
+            self._compressed, self._decompressor = self._decompressor.unused_data, None
+            self._num_finished_frames += 1
         return True
 
     def _skip_padding(self) -> bytes:
-        while block := self._raw.read(BLOCK_BYTES):
-            if rest := block.lstrip(PADDING):
-                return rest
+        """Read until the next byte that is not padding. Return the block from this byte on; empty at the end."""
+        while block := self._raw_file.read(BLOCK_BYTES):
+            if remainder := block.lstrip(PADDING):
+                return remainder
         return b""

@@ -1,4 +1,4 @@
-"""Partition documents over the parts of `prepare --part`, for several machines. Each document is in one part."""
+"""Assign documents to the parts of `prepare --part i/n`, which run on several machines. A document is in one part."""
 
 import re
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CorpusPart:
-    """Part `number`, from 1, of `num_parts`.
+    """Part `number` (counted from 1) of `num_parts`.
 
-    `split_by` says how documents are assigned to parts: by input file, by row number or by a hash of the text.
+    `split_by` says how documents are assigned to parts: by input file, by row number, or by a hash of the text.
     """
 
     number: int = 1
@@ -31,21 +31,23 @@ class CorpusPart:
         """Return the input files that this part reads."""
         return list(files[self.number - 1 :: self.num_parts] if self.split_by == "file" else files)
 
-    def owns_row(self, number: int) -> bool:
-        """Whether this part processes a row. `number` counts from 1 over all input files."""
-        return self.split_by != "row" or (number - 1) % self.num_parts == self.number - 1
+    def owns_row(self, row_number: int) -> bool:
+        """Return whether this part processes a row. `row_number` counts from 1 over all input files."""
+        return self.split_by != "row" or (row_number - 1) % self.num_parts == self.number - 1
 
     def owns_text(self, text: bytes) -> bool:
-        """Whether this part processes a text. Equal texts are in the same part, which can then deduplicate them."""
+        """Return whether this part processes a text. With `split_by` "text", equal texts are in the same part.
+
+        So each part can remove exact duplicates without knowing the others.
+        """
         if self.split_by != "text":
             return True
-        digest = digest64(text)
-        # Use the remainder: the high bits of the same hash select the held-out documents.
-        return int.from_bytes(digest, "big") % self.num_parts == self.number - 1
+        # The part is the remainder, because the high bits of the same hash select the held-out documents.
+        return int.from_bytes(digest64(text), "big") % self.num_parts == self.number - 1
 
     @property
     def counts_textless_rows(self) -> bool:
-        """Whether this part counts rows without text. By text, all parts read these rows and part 1 counts them."""
+        """Whether this part counts rows without text. With `split_by` "text" all parts read them, so part 1 counts."""
         return self.split_by != "text" or self.number == 1
 
 

@@ -1,7 +1,7 @@
-"""Tokenize documents on many processes, in order, with a bounded number of chunks in flight.
+"""Filter and tokenize chunks of documents on several processes, with a bounded number of chunks in flight.
 
-Results come back in the order of the chunks, so they do not depend on the number of workers. Workers exit when their
-parent process dies, even by SIGKILL.
+Results come back in the order of the chunks, so the corpus does not depend on the number of workers. Workers exit when
+their parent process dies, also after SIGKILL.
 """
 
 import multiprocessing
@@ -22,24 +22,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dist_llm.data.shard import smallest_dtype
+from dist_llm.data.shard import select_token_dtype
 from dist_llm.errors import DataError
 from dist_llm.io.hashing import digest64
 from dist_llm.text.chunks import Chunk, ResumePoint
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
 from dist_llm.text.duplicates import KEY_BYTES, compute_key
-from dist_llm.text.filters import Filters
+from dist_llm.text.filters import FilterChain
 from dist_llm.text.report import RemovalCounts
 from dist_llm.text.tokenizer import Tokenizer
 
-CHUNKS_PER_WORKER = 3  # one in the encoder, one in the inbox, one result in the pipe
+CHUNKS_PER_WORKER = 3  # chunks in flight: one in the encoder, one in the inbox, one result in the pipe
 
 Ids = npt.NDArray[np.unsignedinteger]
 
 
 @dataclass(frozen=True)
-class EncoderSpec:
-    """How to process each document. Sent to the worker processes."""
+class DocumentEncoderSpec:
+    """How to filter, tokenize and split the documents. It is sent to the worker processes."""
 
     tokenizer_directory: Path
     heldout_fraction: float = 0.0
@@ -54,49 +54,49 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """The documents that passed the filters, in a few arrays, which are cheap to send between processes.
+    """The documents that passed the filters, as a few arrays, which are cheap to send between processes.
 
-    `ids` concatenates the documents. Each begins with the tokenizer's `first_ids` and ends with its `eot`. `ends`,
-    `prompts` (tokens), `text_bytes`, `heldout` and `keys` (uint8 [documents, bytes of a key]) have a row per document.
+    `ids` concatenates the documents. A document begins with the `first_ids` of the tokenizer and ends with its `eot`.
+    The other arrays have one row per document.
     """
 
     ids: Ids
-    ends: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]  # index in `ids` after the last token
     text_bytes: npt.NDArray[np.int64]
-    heldout: npt.NDArray[np.bool_]
-    keys: npt.NDArray[np.uint8]
+    is_heldout: npt.NDArray[np.bool_]
+    keys: npt.NDArray[np.uint8]  # [documents, bytes of a key], for deduplication
     removed: RemovalCounts
-    prompts: npt.NDArray[np.int64]
+    prompt_tokens: npt.NDArray[np.int64]  # length of the prompt at the start of the document
 
 
 class DocumentEncoder:
-    """Filters and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
+    """FilterChain and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
 
-    def __init__(self, tokenizer: Tokenizer, spec: EncoderSpec) -> None:
+    def __init__(self, tokenizer: Tokenizer, spec: DocumentEncoderSpec) -> None:
         self.tokenizer, self.spec = tokenizer, spec
-        self.dtype = np.dtype(smallest_dtype(tokenizer.vocab_size))
+        self.dtype = np.dtype(select_token_dtype(tokenizer.vocab_size))
         self._prefix_ids = np.array(tokenizer.first_ids, dtype=np.uint32)
         self._eot_ids = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
-        self._filters = Filters(spec.filters)
+        self._filters = FilterChain(spec.filters)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
         removed = RemovalCounts()
         ids: list[npt.NDArray[np.uint32]] = []
         texts: list[bytes] = []
         keys: list[npt.NDArray[np.uint8]] = []
-        prompts: list[int] = []
-        for origin, text, prompt in zip(chunk.origins, chunk.texts, chunk.prompts or repeat(0), strict=False):
+        prompt_tokens: list[int] = []
+        prompt_chars = chunk.prompt_chars or repeat(0)
+        for origin, text, prompt_end in zip(chunk.origins, chunk.texts, prompt_chars, strict=False):
             try:
                 filtered = self._filter_text(text, removed)
                 if filtered is None:
                     continue
                 texts.append(filtered.encode())
-                # Encode prompt and text separately, so that no token spans both.
-                encoded = [
-                    self.tokenizer.encode(segment) for segment in (filtered[:prompt], filtered[prompt:]) if segment
-                ]
+                # Encode the prompt and the rest separately, so that no token spans both.
+                segments = [segment for segment in (filtered[:prompt_end], filtered[prompt_end:]) if segment]
+                encoded = [self.tokenizer.encode(segment) for segment in segments]
                 ids.append(np.concatenate([self._prefix_ids, *encoded, self._eot_ids]))
-                prompts.append(len(self._prefix_ids) + len(encoded[0]) if prompt else 0)
+                prompt_tokens.append(len(self._prefix_ids) + len(encoded[0]) if prompt_end else 0)
                 if self.spec.dedup:
                     keys.append(compute_key(self.spec.dedup, filtered))
             except DataError as error:
@@ -104,37 +104,38 @@ class DocumentEncoder:
             except Exception as error:
                 raise RuntimeError(f"{origin}: cannot be tokenized") from error
         key_bytes = KEY_BYTES[self.spec.dedup] if self.spec.dedup else 0
+        no_keys = np.zeros((len(texts), key_bytes), np.uint8)
         return EncodedChunk(
-            np.concatenate(ids or [self._eot_ids[:0]]).astype(self.dtype),
-            np.cumsum([len(each) for each in ids], dtype=np.int64),
-            np.array([len(text) for text in texts], dtype=np.int64),
-            np.array([is_heldout(text, self.spec.heldout_fraction) for text in texts], dtype=np.bool_),
-            np.concatenate(keys).reshape(-1, key_bytes) if keys else np.zeros((len(texts), key_bytes), np.uint8),
-            removed,
-            np.array(prompts, dtype=np.int64),
+            ids=np.concatenate(ids or [self._eot_ids[:0]]).astype(self.dtype),
+            ends=np.cumsum([len(document_ids) for document_ids in ids], dtype=np.int64),
+            text_bytes=np.array([len(text) for text in texts], dtype=np.int64),
+            is_heldout=np.array([is_heldout(text, self.spec.heldout_fraction) for text in texts], dtype=np.bool_),
+            keys=np.concatenate(keys).reshape(-1, key_bytes) if keys else no_keys,
+            removed=removed,
+            prompt_tokens=np.array(prompt_tokens, dtype=np.int64),
         )
 
     def _filter_text(self, text: str, removed: RemovalCounts) -> str | None:
-        """Return the text to tokenize; None if the filters remove it or another part owns it."""
-        own = RemovalCounts()
-        filtered = self._filters(text, own)
-        # Use the filtered text: two texts may differ only in what a filter removes.
+        """Return the text to tokenize, or None if the filters remove it or another part owns it."""
+        removed_from_text = RemovalCounts()
+        filtered = self._filters(text, removed_from_text)
+        # The filtered text decides: two texts may differ only in what a filter removes.
         if not self.spec.part.owns_text((text if filtered is None else filtered).encode()):
             return None
-        removed.merge(own)
+        removed.merge(removed_from_text)
         return filtered
 
 
 def is_heldout(text: bytes, fraction: float) -> bool:
-    """Return whether a document is held out. This depends on its text only, so copies share a split."""
+    """Return whether a document is held out. This depends only on its text, so equal documents are in one split."""
     hash64 = int.from_bytes(digest64(text), "big")
     return hash64 < fraction * 2**64
 
 
 def encode_in_order(
-    chunks: Iterable[Chunk], spec: EncoderSpec, workers: int
+    chunks: Iterable[Chunk], spec: DocumentEncoderSpec, workers: int
 ) -> Generator[tuple[EncodedChunk, ResumePoint | None], None, None]:
-    """Encode on `workers` processes; one worker means this process. Yield each chunk with its resume point.
+    """Encode on `workers` processes; 1: in this process. Yield each encoded chunk with its resume point.
 
     Raises DataError if a worker dies.
     """
@@ -162,19 +163,19 @@ def _collect(worker: "_Worker", resume_point: ResumePoint | None) -> tuple[Encod
 class _Worker:
     """A worker process with its own pipe.
 
-    Not a ProcessPoolExecutor: its workers share a pipe. If one is killed while it writes, the parent blocks in its read
-    forever. With a pipe per worker, the read fails when the worker dies.
+    The workers of a ProcessPoolExecutor share one pipe. If one of them is killed while it writes, the parent blocks in
+    its read forever. With a pipe per worker, the read fails when the worker dies.
     """
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: DocumentEncoderSpec) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_run_worker, args=(far_end, spec), daemon=True)
+        self._pipe, worker_pipe = context.Pipe()
+        self._process = context.Process(target=_run_worker, args=(worker_pipe, spec), daemon=True)
         self._process.start()
-        far_end.close()
+        worker_pipe.close()
 
     def submit(self, chunk: Chunk) -> None:
-        """Send a chunk. Does not block for long: a thread in the worker empties the pipe."""
+        """Send a chunk. This does not block for long, because a thread of the worker empties the pipe."""
         with self._report_dead_worker():
             self._pipe.send(chunk)
 
@@ -189,7 +190,7 @@ class _Worker:
         return result
 
     def close(self) -> None:
-        self._process.kill()  # it has no state to clean up
+        self._process.kill()  # a worker has no state to clean up
         self._process.join()
         self._pipe.close()
 
@@ -203,10 +204,10 @@ class _Worker:
             ) from None
 
 
-def _run_worker(pipe: "Connection[Any, Any]", spec: EncoderSpec) -> None:
+def _run_worker(pipe: "Connection[Any, Any]", spec: DocumentEncoderSpec) -> None:
     # Ctrl-C signals the whole process group. Only the parent handles it and prints a message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A thread empties the pipe. Otherwise parent and worker can deadlock, each in a write.
+    # A thread empties the pipe. Otherwise parent and worker could deadlock: both would block in a write.
     inbox: SimpleQueue[Chunk] = SimpleQueue()
     threading.Thread(target=_fill_inbox, args=(pipe, inbox), daemon=True).start()
     try:

@@ -1,27 +1,29 @@
-"""The filters of `prepare --filter`, applied in order; each may shorten or remove a document."""
+"""The quality filters of `prepare --filter`. A filter may shorten or remove a document."""
 
 from collections.abc import Sequence
 
 from dist_llm.text import c4, gopher
 from dist_llm.text.report import RemovalCounts, TextCount
 
-FILTERS = {"gopher": (gopher.clean, gopher.RULES), "c4": (c4.clean, c4.RULES)}
+# name -> (filter function, names of its rules)
+FILTERS = {"gopher": (gopher.filter_document, gopher.RULES), "c4": (c4.filter_page, c4.RULES)}
 
 
-class Filters:
+class FilterChain:
     """Applies the filters in the given order."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
 
     def __call__(self, text: str, removed: RemovalCounts) -> str | None:
-        """Return the remaining text of a non-empty document, or None; removals are counted in `removed`."""
-        left: str | None = text
+        """Return the remaining text of a non-empty document, or None. Count removals in `removed`."""
+        remaining: str | None = text
         for name in self.names:
-            if left is not None:
-                left = FILTERS[name][0](left, removed)
-        return left
+            if remaining is not None:
+                apply_filter, _ = FILTERS[name]
+                remaining = apply_filter(remaining, removed)
+        return remaining
 
-    def zero_counts(self) -> RemovalCounts:
-        """Return a zero for each rule, so that a report also shows rules that removed nothing."""
+    def build_zero_counts(self) -> RemovalCounts:
+        """Return zero counts for each rule, so that a report also lists the rules that removed nothing."""
         return RemovalCounts({f"{name}.{rule}": TextCount() for name in self.names for rule in FILTERS[name][1]})

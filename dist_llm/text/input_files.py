@@ -1,6 +1,7 @@
-"""Open the inputs of `--source`. Each yields its documents lazily, in a fixed order and in bounded memory.
+"""Open the files and datasets that `prepare --source` names, and read their documents.
 
-An unreadable file raises DataError. For a malformed row see dist_llm/text/rows.py.
+An input yields its documents lazily, in a fixed order and in bounded memory. An unreadable file raises DataError.
+dist_llm/text/rows.py handles malformed rows.
 """
 
 import sysconfig
@@ -12,20 +13,22 @@ from typing import Protocol
 
 from dist_llm.errors import DataError
 from dist_llm.text.readers import is_text, read_file
-from dist_llm.text.report import InputTable
-from dist_llm.text.rows import Document, RowKeys, Tally, UnreadableError, read_row
+from dist_llm.text.report import InputFileCounts
+from dist_llm.text.rows import RowCounts, RowKeys, TextDocument, UnreadableError, read_row
 from dist_llm.text.walk import FileRules, FolderWalk
 
 DEFAULT_KEYS, DEFAULT_RULES = RowKeys(), FileRules()
-SAVED_DATASET_FILES = (("dataset_dict.json",), ("state.json", "dataset_info.json"))  # by datasets.save_to_disk
+# A folder with all files of one of these groups was written by datasets.save_to_disk.
+SAVED_DATASET_FILES = (("dataset_dict.json",), ("state.json", "dataset_info.json"))
 STDLIB = "python-stdlib"
-STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+STDLIB_EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 class InputFile(Protocol):
-    """An input file or dataset. `spec` is the value of `--source` that names it.
+    """An input file or dataset.
 
-    `size_bytes` is None if unknown. `fingerprint` changes with the content; None: changes cannot be detected.
+    `spec` is the value of `--source` that names the input. `size_bytes` is None if the size is unknown. `fingerprint`
+    changes with the content; it is None if changes cannot be detected.
     """
 
     @property
@@ -37,7 +40,7 @@ class InputFile(Protocol):
     @property
     def fingerprint(self) -> list[str | int] | None: ...
 
-    def iter_documents(self, tally: Tally) -> Iterator[Document]: ...
+    def iter_documents(self, row_counts: RowCounts) -> Iterator[TextDocument]: ...
 
 
 def open_inputs(
@@ -45,13 +48,13 @@ def open_inputs(
     keys: RowKeys = DEFAULT_KEYS,
     hf_split: str = "train",
     rules: FileRules = DEFAULT_RULES,
-    table: InputTable | None = None,
+    file_counts: InputFileCounts | None = None,
 ) -> list[InputFile]:
-    """Open the files and datasets that `specs` name. `table` counts the files that are read and skipped.
+    """Open the files and datasets that `specs` name. `file_counts` counts the files that are read and skipped.
 
     Raises DataError for a missing or unreadable input, before any input is read.
     """
-    walk = FolderWalk(rules, InputTable() if table is None else table)
+    walk = FolderWalk(rules, InputFileCounts() if file_counts is None else file_counts)
     files = [file for spec in specs for file in _open_input(spec, keys, hf_split, walk)]
     walk.check()
     if keys.separator and not any(isinstance(file, LocalFile) and is_text(file.path) for file in files):
@@ -65,20 +68,20 @@ def sum_size_bytes(files: Sequence[InputFile]) -> int | None:
     return None if None in sizes else sum(size for size in sizes if size is not None)
 
 
-def iter_documents(files: Iterable[InputFile], tally: Tally) -> Iterator[Document]:
+def iter_documents(files: Iterable[InputFile], row_counts: RowCounts) -> Iterator[TextDocument]:
     """Yield the documents of all inputs, in order."""
     for file in files:
-        yield from file.iter_documents(tally)
+        yield from file.iter_documents(row_counts)
 
 
 def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: FolderWalk) -> Sequence[InputFile]:
     if spec == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        code = FolderWalk(FileRules(include=("*.py",)), InputTable())
+        python_walk = FolderWalk(FileRules(include=("*.py",)), InputFileCounts())
         return [
-            LocalFile(path, keys, spec)
-            for each in code.walk_folder(root, STDLIB_EXCLUDED)
-            for path in walk.check_file(each)
+            LocalFile(readable_path, keys, spec)
+            for path in python_walk.walk_folder(root, STDLIB_EXCLUDED_FOLDERS)
+            for readable_path in walk.check_file(path)
         ]
     if spec.startswith("hf:"):
         return [HFDataset(spec, keys, hf_split)]
@@ -86,9 +89,9 @@ def _open_input(spec: str, keys: RowKeys, hf_split: str, walk: FolderWalk) -> Se
     if any(all((path / name).is_file() for name in names) for names in SAVED_DATASET_FILES):
         return [HFDataset(spec, keys, hf_split)]
     if path.is_dir():
-        return [LocalFile(each, keys, spec) for each in walk.walk_folder(path)]
+        return [LocalFile(file_path, keys, spec) for file_path in walk.walk_folder(path)]
     if path.exists():
-        return [LocalFile(each, keys, spec) for each in walk.check_file(path)]
+        return [LocalFile(file_path, keys, spec) for file_path in walk.check_file(path)]
     raise DataError(f"--source {spec}: no such file or folder. Other sources are {STDLIB} and hf:NAME[:CONFIG].")
 
 
@@ -110,17 +113,17 @@ class LocalFile:
         stat = self.path.stat()
         return [str(self.path), stat.st_size, stat.st_mtime_ns]
 
-    def iter_documents(self, tally: Tally) -> Iterator[Document]:
-        before = tally.bytes_read
+    def iter_documents(self, row_counts: RowCounts) -> Iterator[TextDocument]:
+        bytes_read_before = row_counts.bytes_read
         try:
-            yield from read_file(self.path, self.keys, tally)
+            yield from read_file(self.path, self.keys, row_counts)
         except (OSError, UnreadableError) as error:
-            tally.skip_file(self.path, self.size_bytes, str(error))
-        tally.bytes_read = before + self.size_bytes
+            row_counts.skip_file(self.path, self.size_bytes, str(error))
+        row_counts.bytes_read = bytes_read_before + self.size_bytes
 
 
 class HFDataset:
-    """A streamed dataset of the Hugging Face hub, or a folder that `datasets.save_to_disk` wrote.
+    """A dataset streamed from the Hugging Face hub, or a folder that `datasets.save_to_disk` wrote.
 
     The constructor contacts the hub, so that a wrong name fails early.
     """
@@ -140,15 +143,15 @@ class HFDataset:
                 saved = datasets.load_from_disk(spec)
                 self._rows = saved[hf_split] if isinstance(saved, datasets.DatasetDict) else saved
 
-    def iter_documents(self, tally: Tally) -> Iterator[Document]:
+    def iter_documents(self, row_counts: RowCounts) -> Iterator[TextDocument]:
         rows = enumerate(self._rows, start=1)
         while True:
             with self._explain_errors():
-                number, row = next(rows, (0, None))
+                row_number, row = next(rows, (0, None))
             if row is None:
                 return
-            if tally.claim_next_row():
-                yield from read_row(row, self.keys, f"{self.spec}:{number}", tally)
+            if row_counts.claim_next_row():
+                yield from read_row(row, self.keys, f"{self.spec}:{row_number}", row_counts)
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:

@@ -1,4 +1,8 @@
-"""The journal of an unfinished corpus: JSON lines of the durable state. Each line is synced before the next."""
+"""The journal of an unfinished corpus, from which an interrupted `prepare` resumes.
+
+It consists of JSON lines: a header with the options of the run, then one record per resume point. A line is on the disk
+before the next line is written.
+"""
 
 import json
 from collections.abc import Iterator
@@ -12,18 +16,18 @@ JOURNAL_FILE = "progress.jsonl"
 
 
 class Journal:
-    """A header with the options of the run, then records. `read` ignores an incomplete last line."""
+    """Reads and appends the lines. An incomplete last line, which a killed run may leave, is ignored."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / JOURNAL_FILE
 
     @property
     def has_records(self) -> bool:
-        """Whether a run can resume: there is a record after the header."""
+        """Whether a run can resume: the journal has a record after the header."""
         return len(list(islice(self._iter_lines(), 2))) == 2
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the valid lines, header first; [] without a journal. A journal has about 1 kB per 8 MB of text."""
+        """Return the valid lines, header first; [] if there is no journal. The journal takes 1 kB per 8 MB of text."""
         return list(self._iter_lines())
 
     def _iter_lines(self) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Merge the parts of `prepare --part` into one corpus: a manifest that points at their files."""
+"""Merge the parts that `prepare --part` wrote into one corpus: write a manifest that lists the shards of all parts."""
 
 import os
 import re
@@ -8,21 +8,22 @@ from typing import TextIO
 
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import SPLITS, Manifest, Shard, Split
-from dist_llm.data.tokenizer_file import same_tokenizer
+from dist_llm.data.tokenizer_file import is_same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import CorpusPart
 from dist_llm.text.publish import lock_output
 from dist_llm.text.report import Report
 from dist_llm.text.tokenizer import Tokenizer
 
-# Options that say where the tokenizer comes from may differ: `_check_same_tokenizer` compares the tokenizers.
+# The options that name the tokenizer may differ, because `_check_same_tokenizer` compares the tokenizers themselves.
 OPTIONS_THAT_MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
 
 
-def merge_parts(corpus_dir: Path, stream: TextIO | None = None) -> Manifest:
-    """Write `corpus_dir`/manifest.json over the shards of part-1-of-n to part-n-of-n in it, in this order.
+def merge_parts(corpus_dir: Path, log_stream: TextIO | None = None) -> Manifest:
+    """Write `corpus_dir`/manifest.json. It lists the shards of `corpus_dir`/part-1-of-n to part-n-of-n, in this order.
 
-    Raises DataError if a part is missing, incomplete, damaged, or made with other options or another tokenizer.
+    Print a summary to `log_stream` (default: stderr). Raises DataError if a part is missing, incomplete, damaged, or
+    made with other options or another tokenizer.
     """
     corpus_dir = Path(os.path.realpath(corpus_dir))
     corpus_parts = _find_parts(corpus_dir)
@@ -42,7 +43,7 @@ def merge_parts(corpus_dir: Path, stream: TextIO | None = None) -> Manifest:
                 bad_rows=report.bad_rows,
                 prompts=first_manifest.prompts,
             )
-            if not merged.tokens("train"):
+            if not merged.count_tokens("train"):
                 raise DataError(f"{corpus_dir}: no text to train on in any part. Give more text.")
             Tokenizer.load(corpus_dir / corpus_parts[0].name).save(corpus_dir)
             report.save(corpus_dir)
@@ -51,32 +52,35 @@ def merge_parts(corpus_dir: Path, stream: TextIO | None = None) -> Manifest:
         raise DataError(
             f"{error.filename or corpus_dir}: cannot be read or written: {error.strerror or error}."
         ) from None
-    documents = sum(merged.documents(split) for split in SPLITS)
-    tokens = sum(merged.tokens(split) for split in SPLITS)
+    num_documents = sum(merged.count_documents(split) for split in SPLITS)
+    num_tokens = sum(merged.count_tokens(split) for split in SPLITS)
     lines = [
-        f"merged {corpus_dir}: {len(corpus_parts)} parts, {documents:,} documents, {tokens:,} tokens",
-        *report.lines(),
+        f"merged {corpus_dir}: {len(corpus_parts)} parts, {num_documents:,} documents, {num_tokens:,} tokens",
+        *report.format_lines(),
     ]
-    print("\n".join(lines), file=stream or sys.stderr)
+    print("\n".join(lines), file=log_stream or sys.stderr)
     return merged
 
 
 def _find_parts(corpus_dir: Path) -> list[CorpusPart]:
-    """Return all parts in order. Raises DataError with the name of a missing one."""
+    """Return all parts in order. Raises DataError if a part is missing."""
     names = [path.name for path in corpus_dir.iterdir()] if corpus_dir.is_dir() else []
-    total_by_name = {match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))}
-    if not total_by_name:
+    num_parts_by_name = {
+        match[0]: int(match[1]) for name in names if (match := re.fullmatch(r"part-\d+-of-(\d+)", name))
+    }
+    if not num_parts_by_name:
         raise DataError(
             f"--merge {corpus_dir}: has no parts. Make them with: dist-llm prepare ... --part 1/2 --out {corpus_dir}"
         )
-    if len(set(total_by_name.values())) > 1:
+    if len(set(num_parts_by_name.values())) > 1:
         raise DataError(
-            f"--merge {corpus_dir}: parts of different totals: {', '.join(sorted(total_by_name))}. "
+            f"--merge {corpus_dir}: parts of different totals: {', '.join(sorted(num_parts_by_name))}. "
             "Keep the parts of one total and remove the rest."
         )
-    num_parts = next(iter(total_by_name.values()))
-    for part in (corpus_parts := [CorpusPart(number, num_parts) for number in range(1, num_parts + 1)]):
-        if part.name not in total_by_name:
+    num_parts = next(iter(num_parts_by_name.values()))
+    corpus_parts = [CorpusPart(number, num_parts) for number in range(1, num_parts + 1)]
+    for part in corpus_parts:
+        if part.name not in num_parts_by_name:
             raise DataError(
                 f"--merge {corpus_dir}: {part.name} is missing. Make it with the command of the other parts "
                 f"and --part {part.number}/{num_parts}."
@@ -85,10 +89,13 @@ def _find_parts(corpus_dir: Path) -> list[CorpusPart]:
 
 
 def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> Report:
-    """Add up the reports. Raises DataError if options differ, since a document could then be in two parts."""
+    """Add up the reports of all parts.
+
+    Raises DataError if the options of two parts differ, because the same document could then be in both parts.
+    """
     reports = [Report.load(corpus_dir / part.name) for part in corpus_parts]
     first_options = reports[0].options
-    total = Report({**first_options, "part": None})
+    merged_report = Report({**first_options, "part": None})
     for part, report in zip(corpus_parts, reports, strict=True):
         for name, value in report.options.items():
             if name not in OPTIONS_THAT_MAY_DIFFER and value != first_options.get(name):
@@ -96,14 +103,14 @@ def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> Report:
                     f"--merge {corpus_dir}: {part.name} was made with {name} {value!r}, but {corpus_parts[0].name} "
                     f"with {first_options.get(name)!r}. Make one of them again with the options of the other."
                 )
-        total.add(report)
-    return total
+        merged_report.add(report)
+    return merged_report
 
 
 def _check_same_tokenizer(corpus_dir: Path, corpus_parts: list[CorpusPart], manifests: list[Manifest]) -> None:
-    """Raises DataError if a part has another tokenizer than the first."""
+    """Raise DataError if a part has another tokenizer than the first part."""
     for part, manifest in zip(corpus_parts, manifests, strict=True):
-        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256 and not same_tokenizer(
+        if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256 and not is_same_tokenizer(
             corpus_dir / part.name, corpus_dir / corpus_parts[0].name
         ):
             raise DataError(
@@ -114,7 +121,7 @@ def _check_same_tokenizer(corpus_dir: Path, corpus_parts: list[CorpusPart], mani
 
 
 def _check_shard_sizes(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> None:
-    """Raises DataError if a shard of a part is missing or truncated."""
+    """Raise DataError if a shard of a part is missing or truncated."""
     for part in corpus_parts:
         for split in SPLITS:
             Corpus(corpus_dir / part.name, split).check_shard_sizes()

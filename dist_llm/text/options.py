@@ -16,41 +16,42 @@ examples:
   # try the whole program on text that every Python installation has
   dist-llm prepare --source python-stdlib --tokenizer bpe:4096 --out data/stdlib
 
-  # a folder of compressed JSON lines whose text is under "content"
+  # a folder of compressed JSON lines, with the text under the key "content"
   dist-llm prepare --source crawl/ --text-key content --tokenizer bpe:32000 --split-pattern llama3 --out data/crawl
 
-  # all files that match in the shell
+  # all files that match a glob, which the shell expands
   dist-llm prepare --source shards/*.jsonl --tokenizer data/stdlib --out data/shards
 
-  # several sources, read in this order; GPT-2's tokenizer from its two files
+  # several sources, read in this order; the tokenizer of GPT-2 from its two files
   dist-llm prepare --source books.parquet --source notes.txt --tokenizer vocab.json,merges.txt --out data/mixed
 
-  # another corpus with the tokenizer of the first
+  # another corpus with the tokenizer of an existing corpus
   dist-llm prepare --source hf:wikitext:wikitext-2-raw-v1 --tokenizer data/stdlib --out data/wikitext
 
-  # a web crawl: two published sets of quality rules, and no equal texts; report.json counts what each rule removed
+  # a web crawl: apply two published sets of quality rules and remove exact duplicates; report.json counts the removals
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --filter gopher --filter c4 --dedup exact --out data/web
 
-  # questions and answers: training reads both and scores only the answers
+  # questions and answers: the model reads both, but only the answers have a loss
   dist-llm prepare --source qa.jsonl --prompt-key question --text-key answer --tokenizer data/stdlib --out data/qa
 
-  # on two machines, one part each; then one corpus of both
+  # on two machines: prepare one part on each, then merge the parts into one corpus
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --part 1/2 --out data/big
   dist-llm prepare --source crawl/ --tokenizer data/stdlib --part 2/2 --out data/big
   dist-llm prepare --merge data/big
 
-A killed run leaves OUT.partial, which train does not accept. The same command resumes it: finished input files are
-not read again (those of less than 8 MiB in groups of that size), unless they, the tokenizer or an option that
-decides the corpus have changed. The result has the same bytes as that of an uninterrupted run.
+A killed run leaves OUT.partial, which train does not accept. Run the same command again to resume it. Input files that
+were finished before the last resume point are not read again. A resume point comes after at least 8 MiB of text.
+The run starts over if an input file, the tokenizer, or an option that changes the corpus has changed. A resumed run
+writes the same bytes as an uninterrupted run.
 
-Documents pass the filters first, then the search for duplicates, then the tokenizer.
+The order of processing is: filters, deduplication, tokenizer.
 """
 
 USAGE = """\
 dist-llm prepare --source SOURCE [SOURCE ...] --tokenizer TOKENIZER --out OUT [options]
        dist-llm prepare --merge OUT"""
-FILTERS = ("gopher", "c4")
-DEDUP = ("exact", "near")
+FILTER_NAMES = ("gopher", "c4")
+DEDUP_KINDS = ("exact", "near")
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def build_options(namespace: argparse.Namespace) -> PrepareOptions:
 
     Raises DataError if a required option is missing.
     """
-    values = {each.name: getattr(namespace, each.name) for each in fields(PrepareOptions)}
+    values = {option.name: getattr(namespace, option.name) for option in fields(PrepareOptions)}
     if missing := [f"--{name}" for name in ("source", "tokenizer", "out") if not values[name]]:
         raise DataError(f"{', '.join(missing)}: must be given. See dist-llm prepare --help for examples.")
-    lists: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return PrepareOptions(**{**values, **lists})
+    tuples: dict[str, Any] = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return PrepareOptions(**{**values, **tuples})
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -118,10 +119,10 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         help="bpe:N trains N ids on the source (256 bytes, merges, <|endoftext|>); byte uses the 256 bytes; a tiktoken "
         "encoding by name (gpt2, cl100k_base, ...; needs the network once); a .tiktoken file; vocab.json,merges.txt "
-        "or a folder with both; a folder of Hugging Face's, whose tokenizer.json runs unchanged and whose "
+        "or a folder with both; a Hugging Face folder, whose tokenizer.json runs unchanged and whose "
         "files are kept for exports; nanoGPT's meta.pkl; a prepared corpus or a checkpoint, to reuse its tokenizer",
     )
-    parser.add_argument("--out", type=Path, help="the directory of the corpus; it appears when complete")
+    parser.add_argument("--out", type=Path, help="the directory of the corpus; it appears when the corpus is complete")
     parser.add_argument(
         "--split-pattern",
         help="the pattern that splits text before merging: gpt2 or llama3 for bpe:N (default gpt2); gpt2, llama3 or "
@@ -136,12 +137,12 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--separator",
         metavar="STRING",
-        help="the string between the documents of a text file, such as '<|endoftext|>', on its own line or within "
-        "one; blank-lines: one or more empty lines (default: a file is one document)",
+        help="the string between the documents of a text file, such as '<|endoftext|>', on its own line or within a "
+        "line; blank-lines: one or more empty lines (default: a file is one document)",
     )
     parser.add_argument(
         "--prompt-key",
-        help="the JSON key or column of a prompt before the text: training reads it but does not score it",
+        help="the JSON key or column of a prompt, which is put before the text; prompt tokens have no loss",
     )
     parser.add_argument(
         "--hf-split", default="train", help="the split of an hf: or save_to_disk source (default: %(default)s)"
@@ -149,14 +150,14 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
-    for option, what in (("--include", "read only those"), ("--exclude", "skip those")):
+    for option, action in (("--include", "read only"), ("--exclude", "skip")):
         parser.add_argument(
             option,
             action="append",
             default=[],
             metavar="GLOB",
-            help=f"of the files in folders of --source, {what} whose name, or path below the folder, matches; quote "
-            "it; * also matches /; may be given several times",
+            help=f"in the folders of --source, {action} the files whose name, or path below the folder, matches GLOB; "
+            "quote GLOB; * also matches /; may be given several times",
         )
     parser.add_argument(
         "--skip-unreadable",
@@ -171,24 +172,24 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--filter",
         action="append",
         default=[],
-        choices=FILTERS,
-        help="remove text of low quality; may be given several times, applied in this order. gopher: documents, by "
-        "length, words, symbols and repetition (Rae et al. 2021, A.1.1 and table A1). c4: lines and documents "
-        "(Raffel et al. 2020, 2.2). Both are designed for English web pages, not for code",
+        choices=FILTER_NAMES,
+        help="remove text of low quality; may be given several times and is applied in this order. gopher: removes "
+        "documents by length, words, symbols and repetition (Rae et al. 2021, A.1.1 and table A1). c4: removes lines "
+        "and documents (Raffel et al. 2020, 2.2). Both are designed for English web pages, not for code",
     )
     parser.add_argument(
         "--dedup",
-        choices=DEDUP,
-        help="keep only the first of equal documents (exact) or of nearly equal ones (near: MinHash of runs of five "
-        "words). exact needs about 100 bytes of memory per kept document; near about 5 kB, and 10 kB with a "
-        "threshold of 0.5, so 5 GB for a million documents, all in one process. near does not work with --part",
+        choices=DEDUP_KINDS,
+        help="keep only the first of several equal documents (exact) or similar documents (near: MinHash of 5-word "
+        "shingles). Memory per kept document, in one process: exact about 100 bytes; near about 5 kB, or 10 kB with a "
+        "threshold of 0.5. near does not work with --part",
     )
     parser.add_argument(
         "--dedup-threshold",
         type=float,
         default=PrepareOptions.dedup_threshold,
-        help="near: the share of common runs of five words (Jaccard similarity, estimated to about 0.04) from which "
-        "the later document is removed (default: %(default)s)",
+        help="near: remove a document whose Jaccard similarity of 5-word shingles with an earlier document is at least "
+        "this; the similarity is estimated with an error of about 0.04 (default: %(default)s)",
     )
 
 
@@ -196,16 +197,16 @@ def _add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part",
         metavar="i/n",
-        help="prepare part i of n, from 1, into OUT/part-i-of-n, a separate corpus. A part has every n-th input file, "
-        "or every n-th row if there are fewer files than n; with --dedup exact it reads and filters everything and "
+        help="prepare part i of n (i counts from 1) as a corpus of its own in OUT/part-i-of-n. A part has every n-th "
+        "input file, or every n-th row if there are fewer files than n. With --dedup exact a part reads all files and "
         "selects texts by their hash, so that equal texts are in one part. With bpe:N each part trains the same "
-        "tokenizer; to avoid that, train it once and give that corpus as --tokenizer",
+        "tokenizer; to train it only once, prepare a corpus with bpe:N and give this corpus as --tokenizer",
     )
     parser.add_argument(
         "--merge",
         type=Path,
         metavar="OUT",
-        help="merge all parts in OUT into one corpus, at once: their files are not moved",
+        help="merge all parts in OUT into one corpus: write a manifest that lists their files, without moving them",
     )
 
 
@@ -215,33 +216,34 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--heldout-fraction",
         type=float,
         default=defaults.heldout_fraction,
-        help="share of held-out documents, selected by a hash of their text (default: %(default)s)",
+        help="fraction of documents to hold out for evaluation, selected by a hash of the text (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=defaults.workers,
-        help="processes that tokenize; the output does not depend on it (default: one per CPU, here %(default)s)",
+        help="tokenizing processes; their number does not affect the corpus (default: one per CPU, here %(default)s)",
     )
     parser.add_argument(
         "--shard-tokens",
         type=int,
         default=defaults.shard_tokens,
-        help="tokens after which a new file starts (default: %(default)s)",
+        help="maximum number of tokens in a shard; longer documents get their own shard (default: %(default)s)",
     )
     parser.add_argument(
         "--bpe-train-bytes",
         type=int,
         default=defaults.bpe_train_bytes,
-        help="bytes of text to train bpe:N on, from the start of the source, without held-out documents "
+        help="bytes of text on which bpe:N is trained, from the start of the source, without held-out documents "
         "(default: %(default)s)",
     )
     parser.add_argument(
         "--max-bad-rate",
         type=float,
         default=defaults.max_bad_rate,
-        help="share of malformed rows above which the run fails; below it they are skipped (default: %(default)s)",
+        help="maximum fraction of malformed rows: up to it they are skipped, above it the run fails "
+        "(default: %(default)s)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the corpus at --out, once the new one is complete"
+        "--overwrite", action="store_true", help="replace the corpus at --out when the new corpus is complete"
     )

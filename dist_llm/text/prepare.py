@@ -1,8 +1,8 @@
-"""Tokenize raw text to a corpus of token shards.
+"""`dist-llm prepare`: tokenize raw text to a corpus of token shards.
 
-The corpus is written to `OUT.partial`. It is renamed to `OUT` when it is complete and synced to the disk. A killed run
-leaves `OUT.partial` with a journal of the finished input files, and the next run resumes from this journal. `OUT.lock`
-excludes a second run; the kernel releases it when the process dies.
+The corpus is written to `OUT.partial`, and renamed to `OUT` when it is complete and synced to the disk. A killed run
+leaves `OUT.partial` with a journal, from which the next run resumes. A lock on `OUT.lock` excludes a second run; the
+kernel releases the lock when the process dies.
 """
 
 import os
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from dist_llm.data.shard import MANIFEST, Manifest
+from dist_llm.data.shard import MANIFEST_FILE, Manifest
 from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart, parse_part
 from dist_llm.text.input_files import InputFile, open_inputs, sum_size_bytes
@@ -21,28 +21,29 @@ from dist_llm.text.options import PrepareOptions, add_arguments, build_options
 from dist_llm.text.prepare_run import PrepareRun, select_corpus_options
 from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.publish import check_output, lock_output, publish_corpus, recover_output
-from dist_llm.text.report import InputTable, Report
+from dist_llm.text.report import InputFileCounts, Report
 from dist_llm.text.rows import RowKeys
 from dist_llm.text.walk import FileRules
 
 __all__ = ["PrepareOptions", "add_arguments", "build_options", "prepare"]
 
 NOTHING_TO_DO = (
-    "nothing to do: {} was prepared with the same options from as many files and bytes; to prepare it anew, give "
-    "--overwrite"
+    "nothing to do: {} was prepared with the same options from the same number of files and bytes; to prepare it "
+    "again, give --overwrite"
 )
 RESUME_HINT = "The finished input files are kept in {}: fix this and run the same command again to resume."
 
 
-def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
-    """Build the corpus that `options` describe. Print progress and a summary to `stream` (default: stderr).
+def prepare(options: PrepareOptions, log_stream: TextIO | None = None) -> Manifest:
+    """Build the corpus that `options` describe. Print progress and a summary to `log_stream` (default: stderr).
 
     Raises DataError for each error that the user can fix: options, files, tokenizer, rows, `OUT`, a full disk.
     """
     _check_options(options)
-    table, keys = InputTable(), RowKeys(options.text_key, options.prompt_key, options.separator)
+    file_counts = InputFileCounts()
+    keys = RowKeys(options.text_key, options.prompt_key, options.separator)
     rules = FileRules(options.include, options.exclude, options.skip_unreadable)
-    files = open_inputs(options.source, keys, options.hf_split, rules, table)
+    files = open_inputs(options.source, keys, options.hf_split, rules, file_counts)
     part = _select_part(options, len(files))
     out = Path(os.path.realpath(options.out))
     if part.num_parts > 1:
@@ -52,14 +53,15 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
     try:
         with lock_output(out):
             recover_output(out, old)
-            if not options.overwrite and (done := _find_finished_corpus(options, out, files, table)) is not None:
-                print(NOTHING_TO_DO.format(out), file=stream or sys.stderr)
-                return done
+            finished_corpus = None if options.overwrite else _find_finished_corpus(options, out, files, file_counts)
+            if finished_corpus is not None:
+                print(NOTHING_TO_DO.format(out), file=log_stream or sys.stderr)
+                return finished_corpus
             check_output(out, options.overwrite)
             partial.mkdir(exist_ok=True)
             try:
-                with ProgressMeter(stream or sys.stderr, sum_size_bytes(part.select_files(files))) as meter:
-                    run = PrepareRun(options, part, files, partial, meter, table)
+                with ProgressMeter(log_stream or sys.stderr, sum_size_bytes(part.select_files(files))) as meter:
+                    run = PrepareRun(options, part, files, partial, meter, file_counts)
                     manifest = run.write_corpus()
                     publish_corpus(partial, out, old)
                     run.print_summary(manifest)
@@ -71,18 +73,18 @@ def prepare(options: PrepareOptions, stream: TextIO | None = None) -> Manifest:
                 if not Journal(partial).has_records:
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        where, why = error.filename or partial, error.strerror or error
+        path, reason = error.filename or partial, error.strerror or error
         hint = RESUME_HINT.format(partial) if Journal(partial).has_records else "Nothing of this run was saved."
-        raise DataError(f"{where}: cannot be written: {why}. {hint}") from None
+        raise DataError(f"{path}: cannot be written: {reason}. {hint}") from None
     return manifest
 
 
 def _find_finished_corpus(
-    options: PrepareOptions, out: Path, files: Sequence[InputFile], table: InputTable
+    options: PrepareOptions, out: Path, files: Sequence[InputFile], file_counts: InputFileCounts
 ) -> Manifest | None:
-    """Return the manifest of `out` if the same options made it from as many files and bytes.
+    """Return the manifest of `out` if the same options made it from the same number of files and bytes.
 
-    Return None for another corpus, and for inputs of unknown size.
+    Return None if `out` is another corpus or no corpus, and if the size of an input is unknown.
     """
     if sum_size_bytes(files) is None:
         return None
@@ -90,7 +92,8 @@ def _find_finished_corpus(
         report, manifest = Report.load(out), Manifest.load(out)
     except DataError:
         return None
-    return manifest if report.options == select_corpus_options(options) and report.inputs == table else None
+    is_same = report.options == select_corpus_options(options) and report.inputs == file_counts
+    return manifest if is_same else None
 
 
 def _check_options(options: PrepareOptions) -> None:
@@ -116,9 +119,9 @@ def _check_options(options: PrepareOptions) -> None:
             "Leave out --part, or use --dedup exact",
         ),
     )
-    for holds, rule in rules:
-        if not holds:
-            raise DataError(rule)
+    for is_satisfied, message in rules:
+        if not is_satisfied:
+            raise DataError(message)
 
 
 def _select_part(options: PrepareOptions, num_files: int) -> CorpusPart:
@@ -131,5 +134,5 @@ def _select_part(options: PrepareOptions, num_files: int) -> CorpusPart:
 
 
 def _check_not_merged(out: Path) -> None:
-    if (out / MANIFEST).exists():
+    if (out / MANIFEST_FILE).exists():
         raise DataError(f"{out}: is a complete corpus, so no part is added to it. Choose another --out, or remove it.")

@@ -1,4 +1,4 @@
-"""Show the progress of `prepare` and `adopt`: a bar on a terminal, otherwise a line every PLAIN_SECONDS."""
+"""Show the progress of `prepare` and `adopt`: a bar on a terminal, otherwise a line every SECONDS_PER_LINE."""
 
 import time
 from types import TracebackType
@@ -13,15 +13,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-PLAIN_SECONDS = 10.0
+SECONDS_PER_LINE = 10.0
 
 
 class ProgressMeter:
     """Shows bytes read of `total_bytes` (None: unknown), the rate in MB/s and the number of documents."""
 
-    def __init__(self, stream: TextIO, total_bytes: int | None, activity: str = "tokenizing") -> None:
+    def __init__(self, log_stream: TextIO, total_bytes: int | None, activity: str = "tokenizing") -> None:
         self.total_bytes, self.activity = total_bytes, activity
-        self._console = Console(file=stream)
+        self._console = Console(file=log_stream)
         self._start = self._last_print = time.monotonic()
         columns = (
             TextColumn(activity),
@@ -47,10 +47,10 @@ class ProgressMeter:
         return time.monotonic() - self._start
 
     def update(self, bytes_read: int, text_bytes: int, documents: int) -> None:
-        """Update the bar, or print a line if the last one is PLAIN_SECONDS old."""
+        """Update the bar, or print a line if the last line is SECONDS_PER_LINE old."""
         state = f"{documents:,} documents, {text_bytes / 1e6 / max(self.seconds, 1e-9):.1f} MB/s"
         self._bar.update(self._task, completed=bytes_read, state=state)
-        if self._bar.disable and time.monotonic() - self._last_print >= PLAIN_SECONDS:
+        if self._bar.disable and time.monotonic() - self._last_print >= SECONDS_PER_LINE:
             self._last_print = time.monotonic()
             self.print_line(f"{self.activity}: {self._format_remaining(bytes_read)}{state}")
 
@@ -61,5 +61,5 @@ class ProgressMeter:
     def _format_remaining(self, bytes_read: int) -> str:
         if not self.total_bytes or not bytes_read:
             return ""
-        left = self.seconds * (self.total_bytes - bytes_read) / bytes_read
-        return f"{bytes_read / self.total_bytes:.0%}, {left:.0f} s left, "
+        remaining_seconds = self.seconds * (self.total_bytes - bytes_read) / bytes_read
+        return f"{bytes_read / self.total_bytes:.0%}, {remaining_seconds:.0f} s left, "

@@ -1,11 +1,11 @@
-"""Publish a finished corpus: under a lock, atomically, and only over another corpus."""
+"""Publish a finished corpus: rename it to its final name atomically, under a lock, and replace nothing but a corpus."""
 
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from dist_llm.data.shard import MANIFEST
+from dist_llm.data.shard import MANIFEST_FILE
 from dist_llm.errors import DataError
 from dist_llm.io.atomic import sync_directory
 from dist_llm.io.locks import lock_file
@@ -24,7 +24,7 @@ def lock_output(out: Path) -> Iterator[None]:
 
 
 def recover_output(out: Path, old: Path) -> None:
-    """Repair `out` after a run that was killed while it replaced the old corpus by the new one."""
+    """Restore `out` from `old` if a run was killed between the two renames of `publish_corpus`; remove `old`."""
     if old.exists() and not out.exists():
         old.rename(out)
     if old.exists():
@@ -37,12 +37,12 @@ def check_output(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise DataError(f"{out}: exists. Choose another --out, or give --overwrite to replace it.")
-    if not (out / MANIFEST).is_file():
+    if not (out / MANIFEST_FILE).is_file():
         raise DataError(f"{out}: not a prepared corpus, so --overwrite will not replace it. Choose another --out.")
 
 
 def publish_corpus(partial: Path, out: Path, old: Path) -> None:
-    """Rename the complete corpus from `partial` to `out`, and sync both directories to the disk."""
+    """Rename the complete corpus from `partial` to `out`. An existing corpus is renamed to `old` and then removed."""
     sync_directory(partial)
     if out.exists():
         out.rename(old)

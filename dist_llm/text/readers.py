@@ -1,4 +1,4 @@
-"""Read the documents of one file in its format, lazily and in bounded memory."""
+"""Read the documents of one input file: text, JSON lines, CSV, TSV or Parquet. Reads are lazy, in bounded memory."""
 
 import codecs
 import io
@@ -9,181 +9,185 @@ from pathlib import Path
 
 from dist_llm.errors import DataError
 from dist_llm.text.compression import CODECS, DecompressedFile
-from dist_llm.text.rows import BLANK_LINES, Document, RowKeys, Tally, UnreadableError, read_row
+from dist_llm.text.rows import BLANK_LINES, RowCounts, RowKeys, TextDocument, UnreadableError, read_row
 from dist_llm.text.tables import DELIMITERS, read_table
 from dist_llm.text.walk import get_data_suffix
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
 BUFFER_BYTES = 1 << 20
-PARQUET_ROWS = 256
+PARQUET_BATCH_ROWS = 256
 
 
-def read_file(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
-    """Yield the documents of a file. Raises OSError if it cannot be read, DataError if its content does not fit its
-    suffix."""
+def read_file(path: Path, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
+    """Yield the documents of a file, whose suffix selects the reader.
+
+    Raises OSError or UnreadableError if the file cannot be read, and DataError if its content has another format.
+    """
     suffix = get_data_suffix(path)
     if suffix in JSON_LINES:
-        return _read_json_lines(path, keys, tally)
+        return _read_json_lines(path, keys, row_counts)
     if suffix == ".parquet":
-        return _read_parquet(path, keys, tally)
+        return _read_parquet(path, keys, row_counts)
     if suffix in DELIMITERS:
-        return _read_table(path, DELIMITERS[suffix], keys, tally)
+        return _read_table(path, DELIMITERS[suffix], keys, row_counts)
     if keys.separator is not None:
-        return _read_separated_text(path, keys.separator, tally)
-    return _read_whole_text(path, tally)
+        return _read_separated_text(path, keys.separator, row_counts)
+    return _read_whole_text(path, row_counts)
 
 
 def is_text(path: Path) -> bool:
-    """Return whether a file is text without rows: one document, or documents between separators."""
+    """Return whether a file is plain text without rows: one document, or documents between separators."""
     return get_data_suffix(path) not in {*JSON_LINES, ".parquet", *DELIMITERS}
 
 
 @contextmanager
 def _open_decompressed(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
-    """Open a file's decompressed content, and the raw file, whose `tell` is the progress."""
+    """Yield (the decompressed content of a file, the raw file). `tell` of the raw file gives the bytes read so far."""
     with ExitStack() as stack:
-        raw = stack.enter_context(path.open("rb", buffering=0))
-        codec = path.suffix.lower()
-        if codec not in CODECS:
-            yield stack.enter_context(io.BufferedReader(raw, BUFFER_BYTES)), raw
+        raw_file = stack.enter_context(path.open("rb", buffering=0))
+        suffix = path.suffix.lower()
+        if suffix not in CODECS:
+            yield stack.enter_context(io.BufferedReader(raw_file, BUFFER_BYTES)), raw_file
             return
-        unpacked = stack.enter_context(DecompressedFile(raw, codec))
-        yield stack.enter_context(io.BufferedReader(unpacked, BUFFER_BYTES)), raw
+        decompressed_file = stack.enter_context(DecompressedFile(raw_file, suffix))
+        yield stack.enter_context(io.BufferedReader(decompressed_file, BUFFER_BYTES)), raw_file
 
 
-def _read_whole_text(path: Path, tally: Tally) -> Iterator[Document]:
+def _read_whole_text(path: Path, row_counts: RowCounts) -> Iterator[TextDocument]:
     """Yield the file as one document."""
-    if not tally.claim_next_row():
+    if not row_counts.claim_next_row():
         return
-    with _open_decompressed(path) as (stream, _):
-        _check_encoding(stream.peek(4))
-        content = stream.read().removeprefix(codecs.BOM_UTF8)
-    text = _decode(content, 0)
-    tally.count_good(len(content))
-    yield Document(text, str(path))
+    with _open_decompressed(path) as (content_file, _):
+        _check_encoding(content_file.peek(4))
+        content = content_file.read().removeprefix(codecs.BOM_UTF8)
+    text = _decode(content, lines_before=0)
+    row_counts.count_good(len(content))
+    yield TextDocument(text, str(path))
 
 
-def _read_separated_text(path: Path, separator: str, tally: Tally) -> Iterator[Document]:
-    """Yield the documents between separators, except blank ones."""
-    start = tally.bytes_read
-    with _open_decompressed(path) as (stream, raw):
-        _check_encoding(stream.peek(4))
-        for number, content in split_documents(stream, separator):
-            tally.bytes_read = start + raw.tell()
-            if not tally.claim_next_row():
+def _read_separated_text(path: Path, separator: str, row_counts: RowCounts) -> Iterator[TextDocument]:
+    """Yield the documents between separators. Blank documents are left out."""
+    bytes_read_before = row_counts.bytes_read
+    with _open_decompressed(path) as (content_file, raw_file):
+        _check_encoding(content_file.peek(4))
+        for line_number, content in split_documents(content_file, separator):
+            row_counts.bytes_read = bytes_read_before + raw_file.tell()
+            if not row_counts.claim_next_row():
                 continue
             try:
-                text = _decode(content, number - 1)
+                text = _decode(content, lines_before=line_number - 1)
             except UnreadableError as error:
-                tally.count_bad(f"{path}:{number}", str(error), len(content))
+                row_counts.count_bad(f"{path}:{line_number}", str(error), len(content))
                 continue
-            tally.count_good(len(content))
-            yield Document(text, f"{path}:{number}")
+            row_counts.count_good(len(content))
+            yield TextDocument(text, f"{path}:{line_number}")
 
 
 def split_documents(lines: Iterable[bytes], separator: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the first line, content) of each document in some lines.
+    """Yield (number of the first line, content) of each document.
 
-    A separator on its own line is removed together with that line and the line break before it.
+    If a separator is alone on its line, the line and the line break before it are removed with it.
     """
-    mark, fragments, first = separator.encode(), list[bytes](), 1
-    for number, line in enumerate(lines, start=1):
-        if number == 1:
+    fragments, first_line = list[bytes](), 1
+    for line_number, line in enumerate(lines, start=1):
+        if line_number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        segments = _split_line(line, separator, mark)
+        segments = _split_line(line, separator)
         for segment in segments[:-1]:
             fragments.append(segment)
-            if document := _join_document(fragments, not segment):
-                yield first, document
-            fragments, first = [], number
+            if document := _join_document(fragments, ends_before_line_break=not segment):
+                yield first_line, document
+            fragments, first_line = [], line_number
         if len(segments) > 1 and not segments[-1].strip():
-            first = number + 1
+            first_line = line_number + 1
         else:
             fragments.append(segments[-1])
-    if document := _join_document(fragments, True):
-        yield first, document
+    if document := _join_document(fragments, ends_before_line_break=True):
+        yield first_line, document
 
 
-def _split_line(line: bytes, separator: str, mark: bytes) -> list[bytes]:
+def _split_line(line: bytes, separator: str) -> list[bytes]:
     """Split a line at separators."""
     if separator == BLANK_LINES:
         return [line] if line.strip() else [b"", b""]
-    return line.split(mark)
+    return line.split(separator.encode())
 
 
-def _join_document(fragments: list[bytes], own_line: bool) -> bytes:
+def _join_document(fragments: list[bytes], ends_before_line_break: bool) -> bytes:
+    """Join the fragments of a document. Return an empty string if it is blank."""
     document = b"".join(fragments)
-    if own_line:
+    if ends_before_line_break:
         document = document.removesuffix(b"\n").removesuffix(b"\r")
     return document if document.strip() else b""
 
 
-def _read_table(path: Path, delimiter: str, keys: RowKeys, tally: Tally) -> Iterator[Document]:
-    with _open_decompressed(path) as (stream, raw):
-        _check_encoding(stream.peek(4))
-        yield from read_table(path, stream, raw, delimiter, keys, tally)
+def _read_table(path: Path, delimiter: str, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
+    with _open_decompressed(path) as (content_file, raw_file):
+        _check_encoding(content_file.peek(4))
+        yield from read_table(path, content_file, raw_file, delimiter, keys, row_counts)
 
 
 def _decode(content: bytes, lines_before: int) -> str:
     """Decode bytes of a text file. Raises UnreadableError if they are not UTF-8, or not text."""
     try:
         text = content.decode("utf-8")
-        bad = content.find(b"\0")  # valid in UTF-8, but frequent in UTF-16 and binary files
+        bad_offset = content.find(b"\0")  # valid in UTF-8, but frequent in UTF-16 and binary files
     except UnicodeDecodeError as error:
-        bad = error.start
-    if bad < 0:
+        bad_offset = error.start
+    if bad_offset < 0:
         return text
-    line = lines_before + content.count(b"\n", 0, bad) + 1
-    what = "a NUL byte" if content[bad] == 0 else "not UTF-8"
+    line_number = lines_before + content.count(b"\n", 0, bad_offset) + 1
+    problem = "a NUL byte" if content[bad_offset] == 0 else "not UTF-8"
     raise UnreadableError(
-        f"line {line}: {what}, as in a binary file or in text of another encoding (convert with: iconv -f "
+        f"line {line_number}: {problem}, as in a binary file or in text of another encoding (convert with: iconv -f "
         "ENCODING -t UTF-8)"
     )
 
 
-def _check_encoding(start: bytes) -> None:
+def _check_encoding(first_bytes: bytes) -> None:
     """Raise UnreadableError if a file starts with the byte order mark of UTF-16 or UTF-32."""
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+    if first_bytes.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
         raise UnreadableError("starts with the byte order mark of UTF-16 or UTF-32; convert it with iconv to UTF-8")
 
 
-def _read_json_lines(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
-    """Yield one document per line with an object; blank lines are not rows."""
-    start = tally.bytes_read
-    with _open_decompressed(path) as (stream, raw):
-        _check_encoding(stream.peek(4))
-        if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+def _read_json_lines(path: Path, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
+    """Yield the document of each line, which must be a JSON object. Blank lines are skipped."""
+    bytes_read_before = row_counts.bytes_read
+    with _open_decompressed(path) as (content_file, raw_file):
+        _check_encoding(content_file.peek(4))
+        if content_file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise DataError(f"{path}: is one JSON array; expected one object per line. Convert it with: jq -c '.[]'")
-        for number, line in enumerate(stream, start=1):
-            if number == 1:
+        for line_number, line in enumerate(content_file, start=1):
+            if line_number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
-            tally.bytes_read = start + raw.tell()
-            if not tally.claim_next_row():
+            row_counts.bytes_read = bytes_read_before + raw_file.tell()
+            if not row_counts.claim_next_row():
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
-                tally.count_bad(f"{path}:{number}", "not UTF-8", len(line))
+                row_counts.count_bad(f"{path}:{line_number}", "not UTF-8", len(line))
             except (ValueError, RecursionError) as error:
-                tally.count_bad(f"{path}:{number}", f"not JSON: {error}", len(line))
+                row_counts.count_bad(f"{path}:{line_number}", f"not JSON: {error}", len(line))
             else:
-                yield from read_row(row, keys, f"{path}:{number}", tally, len(line))
+                yield from read_row(row, keys, f"{path}:{line_number}", row_counts, len(line))
 
 
-def _read_parquet(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]:
-    """Yield one document per row of the text column."""
+def _read_parquet(path: Path, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
+    """Yield the document of each row."""
     import pyarrow
     from pyarrow import parquet
 
-    start, size, number = tally.bytes_read, path.stat().st_size, 0
+    bytes_read_before, file_bytes, row_number = row_counts.bytes_read, path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path) as file:
-            options = zip(("--text-key", "--prompt-key"), keys.all, strict=False)
-            columns = [_find_column(path, file.schema_arrow.names, *each) for each in options]
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=list(dict.fromkeys(columns))):
-                # Arrow does not check that strings are UTF-8; decode them here, so that only their row is bad.
+            key_of_option = zip(("--text-key", "--prompt-key"), keys.names, strict=False)
+            columns = [_find_column(path, file.schema_arrow.names, option, key) for option, key in key_of_option]
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
+                # Arrow does not check that strings are UTF-8. Read them as bytes: `read_row` decodes them, and an
+                # invalid string makes only its own row bad.
                 arrays = [
                     column.cast(pyarrow.large_binary())
                     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
@@ -191,17 +195,17 @@ def _read_parquet(path: Path, keys: RowKeys, tally: Tally) -> Iterator[Document]
                     for column in map(batch.column, columns)
                 ]
                 for values in zip(*(column.to_pylist() for column in arrays), strict=True):
-                    number += 1
-                    if tally.claim_next_row():
+                    row_number += 1
+                    if row_counts.claim_next_row():
                         row = dict(zip(columns, values, strict=True))
-                        yield from read_row(row, keys, f"{path}:{number}", tally)
-                tally.bytes_read = start + size * number // file.metadata.num_rows
+                        yield from read_row(row, keys, f"{path}:{row_number}", row_counts)
+                row_counts.bytes_read = bytes_read_before + file_bytes * row_number // file.metadata.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UnreadableError(f"not readable as Parquet: {error}") from None
 
 
 def _find_column(path: Path, names: list[str], option: str, key: str) -> str:
-    """Return the column of a key, which may be nested. Raises DataError unless there is exactly one."""
+    """Return the column of a key, which may be nested. Raises DataError unless exactly one column has this name."""
     column = next((name for name in (key, key.partition(".")[0]) if name in names), None)
     if column is None:
         raise DataError(f"{path}: no column '{key}'. Give {option} one of: {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""The report of prepare: counts of the input, and of removed text by rule, in `report.json`."""
+"""The report of `prepare` in `report.json`: counts of the input, and counts of the removed text by rule."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ FORMAT = "dist_llm prepare report 1"
 
 @dataclass
 class TextCount:
-    """Text that one rule removed: documents, lines, and bytes of UTF-8."""
+    """An amount of text, such as the text that one rule removed: documents, lines, and UTF-8 bytes."""
 
     documents: int = 0
     lines: int = 0
@@ -23,7 +23,7 @@ class TextCount:
 
 
 class RemovalCounts(dict[str, TextCount]):
-    """Counts per rule, in the order in which the rules are applied."""
+    """The removed text by rule, in the order in which the rules are applied."""
 
     def add(self, rule: str, documents: int = 0, lines: int = 0, bytes: int = 0) -> None:
         entry = self.setdefault(rule, TextCount())
@@ -38,62 +38,66 @@ class RemovalCounts(dict[str, TextCount]):
 
 @dataclass
 class FileCount:
-    """A number of files and their bytes on the disk."""
+    """A number of files, and their total size on the disk."""
 
     files: int = 0
     bytes: int = 0
 
 
-class InputTable(dict[str, dict[str, FileCount]]):
-    """Counts of files by outcome ("read", or "skipped: " and the reason) and suffix."""
+class InputFileCounts(dict[str, dict[str, FileCount]]):
+    """Counts of input files by outcome ("read" or "skipped: REASON") and by suffix."""
 
     def add(self, outcome: str, path: Path, bytes: int, files: int = 1) -> None:
-        kind = "folder" if path.is_dir() else "".join(path.suffixes[-2:]).lower() or "no suffix"
-        amount = self.setdefault(outcome, {}).setdefault(kind, FileCount())
-        amount.files += files
-        amount.bytes += bytes
+        suffix = "folder" if path.is_dir() else "".join(path.suffixes[-2:]).lower() or "no suffix"
+        count = self.setdefault(outcome, {}).setdefault(suffix, FileCount())
+        count.files += files
+        count.bytes += bytes
 
     def mark_unreadable(self, path: Path, bytes: int) -> None:
-        """Count a file as unreadable that was counted as read before."""
-        self.add("read", path, -bytes, -1)
+        """Move a file from "read" to "skipped: unreadable"."""
+        self.add("read", path, -bytes, files=-1)
         self.add("skipped: unreadable", path, bytes)
 
-    def lines(self) -> list[str]:
-        """Format the table."""
+    def format_lines(self) -> list[str]:
+        """Format the counts as the lines of a table; no lines if there are no files."""
         rows = [
-            (outcome, kind, f"{each.files:,}", f"{each.bytes:,}")
-            for outcome, kinds in sorted(self.items())
-            for kind, each in sorted(kinds.items())
-            if each.files
+            (outcome, suffix, f"{count.files:,}", f"{count.bytes:,}")
+            for outcome, count_of_suffix in sorted(self.items())
+            for suffix, count in sorted(count_of_suffix.items())
+            if count.files
         ]
+        if not rows:
+            return []
         table = [("input", "suffix", "files", "bytes"), *rows]
-        a, b, c, d = (max(len(row[column]) for row in table) for column in range(4))
-        return [f"  {w:{a}}  {x:{b}}  {y:>{c}}  {z:>{d}}" for w, x, y, z in table] if rows else []
+        widths = [max(len(row[column]) for row in table) for column in range(4)]
+        return [
+            f"  {outcome:{widths[0]}}  {suffix:{widths[1]}}  {files:>{widths[2]}}  {num_bytes:>{widths[3]}}"
+            for outcome, suffix, files, num_bytes in table
+        ]
 
 
 @dataclass
 class Report:
-    """The outcome of each row of the input: bad, empty, removed by a rule, or kept."""
+    """Counts of the input rows by outcome: bad, empty, removed by a rule, or kept. The fields are keys of the file."""
 
-    options: dict[str, Any]  # options that decide the content of the corpus
+    options: dict[str, Any]  # options that change the content of the corpus
     rows: int = 0
     bad_rows: int = 0
     empty_documents: int = 0
     kept: TextCount = field(default_factory=TextCount)
     removed: RemovalCounts = field(default_factory=RemovalCounts)
-    bad_bytes: int = 0  # of bad rows
-    inputs: InputTable = field(default_factory=InputTable)
-    unreadable: dict[str, tuple[int, str]] = field(
-        default_factory=dict
-    )  # bytes and reason, by path, of files that failed while they were read
+    bad_bytes: int = 0  # size of the bad rows
+    inputs: InputFileCounts = field(default_factory=InputFileCounts)
+    # {path: (size in bytes, reason)} of the files that became unreadable in the middle of a read
+    unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def add(self, other: "Report") -> None:
-        """Add the counts of another part."""
+        """Add the counts of another part of the corpus."""
         self.rows += other.rows
         self.bad_rows += other.bad_rows
         self.bad_bytes += other.bad_bytes
-        self.warnings += [each for each in other.warnings if each not in self.warnings]
+        self.warnings += [warning for warning in other.warnings if warning not in self.warnings]
         if not self.inputs:  # all parts list the same files
             self.inputs = other.inputs
         for path, (size, reason) in other.unreadable.items():
@@ -118,10 +122,10 @@ class Report:
             if fields.pop("format") != FORMAT:
                 raise ValueError(f"not of format '{FORMAT}'")
             removed = RemovalCounts({rule: TextCount(**counts) for rule, counts in fields.pop("removed").items()})
-            inputs = InputTable(
+            inputs = InputFileCounts(
                 {
-                    outcome: {kind: FileCount(**amount) for kind, amount in kinds.items()}
-                    for outcome, kinds in fields.pop("inputs", {}).items()
+                    outcome: {suffix: FileCount(**count) for suffix, count in count_of_suffix.items()}
+                    for outcome, count_of_suffix in fields.pop("inputs", {}).items()
                 }
             )
             unreadable = {path: (size, reason) for path, (size, reason) in fields.pop("unreadable", {}).items()}
@@ -130,9 +134,9 @@ class Report:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read: {error!r}. Prepare the part again.") from None
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """Format the table of the input, and one line per rule."""
-        return self.inputs.lines() + [
-            f"  {rule} removed {each.documents:,} documents, {each.lines:,} lines, {each.bytes:,} bytes"
-            for rule, each in self.removed.items()
+        return self.inputs.format_lines() + [
+            f"  {rule} removed {removed.documents:,} documents, {removed.lines:,} lines, {removed.bytes:,} bytes"
+            for rule, removed in self.removed.items()
         ]

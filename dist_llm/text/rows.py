@@ -1,7 +1,7 @@
-"""Read the document in a row of the input, and count the rows of a pass.
+"""Read the document of an input row (a JSON object, a table row or a separated text), and count the rows of a run.
 
-A bad row (malformed UTF-8 or JSON, a text key that is missing or not a string) is skipped. The `Tally` counts it and
-records its location.
+A bad row has malformed UTF-8 or JSON, or no string under the text key. It is skipped. `RowCounts` counts the bad rows
+and records the location of the first ones.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
 from dist_llm.text.tokenizer import to_well_formed
 
 MAX_LOCATIONS = 5
-MIN_ROWS = 10_000
+MIN_ROWS = 10_000  # rows to read before a high rate of bad rows stops the run
 PARAGRAPH_BREAK = "\n\n"
-BLANK_LINES = "blank-lines"  # a separator of one or more empty lines
+BLANK_LINES = "blank-lines"  # value of --separator: one or more empty lines separate documents
 
 
 class UnreadableError(Exception):
@@ -25,9 +25,9 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class RowKeys:
-    """The keys of the text and of its prompt in a row, and the separator of documents in a text file.
+    """The keys of the text and of its prompt in a row, and the separator between the documents of a text file.
 
-    `a.b` is the key b of the object under a, unless the row has a key named `a.b`.
+    `a.b` is the key `b` of the object under `a`, unless the row has a key named `a.b`.
     """
 
     text: str = "text"
@@ -35,55 +35,55 @@ class RowKeys:
     separator: str | None = None
 
     @property
-    def all(self) -> list[str]:
+    def names(self) -> list[str]:
+        """The key of the text and, if there is one, the key of the prompt."""
         return [self.text, *([self.prompt] if self.prompt else [])]
 
 
 @dataclass(frozen=True)
-class Document:
-    """A text, always encodable as UTF-8, and its origin `file:line`. The text begins with a prompt of `prompt_chars`
-    characters."""
+class TextDocument:
+    """The text of one document."""
 
-    text: str
-    origin: str
-    prompt_chars: int = 0
+    text: str  # can always be encoded as UTF-8
+    origin: str  # `file:line`
+    prompt_chars: int = 0  # length of the prompt at the start of the text
 
 
 @dataclass
-class Tally:
-    """The counts of one pass over the inputs, so far. Field names are keys of the journal."""
+class RowCounts:
+    """Counts the rows of one pass over the inputs, and checks the rate of bad rows. Field names are journal keys."""
 
     max_bad_rate: float
     part: CorpusPart = SINGLE_PART
-    rows_met: int = 0  # including the rows of other parts
-    rows: int = 0
+    rows_met: int = 0  # rows of all parts
+    rows: int = 0  # good and bad rows of this part
     bad_rows: int = 0
-    bytes_read: int = 0  # of files on the disk, before decompression
-    locations: list[str] = field(default_factory=list)
-    row_bytes: int = 0  # of all rows of this part
-    bad_bytes: int = 0  # of bad rows
+    bytes_read: int = 0  # bytes read from the disk, before decompression
+    locations: list[str] = field(default_factory=list)  # location and reason of the first bad rows
+    row_bytes: int = 0  # size of the rows of this part
+    bad_bytes: int = 0  # size of the bad rows
     skip_unreadable: bool = False
-    unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # bytes and reason, by path
+    unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # {path: (size in bytes, reason)}
 
     def claim_next_row(self) -> bool:
         """Count one more row of the input. Return whether this part reads it."""
         self.rows_met += 1
         return self.part.owns_row(self.rows_met)
 
-    def count_good(self, size: int) -> None:
-        """Count a good row of `size` bytes."""
+    def count_good(self, row_bytes: int) -> None:
+        """Count a good row of `row_bytes` bytes."""
         self.rows += 1
-        self.row_bytes += size
+        self.row_bytes += row_bytes
 
-    def skip_file(self, path: Path, size: int, reason: str) -> None:
-        """Count an unreadable file. Raises DataError unless the user allows to skip such files."""
-        self.unreadable[str(path)] = (size, reason)
+    def skip_file(self, path: Path, file_bytes: int, reason: str) -> None:
+        """Count an unreadable file. Raises DataError unless `skip_unreadable` is set."""
+        self.unreadable[str(path)] = (file_bytes, reason)
         self._check_unreadable()
 
-    def count_bad(self, location: str, reason: str, size: int) -> None:
+    def count_bad(self, location: str, reason: str, row_bytes: int) -> None:
         """Count a bad row. Raises DataError if the rate is above the limit after at least MIN_ROWS rows."""
-        self.row_bytes += size
-        self.bad_bytes += size
+        self.row_bytes += row_bytes
+        self.bad_bytes += row_bytes
         self.rows += 1
         self.bad_rows += 1
         if len(self.locations) < MAX_LOCATIONS:
@@ -92,15 +92,15 @@ class Tally:
             self.check()
 
     def check(self) -> None:
-        """Raise DataError if the rate of bad rows, or of their bytes, is above the limit."""
+        """Raise DataError if the fraction of bad rows, or of their bytes, is above the limit."""
         self._check_unreadable()
-        for bad, all_of_them, unit in (
+        for num_bad, total, description in (
             (self.bad_rows, self.rows, "rows are bad"),
             (self.bad_bytes, self.row_bytes, "bytes are in bad rows"),
         ):
-            if bad > self.max_bad_rate * all_of_them:
+            if num_bad > self.max_bad_rate * total:
                 raise DataError(
-                    f"{bad:,} of {all_of_them:,} {unit}, more than --max-bad-rate {self.max_bad_rate:g}. "
+                    f"{num_bad:,} of {total:,} {description}, more than --max-bad-rate {self.max_bad_rate:g}. "
                     "Fix them, check --text-key, or raise the rate. The first:\n  " + "\n  ".join(self.locations)
                 )
 
@@ -113,36 +113,42 @@ class Tally:
             )
 
 
-def read_row(row: Any, keys: RowKeys, origin: str, tally: Tally, size: int | None = None) -> Iterator[Document]:
-    """Yield the document of a row of `size` bytes (None: the size of its texts). Count a row without text as bad."""
+def read_row(
+    row: Any, keys: RowKeys, origin: str, row_counts: RowCounts, row_bytes: int | None = None
+) -> Iterator[TextDocument]:
+    """Yield the document of a row, or count the row as bad and yield nothing.
+
+    `row_bytes` is the size of the row; None: use the size of its texts.
+    """
     texts: list[str] = []
-    if size is None:
-        values = [_get_value(row, key) for key in keys.all]
-        size = sum(len(value) for value in values if isinstance(value, str | bytes))
-    for key in keys.all:
+    if row_bytes is None:
+        values = [_get_value(row, key) for key in keys.names]
+        row_bytes = sum(len(value) for value in values if isinstance(value, str | bytes))
+    for key in keys.names:
         text = _get_value(row, key)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError:
-                return tally.count_bad(origin, "not UTF-8", size)
+                return row_counts.count_bad(origin, "not UTF-8", row_bytes)
         if not isinstance(text, str):
-            missing = text is None and isinstance(row, dict) and key not in row
-            return tally.count_bad(origin, f"no key '{key}'" if missing else f"no string under '{key}'", size)
+            is_missing = text is None and isinstance(row, dict) and key not in row
+            reason = f"no key '{key}'" if is_missing else f"no string under '{key}'"
+            return row_counts.count_bad(origin, reason, row_bytes)
         texts.append(to_well_formed(text))
-    tally.count_good(size)
+    row_counts.count_good(row_bytes)
     text, prompt = texts[0], "".join(texts[1:])
-    yield Document(prompt + text if text else "", origin, len(prompt))
+    yield TextDocument(prompt + text if text else "", origin, len(prompt))
 
 
 def _get_value(row: Any, key: str) -> Any:
-    """Return the value of a key, which may be nested. A list of strings is joined to one text of paragraphs."""
+    """Return the value of a key, which may be nested; None if it is missing. Join a list of strings as paragraphs."""
     if not isinstance(row, dict):
         return None
     if key not in row:
-        first, _, rest = key.partition(".")
-        return _get_value(row.get(first), rest) if rest else None
+        outer_key, _, inner_key = key.partition(".")
+        return _get_value(row.get(outer_key), inner_key) if inner_key else None
     value = row[key]
-    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+    if isinstance(value, list) and value and all(isinstance(paragraph, str) for paragraph in value):
         return PARAGRAPH_BREAK.join(value)
     return value

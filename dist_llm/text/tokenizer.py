@@ -21,22 +21,22 @@ import numpy.typing as npt
 
 from dist_llm.errors import DataError
 from dist_llm.io.atomic import write_durably
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
 BPE_FORMAT = "dist_llm tokenizer 1"
-FORMAT = "dist_llm tokenizer 2"  # of all other kinds, which the key "kind" distinguishes
+FORMAT = "dist_llm tokenizer 2"  # format of all other kinds of tokenizers; the key "kind" names the kind
 ENDOFTEXT = "<|endoftext|>"
-MAX_IDS = 1 << 24  # tables have one row per id
+MAX_IDS = 1 << 24  # limits the memory of tables with one row per id
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
 
-class TextStream(Protocol):
-    """Decodes ids one at a time. The bytes of an incomplete character are buffered."""
+class IncrementalDecoder(Protocol):
+    """Decodes ids one at a time, for streamed output. The bytes of an incomplete character are buffered."""
 
     def add(self, token: int) -> str:
-        """Add an id, and return the text that is complete now."""
+        """Add an id. Return the text that this id completes, which may be empty."""
         ...
 
     def end(self) -> str:
@@ -45,7 +45,7 @@ class TextStream(Protocol):
 
 
 class Tokenizer(ABC):
-    """Encodes text to ids and decodes ids. Methods raise DataError if the tokenizer itself is malformed."""
+    """Encodes text to ids, and decodes ids to text. Methods raise DataError if the tokenizer file is malformed."""
 
     name: str
 
@@ -57,22 +57,22 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def eot(self) -> int | None:
-        """The id that ends each document; None if there is none, so that only document offsets separate documents."""
+        """The end-of-document id. None: no id ends documents; only the document offsets of a corpus separate them."""
 
     @property
     def first_ids(self) -> tuple[int, ...]:
-        """The ids before each document and each prompt, such as BOS."""
+        """The ids that begin each document and each prompt, such as BOS."""
         return ()
 
     @abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """Encode any text, without `first_ids`. The string of a special token is ordinary text here.
+        """Encode text, without `first_ids`. The string of a special token is encoded as ordinary text.
 
         A lone surrogate becomes U+FFFD. Raises DataError for a character without an id.
         """
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode a prompt that a model continues: `first_ids`, then the text."""
+        """Encode a prompt for generation: `first_ids`, then the ids of the text."""
         return [*self.first_ids, *self.encode(text).tolist()]
 
     @abstractmethod
@@ -80,52 +80,55 @@ class Tokenizer(ABC):
         """Decode `ids`; bytes that are not UTF-8, and unknown ids, become U+FFFD."""
 
     @abstractmethod
-    def text_stream(self, before: Ids) -> TextStream:
-        """Return a stream that decodes the ids after `before`."""
+    def build_incremental_decoder(self, before: Ids) -> IncrementalDecoder:
+        """Return a decoder for the ids that follow the ids `before`."""
 
     @abstractmethod
-    def token_bytes(self) -> Mapping[int, bytes]:
-        """Return {id: its bytes of text}, without special tokens."""
+    def get_token_bytes(self) -> Mapping[int, bytes]:
+        """Return {id: the bytes of its text}, without special tokens."""
 
     @abstractmethod
-    def file_bytes(self) -> bytes:
+    def to_json_bytes(self) -> bytes:
         """Return the content of `tokenizer.json`."""
 
-    def original_files(self) -> dict[str, bytes]:
-        """Return {name: content} of the original files, for exports; empty for our own tokenizers."""
+    def get_original_files(self) -> dict[str, bytes]:
+        """Return {name: content} of the original files of a Hugging Face tokenizer, for exports; else {}."""
         return {}
 
     def speed_up(self) -> "Tokenizer":
-        """Prepare to encode much text. The ids stay the same. Return the tokenizer itself."""
+        """Return a tokenizer with the same ids that encodes a large corpus faster."""
         return self
 
-    def vocabulary(self, with_word_edges: bool = False) -> Vocabulary:
-        """Return the vocabulary for an objective; with `with_word_edges` also which ids begin or end inside a word."""
-        word_V2 = None
+    def build_objective_vocabulary(self, with_word_edges: bool = False) -> ObjectiveVocabulary:
+        """Return the vocabulary that a training objective needs.
+
+        `with_word_edges` adds a table of the ids whose text begins or ends inside a word.
+        """
+        word_edges_V2 = None
         if with_word_edges:
-            word_V2 = np.zeros((self.vocab_size, 2), dtype=np.bool_)
-            for token, text in self.token_bytes().items():
+            word_edges_V2 = np.zeros((self.vocab_size, 2), dtype=np.bool_)
+            for token, text in self.get_token_bytes().items():
                 if text:
-                    word_V2[token] = _is_word_byte(text[0]), _is_word_byte(text[-1])
-        return Vocabulary(self.vocab_size, self._padding_id if self.eot is None else self.eot, word_V2)
+                    word_edges_V2[token] = _is_word_byte(text[0]), _is_word_byte(text[-1])
+        return ObjectiveVocabulary(self.vocab_size, self._padding_id if self.eot is None else self.eot, word_edges_V2)
 
     @property
     def _padding_id(self) -> int:
-        """The id of padding if no id ends a document."""
+        """The id that pads examples if the tokenizer has no end-of-document id."""
         return 0
 
     @cached_property
     def sha256(self) -> str:
         """The hash of the file that `save` writes."""
-        return sha256(self.file_bytes()).hexdigest()
+        return sha256(self.to_json_bytes()).hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` into `directory`, durably."""
-        write_durably(directory / TOKENIZER_FILE, self.file_bytes())
+        """Write `tokenizer.json` into `directory` and sync it to the disk."""
+        write_durably(directory / TOKENIZER_FILE, self.to_json_bytes())
 
     @staticmethod
     def load(directory: Path) -> "Tokenizer":
-        """Read the tokenizer that any version of `save` wrote. Raises DataError if it is missing or malformed."""
+        """Read the tokenizer that this or an earlier version saved. Raises DataError if it is missing or malformed."""
         path = directory / TOKENIZER_FILE
         try:
             content = path.read_bytes()
@@ -137,7 +140,7 @@ class Tokenizer(ABC):
 
 
 def parse_tokenizer(content: bytes, location: str) -> Tokenizer:
-    """Parse the bytes of our `tokenizer.json`. Raises DataError, which starts with `location`."""
+    """Parse the bytes of our `tokenizer.json`. The message of a DataError starts with `location`."""
     from dist_llm.text.bpe_tokenizer import BPETokenizer
     from dist_llm.text.char_tokenizer import CharTokenizer
     from dist_llm.text.hf_tokenizer import HFTokenizer
@@ -160,7 +163,7 @@ def parse_tokenizer(content: bytes, location: str) -> Tokenizer:
 
 
 def is_own_format(fields: Any) -> bool:
-    """Return whether the JSON of a `tokenizer.json` has our format, not that of the `tokenizers` library."""
+    """Return whether a `tokenizer.json` has our format. The `tokenizers` library writes files of the same name."""
     return isinstance(fields, dict) and fields.get("format") in (BPE_FORMAT, FORMAT)
 
 

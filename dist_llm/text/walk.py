@@ -1,7 +1,7 @@
-"""Select the files of a folder to read: by name, by --include and --exclude, and by whether they are readable.
+"""Walk the folders of `prepare --source` and select the files to read.
 
-Each file below the folder is counted in an `InputTable` as read or skipped, with the reason. An unreadable file or
-folder raises DataError, unless the user allows to skip it.
+A file is selected by its name, by --include and --exclude, and if it is readable. `InputFileCounts` counts each file as
+read or as skipped for a reason. An unreadable file or folder raises DataError, unless --skip-unreadable is set.
 """
 
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from dist_llm.errors import DataError
 from dist_llm.text.compression import CODECS
-from dist_llm.text.report import InputTable
+from dist_llm.text.report import InputFileCounts
 
-# Suffixes of files with rows. Text files beside such files are not part of the corpus.
+# Suffixes of files with rows. A README or LICENSE in the same folder as such files is not part of the corpus.
 ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".arrow"}
 UNSUPPORTED_COMPRESSION = {
     ".lz4",
@@ -41,7 +41,10 @@ MAX_LISTED = 5
 
 @dataclass(frozen=True)
 class FileRules:
-    """The globs of files to read. They match a file's name, or its path below the folder; `*` also matches `/`."""
+    """The options that select files. A glob matches the name of a file or its path below the folder; `*` matches `/`.
+
+    An empty `include` matches all files.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -49,13 +52,13 @@ class FileRules:
 
 
 def get_data_suffix(path: Path) -> str:
-    """Return the suffix that selects the reader: the one before that of a compression, in lower case."""
+    """Return the lower-case suffix that selects the reader: for a compressed file a.jsonl.gz it is .jsonl."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in CODECS else suffix
 
 
 def find_read_problem(path: Path) -> str | None:
-    """Return why a file cannot be read, judging by its name and directory entry; None if nothing is wrong."""
+    """Return why a file cannot be read, or None. The content of the file is not checked."""
     if not path.exists():
         return "a broken link" if path.is_symlink() else "missing"
     if not path.is_file():
@@ -68,59 +71,61 @@ def find_read_problem(path: Path) -> str | None:
 
 
 class FolderWalk:
-    """The files of one run's sources, and the globs that matched any of them."""
+    """Selects and counts the files of all sources of a run, and records unreadable files and unused globs."""
 
-    def __init__(self, rules: FileRules, table: InputTable) -> None:
-        self.rules, self.table = rules, table
-        self._unreadable: list[str] = []
-        self._used: set[str] = set()
+    def __init__(self, rules: FileRules, file_counts: InputFileCounts) -> None:
+        self.rules, self.file_counts = rules, file_counts
+        self._unreadable: list[str] = []  # path and reason
+        self._used_globs: set[str] = set()
 
     def check_file(self, path: Path) -> list[Path]:
-        """Check a file that the user names, whatever the globs are. Return it if it is readable."""
+        """Return a file that the user names if it is readable, without applying globs; else return nothing."""
         return [path] if self._count_readable(path) else []
 
-    def walk_folder(self, root: Path, left_out: Iterable[str] = ()) -> list[Path]:
-        """Return the files below `root`, sorted by relative path."""
-        skipped, files = SKIPPED_FOLDERS | set(left_out), []
-        for path in sorted(self._iter_files(root, skipped), key=lambda each: each.relative_to(root).as_posix()):
-            relative = path.relative_to(root).as_posix()
-            if self._matches(relative, self.rules.exclude):
+    def walk_folder(self, root: Path, excluded_folders: Iterable[str] = ()) -> list[Path]:
+        """Return the selected files below `root`, sorted by relative path."""
+        files, folders_to_skip = [], SKIPPED_FOLDERS | set(excluded_folders)
+        all_files = self._iter_files(root, folders_to_skip)
+        for path in sorted(all_files, key=lambda file: file.relative_to(root).as_posix()):
+            relative_path = path.relative_to(root).as_posix()
+            if self._matches(relative_path, self.rules.exclude):
                 self._skip("--exclude", path)
-            elif self.rules.include and not self._matches(relative, self.rules.include):
+            elif self.rules.include and not self._matches(relative_path, self.rules.include):
                 self._skip("not in --include", path)
             else:
                 files.append(path)
-        texts = {
+        data_suffixes = {
             get_data_suffix(path) for path in files if not _matches_name(path, (*ABOUT_FILES, *CHECKSUMS, *BACKUPS))
         }
-        return [path for path in files if self._is_text(path, texts) and self._count_readable(path)]
+        return [path for path in files if self._may_be_data(path, data_suffixes) and self._count_readable(path)]
 
     def check(self) -> None:
         """Raise DataError if a file is unreadable, or a glob matched nothing."""
         if self._unreadable and not self.rules.skip_unreadable:
-            more = f"\n  and {len(self._unreadable) - MAX_LISTED} more" if len(self._unreadable) > MAX_LISTED else ""
+            num_unlisted = len(self._unreadable) - MAX_LISTED
+            more = f"\n  and {num_unlisted} more" if num_unlisted > 0 else ""
             raise DataError(
                 f"{len(self._unreadable)} files or folders of --source cannot be read:\n  "
                 + "\n  ".join(self._unreadable[:MAX_LISTED])
                 + f"{more}\nFix them, leave them out with --exclude, or skip them with --skip-unreadable."
             )
         for option, globs in (("--include", self.rules.include), ("--exclude", self.rules.exclude)):
-            if unused := [each for each in globs if each not in self._used]:
+            if unused_globs := [glob for glob in globs if glob not in self._used_globs]:
                 raise DataError(
-                    f"{option} {unused[0]}: matches no file in the folders of --source. Quote it, so that the shell "
-                    "does not expand it; it is compared with names and with paths below the folder."
+                    f"{option} {unused_globs[0]}: matches no file in the folders of --source. Quote the glob, so that "
+                    "the shell does not expand it. A glob matches the name of a file or its path below the folder."
                 )
 
-    def _iter_files(self, root: Path, skipped: frozenset[str] | set[str]) -> Iterator[Path]:
+    def _iter_files(self, root: Path, folders_to_skip: frozenset[str] | set[str]) -> Iterator[Path]:
         """Yield all files below `root`. A linked folder is skipped if it is read under another path."""
-        top, folders, entered = os.path.realpath(root), [root], set()
+        real_root, folders, visited = os.path.realpath(root), [root], set()
         while folders:
             folder = folders.pop()
-            real = os.path.realpath(folder)
-            if real in entered:
+            real_folder = os.path.realpath(folder)
+            if real_folder in visited:
                 self._skip("folder read already", folder)
                 continue
-            entered.add(real)
+            visited.add(real_folder)
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
             except OSError as error:
@@ -132,34 +137,37 @@ class FolderWalk:
                     self._skip("hidden", path)
                 elif not os.path.isdir(path):
                     yield path
-                elif entry.name in skipped:
+                elif entry.name in folders_to_skip:
                     self._skip("never read", path)
-                elif entry.is_symlink() and _are_nested(os.path.realpath(path), top):
+                elif entry.is_symlink() and _are_nested(os.path.realpath(path), real_root):
                     self._skip("folder read already", path)
                 else:
                     folders.append(path)
 
-    def _matches(self, relative: str, globs: Sequence[str]) -> bool:
-        name = relative.rpartition("/")[2]
-        matches = [each for each in globs if fnmatchcase(name, each) or fnmatchcase(relative, each)]
-        self._used.update(matches)
+    def _matches(self, relative_path: str, globs: Sequence[str]) -> bool:
+        name = relative_path.rpartition("/")[2]
+        matches = [glob for glob in globs if fnmatchcase(name, glob) or fnmatchcase(relative_path, glob)]
+        self._used_globs.update(matches)
         return bool(matches)
 
-    def _is_text(self, path: Path, texts: set[str]) -> bool:
-        """Return whether a file may be text, judging by its name. Files that --include matches are always read.
+    def _may_be_data(self, path: Path, data_suffixes: set[str]) -> bool:
+        """Return whether a file may be data, judging by its name. Files that --include matches are always data.
 
-        `texts` are the suffixes of the other files. A README is read only beside files of its own kind.
+        `data_suffixes` are the suffixes of the other files. A README or LICENSE is data only if the other files are
+        text files with the same suffix.
         """
         if self.rules.include:
             return True
-        beside = bool(texts) and (get_data_suffix(path) not in texts or bool(texts & ROW_SUFFIXES))
-        kinds = (
+        describes_data = bool(data_suffixes) and (
+            get_data_suffix(path) not in data_suffixes or bool(data_suffixes & ROW_SUFFIXES)
+        )
+        rules = (
             ("checksum", CHECKSUMS, True),
             ("editor backup", BACKUPS, True),
-            ("about the data", ABOUT_FILES, beside),
+            ("about the data", ABOUT_FILES, describes_data),
         )
-        for reason, globs, applies in kinds:
-            if applies and _matches_name(path, globs):
+        for reason, globs, is_active in rules:
+            if is_active and _matches_name(path, globs):
                 self._skip(reason, path)
                 return False
         return True
@@ -168,7 +176,7 @@ class FolderWalk:
         if reason := find_read_problem(path):
             self._record_unreadable(path, reason)
             return False
-        self.table.add("read", path, _get_size(path))
+        self.file_counts.add("read", path, _get_file_bytes(path))
         return True
 
     def _record_unreadable(self, path: Path, reason: str) -> None:
@@ -176,20 +184,20 @@ class FolderWalk:
         self._skip("unreadable", path)
 
     def _skip(self, reason: str, path: Path) -> None:
-        self.table.add(f"skipped: {reason}", path, _get_size(path))
+        self.file_counts.add(f"skipped: {reason}", path, _get_file_bytes(path))
 
 
 def _matches_name(path: Path, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(path.name.lower(), each) for each in globs)
+    return any(fnmatchcase(path.name.lower(), glob) for glob in globs)
 
 
-def _are_nested(one: str, other: str) -> bool:
+def _are_nested(first: str, second: str) -> bool:
     """Return whether two folders are equal or one contains the other."""
-    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
+    return f"{first}/".startswith(f"{second}/") or f"{second}/".startswith(f"{first}/")
 
 
-def _get_size(path: Path) -> int:
-    """Return the bytes of a file; 0 for a folder and for a missing file."""
+def _get_file_bytes(path: Path) -> int:
+    """Return the size of a file in bytes; 0 for a folder and for a missing file."""
     try:
         return path.stat().st_size if path.is_file() else 0
     except OSError:

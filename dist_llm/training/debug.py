@@ -20,9 +20,9 @@ from dist_llm.data.loader import build_loader
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.process_group import make_synchronous, select_device
 from dist_llm.launch.world import World
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.batch import Batch
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.tokenizer import Tokenizer
 from dist_llm.training.settings import read_vocabulary
 from dist_llm.training.step import train_step
@@ -68,11 +68,11 @@ def debug(config: Config) -> None:
     console.print("debug run passed")
 
 
-def print_first_row(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+def print_first_row(console: Console, batch: Batch, tokenizer: Tokenizer, vocabulary: ObjectiveVocabulary) -> None:
     """Print the first row of the batch, one token per line: input, target, and the positions that it attends to."""
 
     def describe_token(token: int) -> str:
-        return escape(f"{token} {vocabulary.describe(token) or repr(tokenizer.decode([token]))}")
+        return escape(f"{token} {vocabulary.describe_added_id(token) or repr(tokenizer.decode([token]))}")
 
     if batch.encoder_input is not None:
         encoder_tokens = batch.encoder_input.tokens_BT[0, :MAX_PRINTED_TOKENS].tolist()
@@ -88,7 +88,7 @@ def print_first_row(console: Console, batch: Batch, tokenizer: Tokenizer, vocabu
         if position == MAX_PRINTED_TOKENS:
             table.add_row("...", "", "", "", "")
             break
-        is_scored = target != IGNORE
+        is_scored = target != IGNORE_INDEX
         target_text = describe_token(target) if is_scored else ""
         attended_positions = format_ranges(mask_ST[position])
         cells = str(position), describe_token(token), attended_positions, target_text, "yes" if is_scored else "no"

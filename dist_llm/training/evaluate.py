@@ -16,7 +16,7 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.streams import read_windows
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import Objective
@@ -53,15 +53,15 @@ class HeldoutData:
     def check(self) -> None:
         """Raise DataError if a corpus has too few tokens to score."""
         min_tokens = (
-            2 if self.objective.is_plain_causal else max(lengths.window for _, lengths in self.objective.components)
+            2 if self.objective.is_causal_only else max(lengths.window for _, lengths in self.objective.components)
         )
         for corpus in self.corpora.values():
-            if self.objective.layout.document_mask:
+            if self.objective.layout.has_document_mask:
                 corpus.check_document_bounds()
-            if corpus.n_tokens < min_tokens:
+            if corpus.num_tokens < min_tokens:
                 raise DataError(
                     f"{corpus.directory}: the objective needs {min_tokens} tokens of {corpus.split} text, but there "
-                    f"are {corpus.n_tokens}; prepare more, or with a larger --heldout-fraction"
+                    f"are {corpus.num_tokens}; prepare more, or with a larger --heldout-fraction"
                 )
 
 
@@ -88,7 +88,7 @@ def evaluate(engine: Engine, heldout: HeldoutData, heartbeat: Callable[[], None]
     text_bytes = 0.0
     for (source, _), (_, num_tokens) in sums.items():
         corpus = heldout.corpora[source]
-        text_bytes += num_tokens * corpus.manifest.text_bytes(corpus.split) / corpus.n_tokens
+        text_bytes += num_tokens * corpus.manifest.count_text_bytes(corpus.split) / corpus.num_tokens
     predicts_all_text = all(spec.name == "causal" for spec, _ in heldout.objective.components)
     predicts_all_text &= heldout.score_prompts or not any(
         corpus.manifest.prompts for corpus in heldout.corpora.values()
@@ -128,8 +128,8 @@ def iter_heldout_batches(
     """
     objective = heldout.objective
     lengths = objective.components[component_index][1]
-    if objective.is_plain_causal:
-        n_windows = max(1, -(-(corpus.n_tokens - 1) // lengths.stride))
+    if objective.is_causal_only:
+        n_windows = max(1, -(-(corpus.num_tokens - 1) // lengths.stride))
     else:
         n_windows = corpus.count_windows(lengths.window, lengths.stride)
     n_windows = min(heldout.max_windows, n_windows) if heldout.max_windows else n_windows
@@ -138,23 +138,23 @@ def iter_heldout_batches(
     for batch_start in range(first_window, end_window, heldout.micro_batch):
         window_ids = np.arange(batch_start, min(batch_start + heldout.micro_batch, end_window))
         is_window = window_ids < n_windows
-        if objective.is_plain_causal:
+        if objective.is_causal_only:
             yield _build_causal_batch(corpus, lengths.stride, window_ids, is_window)
         else:
             valid_ids = np.where(is_window, window_ids, 0)  # window 0 fills the rest; its targets are ignored below
-            starts, with_documents = valid_ids * lengths.stride, objective.layout.document_mask
+            starts, with_documents = valid_ids * lengths.stride, objective.layout.has_document_mask
             windows = read_windows(corpus, starts, lengths.window, heldout.score_prompts, with_documents)
             batch = objective(windows, valid_ids, [component_index] * len(valid_ids))
-            targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE)
-            yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE).sum()))
+            targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE_INDEX)
+            yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))
 
 
 def _build_causal_batch(corpus: Corpus, stride: int, window_ids: np.ndarray, is_window: np.ndarray) -> Batch:
     """Build next-token examples of `stride` targets. Rows that are no window have only ignored targets."""
-    windows = np.full((len(window_ids), stride + 1), IGNORE, dtype=np.int64)
+    windows = np.full((len(window_ids), stride + 1), IGNORE_INDEX, dtype=np.int64)
     for row in np.flatnonzero(is_window).tolist():
         start = int(window_ids[row]) * stride
-        num_tokens = min(stride + 1, corpus.n_tokens - start)
+        num_tokens = min(stride + 1, corpus.num_tokens - start)
         windows[row, :num_tokens] = corpus.read(np.array([start]), num_tokens)[0]
     tokens = torch.from_numpy(windows)
-    return Batch.of(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)
+    return Batch.build(tokens[:, :-1].clamp(min=0), tokens[:, 1:], CAUSAL)

@@ -13,7 +13,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import Split
 from dist_llm.data.streams import masks_prompts, open_corpora
-from dist_llm.data.tokenizer_file import same_tokenizer
+from dist_llm.data.tokenizer_file import is_same_tokenizer
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.process_group import process_group, select_device
@@ -113,7 +113,7 @@ def _open_corpora(config: Config, data: str | None, split: Split) -> dict[str, C
     except DataError as error:
         raise DataError(f"{corpus_origin}: {error}") from None
     for corpus in corpora.values():
-        if not corpus.n_tokens:
+        if not corpus.num_tokens:
             raise DataError(
                 f"{corpus_origin}: {corpus.directory} has no {split} text; choose another corpus with --data, or "
                 f"--split {'train' if split == 'heldout' else 'heldout'}"
@@ -135,7 +135,7 @@ def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], worl
                 f"--data: {corpus.directory} has {corpus.manifest.vocab_size} ids, the model in {path} "
                 f"{config.model.vocab_size}; choose a corpus of its tokenizer"
             )
-        if has_tokenizer and not same_tokenizer(path, corpus.directory, corpus.manifest.tokenizer_sha256):
+        if has_tokenizer and not is_same_tokenizer(path, corpus.directory, corpus.manifest.tokenizer_sha256):
             raise DataError(
                 f"--data: {corpus.directory} was prepared with another tokenizer than the one in {path}; prepare it "
                 f"with --tokenizer {path}"

@@ -35,7 +35,7 @@ from dist_llm.data.data_history import (
 from dist_llm.data.loader import build_loader
 from dist_llm.data.plan import merge_ranges
 from dist_llm.data.streams import DataSource, open_sources
-from dist_llm.data.tokenizer_file import same_tokenizer
+from dist_llm.data.tokenizer_file import is_same_tokenizer
 from dist_llm.engines.base import Engine
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
@@ -46,7 +46,7 @@ from dist_llm.launch.process_group import keep_freed_memory, process_group, sele
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.training.directories import open_directories
@@ -155,7 +155,7 @@ class RunContext:
     config: Config
     world: World
     sources: Sequence[DataSource]
-    vocabulary: Vocabulary
+    vocabulary: ObjectiveVocabulary
     store: CheckpointStore
     engine: Engine
     watchdog: Watchdog
@@ -235,7 +235,7 @@ def _check_checkpoints_not_moved(store: CheckpointStore, run_dir: Path) -> None:
 
 def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus_dir: Path) -> None:
     """Raise DataError if the weights in `path` were trained with another tokenizer than that of the corpus."""
-    if not same_tokenizer(path, corpus_dir, tokenizer_sha256):
+    if not is_same_tokenizer(path, corpus_dir, tokenizer_sha256):
         raise DataError(f"{corpus_dir}: was prepared with another tokenizer than the one in init_from {path}")
 
 

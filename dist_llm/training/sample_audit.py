@@ -46,7 +46,8 @@ class SampleAudit:
         dp_rank, dp_size = self.engine.dp_rank_and_size
         loader = self.loader
         planned_steps = [
-            loader.plan.sample_numbers(first, loader.global_batch).reshape(dp_size, -1) for first in self.first_samples
+            loader.plan.list_sample_numbers(first, loader.global_batch).reshape(dp_size, -1)
+            for first in self.first_samples
         ]
         expected_digests = [
             _to_int64(sum(digest_samples(step[rank]) for step in planned_steps)) for rank in range(dp_size)

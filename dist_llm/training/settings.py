@@ -18,15 +18,14 @@ from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError, UserError
-from dist_llm.objectives.objective_vocabulary import Vocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 
-def read_vocabulary(config: Config, directory: Path) -> Vocabulary:
+def read_vocabulary(config: Config, directory: Path) -> ObjectiveVocabulary:
     """Return the vocabulary of the objective of the config. `directory` contains the tokenizer."""
     components = config.objective.components
     needs_words = any(isinstance(spec, MaskedSpec) and spec.whole_words for spec in components)
-    return Tokenizer.load(directory).vocabulary(needs_words)
+    return Tokenizer.load(directory).build_objective_vocabulary(needs_words)
 
 
 def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_llm.config.schema import LossConfig
 from dist_llm.engines.base import Engine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.batch import Batch
 
 
@@ -73,7 +73,7 @@ def _pop_loss_terms(engine: Engine, num_microbatches: int, losses: Tensor) -> Te
 def _sum_by_source(batches: Sequence[Batch], losses: Tensor, num_sources: int) -> Tensor:
     """Sum the losses and the valid tokens of this rank by data source, [2, num_sources]."""
     source_ids = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
-    counts = torch.cat([(batch.targets_BS != IGNORE).sum(-1) for batch in batches])
+    counts = torch.cat([(batch.targets_BS != IGNORE_INDEX).sum(-1) for batch in batches])
     values = torch.stack((losses, counts.to(losses)))  # [2, sequences]
     return values.new_zeros(2, num_sources).index_add_(1, source_ids, values)
 

@@ -7,7 +7,7 @@ import pytest
 
 from dist_llm.commands import find_text as find_text_module
 from dist_llm.commands.find_text import MAX_DOCUMENTS, find_text
-from dist_llm.data.corpus import Document
+from dist_llm.data.corpus import DocumentLocation
 
 
 def run_find_text(monkeypatch, capsys, num_documents, segment_steps=(0,), corpora=("a",)):
@@ -20,7 +20,9 @@ def run_find_text(monkeypatch, capsys, num_documents, segment_steps=(0,), corpor
         )
         for name in corpora
     ]
-    documents = [Document(shard=0, index=n, start=5 * n, end=5 * n + 5, completion=5 * n) for n in range(num_documents)]
+    documents = [
+        DocumentLocation(shard=0, index=n, start=5 * n, end=5 * n + 5, completion=5 * n) for n in range(num_documents)
+    ]
     monkeypatch.setattr(find_text_module, "open_run", lambda run: (config, history))
     monkeypatch.setattr(find_text_module, "open_segment", lambda *_: (None, SimpleNamespace(sources=sources)))
     monkeypatch.setattr(find_text_module, "iter_matching_documents", lambda corpus, text: iter(documents))

@@ -17,12 +17,12 @@ import dist_llm.convert.export_tokenizers as convert
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.export_tokenizers import export_tokenizer, import_tokenizer
 from dist_llm.convert.hf_config import READERS
-from dist_llm.data.tokenizer_file import identity
+from dist_llm.data.tokenizer_file import hash_tokenizer_ids
 from dist_llm.errors import CheckpointError
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.build_tokenizer import BYTE_IDS, build_tokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
-from dist_llm.text.hf_bpe import convert_bpe, prove_equal
+from dist_llm.text.hf_bpe import check_same_ids, convert_bpe
 from dist_llm.text.hf_tokenizer import HFTokenizer, try_convert_to_bpe
 from dist_llm.text.split_pattern import BYTE_LEVEL, build_pre_tokenizer, to_oniguruma
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE
@@ -186,15 +186,15 @@ def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
         ENDOFTEXT,
         None,
     )
-    vocabulary = bpe.vocabulary()
+    vocabulary = bpe.build_objective_vocabulary()
     assert hf_tokenizer.mask_token_id == vocabulary.special_id("mask")
     ids = hf_tokenizer("a <mask><sentinel 0> b<sentinel 11>")["input_ids"]
     a, b = bpe.encode("a"), bpe.encode(" b")
-    assert ids == [*a, vocabulary.special_id("mask"), vocabulary.sentinel(0), *b, vocabulary.sentinel(11)]
+    assert ids == [*a, vocabulary.special_id("mask"), vocabulary.sentinel_id(0), *b, vocabulary.sentinel_id(11)]
     assert hf_tokenizer.decode(ids) == "a<mask><sentinel 0> b<sentinel 11>"
     assert hf_tokenizer.decode(ids, skip_special_tokens=True) == "a b"
     for number in range(600, 620):
-        assert hf_tokenizer.convert_ids_to_tokens(number) == vocabulary.describe(number)
+        assert hf_tokenizer.convert_ids_to_tokens(number) == vocabulary.describe_added_id(number)
     assert import_tokenizer(tmp_path).sha256 == bpe.sha256
 
 
@@ -250,10 +250,10 @@ def test_a_fault_in_the_written_content_is_detected(bpe, fault, monkeypatch, tmp
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
 def test_comparing_both_libraries_detects_faults(bpe, fault):
     content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
-    prove_equal(bpe, content)
+    check_same_ids(bpe, content)
     CONTENT_FAULTS[fault](content)
     with pytest.raises(CheckpointError, match="differ on"):
-        prove_equal(bpe, content)
+        check_same_ids(bpe, content)
 
 
 def test_a_tokenizer_without_an_equivalent_is_not_exported(bpe, tmp_path):
@@ -338,14 +338,14 @@ def test_a_tokenizer_like_gpt2s_is_imported(tmp_path):
     two_files = import_tokenizer(tmp_path)
     equal_bpe = try_convert_to_bpe(two_files.content, two_files.eot)
     assert (equal_bpe.ranks, equal_bpe.special_tokens) == (bpe.ranks, bpe.special_tokens)
-    assert identity(two_files.file_bytes()) == identity(
-        build_tokenizer(str(tmp_path), None, training_texts).file_bytes()
+    assert hash_tokenizer_ids(two_files.to_json_bytes()) == hash_tokenizer_ids(
+        build_tokenizer(str(tmp_path), None, training_texts).to_json_bytes()
     )
     hf_content = read_hf_content(
         bpe, pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, model={"merges": lines, "ignore_merges": False}
     )
     write_files(tmp_path, hf_content)
-    assert identity(import_tokenizer(tmp_path).file_bytes()) == identity(bpe.file_bytes())
+    assert hash_tokenizer_ids(import_tokenizer(tmp_path).to_json_bytes()) == hash_tokenizer_ids(bpe.to_json_bytes())
 
 
 @pytest.mark.parametrize("eos", ["</s>", "<|end_of_text|>", "<|stop|>", {"content": "<|stop|>"}])
@@ -416,7 +416,7 @@ def add_unreachable_token(bpe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda bpe: None, "no tokenizer.json, nor vocab.json"),
+        (lambda bpe: None, "has neither tokenizer.json nor vocab.json"),
         (lambda bpe: [], "cannot be read"),
         (lambda bpe: {"model": {}}, "cannot be read"),
         (lambda bpe: read_hf_content(bpe, model={"merges": [["a", "漢"]]}), "cannot be read"),

@@ -31,7 +31,7 @@ from dist_llm.convert.write_weights import verify_written, write_atomically, wri
 from dist_llm.errors import CheckpointError
 from dist_llm.generation import Sampling, encode_prompt, generate_tokens, load_model
 from dist_llm.models.build_model import build_model
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.convert.families import FAMILIES, build_hf_model
@@ -112,7 +112,7 @@ def write_native_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     """Write a checkpoint with random weights, a byte tokenizer, and a vocabulary padded to 320 rows."""
     tokenizer = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
     is_encoder_decoder = changes.get("architecture") == "encoder_decoder"
-    vocab_size = Vocabulary(257, 256).sentinel(8) if is_encoder_decoder else 257
+    vocab_size = ObjectiveVocabulary(257, 256).sentinel_id(8) if is_encoder_decoder else 257
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
     config = Config.model_validate(
         {
@@ -132,7 +132,7 @@ def write_native_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
     files = {
         "config.yaml": dump(config).encode(),
-        "tokenizer.json": tokenizer.file_bytes(),
+        "tokenizer.json": tokenizer.to_json_bytes(),
         "progress.json": progress,
     }
     write_native(directory, DictWeights(weights), files)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.convert.hf_tensors import TensorMapping, tensor_mappings, to_native
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from tests.convert.families import ENCODER_DECODERS, FAMILIES, SINGLE_STACKS, VOCAB, S, T, build_models
 
@@ -37,9 +37,9 @@ def test_single_stack_logits_match_with_and_without_padding(family: str) -> None
     expected = hf(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(padded[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-4)
 
-    labels = torch.where(mask == 1, ids, IGNORE)
-    targets = labels if not causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE)), dim=1)
-    loss = native(ids, targets, AttentionMask(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE).sum()
+    labels = torch.where(mask == 1, ids, IGNORE_INDEX)
+    targets = labels if not causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE_INDEX)), dim=1)
+    loss = native(ids, targets, AttentionMask(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE_INDEX).sum()
     want_loss = hf(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
 

@@ -103,7 +103,7 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
 
 
-def build_reference(bias: bool) -> GPT:
+def build_nanogpt_model(bias: bool) -> GPT:
     torch.manual_seed(0)
     model = GPT(**SIZES, bias=bias, dropout=0.0).eval()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def adopt_bin_files(directory: Path) -> Path:
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_convert = command("convert")
-    nanogpt_model, written = build_reference(bias), write_bins(tmp_path)
+    nanogpt_model, written = build_nanogpt_model(bias), write_bins(tmp_path)
     corpus = adopt_bin_files(tmp_path)
     save_nanogpt_checkpoint(nanogpt_model, bias, tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native", "--tokenizer", corpus) == 0
@@ -194,7 +194,7 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
     run_convert = command("convert")
-    save_nanogpt_checkpoint(build_reference(True), True, tmp_path / "ckpt.pt")
+    save_nanogpt_checkpoint(build_nanogpt_model(True), True, tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
     config, weights = load_saved(tmp_path / "native"), None
     for change in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
@@ -217,4 +217,4 @@ def test_a_corpus_with_too_many_ids_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has 100000 ids, but nanoGPT's \.bin files hold at most 65536"):
         export_bin(corpus, tmp_path / "bins")
     assert not (tmp_path / "bins").exists()
-    assert Corpus(corpus).n_tokens
+    assert Corpus(corpus).num_tokens

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import Manifest, ShardWriter, smallest_dtype
+from dist_llm.data.shard import Manifest, ShardWriter, select_token_dtype
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def make_corpus(tmp_path):
         directories.append(directory)
         rng = np.random.default_rng(seed)
         documents = [rng.integers(0, vocab_size, size) for size in sizes]
-        dtype = smallest_dtype(vocab_size)
+        dtype = select_token_dtype(vocab_size)
         writer = ShardWriter(directory, "train", dtype, max_tokens=1)  # one document per shard
         for document in documents:
             writer.add(document, text_bytes=3 * len(document))
@@ -30,14 +30,14 @@ def make_corpus(tmp_path):
 
 @pytest.fixture
 def counting(tmp_path):
-    """Return a function that makes a corpus of `n_tokens` tokens whose token at position i is i."""
+    """Return a function that makes a corpus of `num_tokens` tokens whose token at position i is i."""
 
-    def make(n_tokens, split="train"):
+    def make(num_tokens, split="train"):
         writer = ShardWriter(tmp_path, split, "uint32", max_tokens=7)
-        for start in range(0, n_tokens, 5):
-            writer.add(np.arange(start, min(start + 5, n_tokens)), text_bytes=5)
+        for start in range(0, num_tokens, 5):
+            writer.add(np.arange(start, min(start + 5, num_tokens)), text_bytes=5)
         shards = {"train": (), "heldout": (), split: writer.close()}
-        Manifest("uint32", max(n_tokens, 1), "none", ("range",), shards).save(tmp_path)
+        Manifest("uint32", max(num_tokens, 1), "none", ("range",), shards).save(tmp_path)
         return Corpus(tmp_path, split)
 
     return make

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import MANIFEST, Manifest, Shard, ShardWriter, smallest_dtype
+from dist_llm.data.shard import MANIFEST_FILE, Manifest, Shard, ShardWriter, select_token_dtype
 from dist_llm.errors import DataError
 
 S = 8
@@ -24,7 +24,7 @@ SHARDS = ([3 * S], [2 * S, S], [2 * S - 1, 2 * S + 1], [S, 1, 1, 2 * S], [4 * S 
 def test_read_returns_any_window_across_shards(sizes, vocab_size, make_corpus):
     directory, stream = make_corpus(sizes, vocab_size=vocab_size)
     corpus = Corpus(directory)
-    assert corpus.n_tokens == len(stream)
+    assert corpus.num_tokens == len(stream)
     for length in (1, S, S + 1, len(stream)):
         starts = np.arange(len(stream) - length + 1)
         expected = np.lib.stride_tricks.sliding_window_view(stream, length)
@@ -43,8 +43,8 @@ def test_count_windows_leaves_room_for_the_next_token(tokens, windows, counting)
         assert np.array_equal(rows[:, 1:].ravel(), np.arange(1, windows * S + 1)), "each token is a target once"
 
 
-def test_smallest_dtype_holds_all_ids():
-    assert [smallest_dtype(n) for n in (1, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
+def test_select_token_dtype_fits_all_ids():
+    assert [select_token_dtype(n) for n in (1, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
 
 
 def test_writer_does_not_split_a_document_across_shards(tmp_path):
@@ -68,7 +68,7 @@ def test_writer_does_not_split_a_document_across_shards(tmp_path):
 def write_and_close(directory, files, error=None):
     with ShardWriter(directory, "train", "uint16", max_tokens=10) as writer:
         writer.add(np.arange(4), text_bytes=4)
-        files += writer._open
+        files += writer._open_files
         if error:
             raise error
         writer.close()
@@ -95,7 +95,11 @@ def test_manifest_round_trip(tmp_path):
     manifest = Manifest("uint32", 70_000, "cd", ("x", "y"), {"train": (shard, shard), "heldout": ()}, bad_rows=3)
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
-    assert (manifest.tokens("train"), manifest.documents("train"), manifest.text_bytes("train")) == (20, 4, 66)
+    assert (manifest.count_tokens("train"), manifest.count_documents("train"), manifest.count_text_bytes("train")) == (
+        20,
+        4,
+        66,
+    )
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -176,10 +180,10 @@ def test_verify_hash_rejects_a_changed_shard(damaged):
 def test_a_directory_without_manifest_is_rejected_with_the_prepare_command(tmp_path):
     with pytest.raises(DataError, match=rf"{tmp_path}: not a prepared corpus .*dist-llm prepare .*--out {tmp_path}"):
         Corpus(tmp_path)
-    (tmp_path / MANIFEST).write_text("{")
+    (tmp_path / MANIFEST_FILE).write_text("{")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         Corpus(tmp_path)
-    (tmp_path / MANIFEST).write_text(json.dumps({"format": "dist_llm token shards 0"}))
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps({"format": "dist_llm token shards 0"}))
     with pytest.raises(DataError, match="not of format 'dist_llm token shards 1'"):
         Corpus(tmp_path)
 
@@ -205,7 +209,7 @@ MALFORMED = {
 @pytest.mark.parametrize("damage", MALFORMED)
 def test_a_malformed_manifest_is_rejected(damage, make_corpus):
     directory, _ = make_corpus([20])
-    path = directory / MANIFEST
+    path = directory / MANIFEST_FILE
     path.write_text(json.dumps(MALFORMED[damage](json.loads(path.read_text()))))
     with pytest.raises(DataError, match=rf"^{path}: .* Prepare the corpus again"):
         Manifest.load(directory)
@@ -223,13 +227,13 @@ def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
         from pathlib import Path
         from dist_llm.data.data_history import build_fresh_plan
         from dist_llm.data.loader import build_loader
-        from dist_llm.objectives.objective_vocabulary import Vocabulary
+        from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
         from tests.laws.law import make_config
         start_time, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for name in ("shuffle", "random"):
             keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=name)
             config = make_config(1, {}, data=keys)
-            loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
+            loader = build_loader(config, build_fresh_plan(config), ObjectiveVocabulary(300, 256), 0, 1, pin=False)
             assert loader.load_batches(10**12)[0].num_valid_tokens == 8 * 1024
             loader.close()
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

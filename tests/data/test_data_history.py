@@ -118,7 +118,7 @@ def test_stages_begin_at_their_from_tokens(config):
         {"from_tokens": 80, "weights": {"a": 1.0, "b": 0.0}},
     ]
     plan = build_fresh_plan(config(stages=stages))
-    assert [stage.first for stage in plan.stages] == [0, 11, 20], "a sample has 4 tokens"
+    assert [stage.first_sample for stage in plan.stages] == [0, 11, 20], "a sample has 4 tokens"
     source_ids, _ = plan.assign(np.arange(30))
     assert 0 in source_ids[:11]
     assert set(source_ids[11:20]) == {1}

@@ -18,10 +18,10 @@ from dist_llm.data.loader import build_loader
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.data.streams import open_sources
 from dist_llm.errors import DataError
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.build_objective import build_objective
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.training.evaluate import HeldoutData, iter_heldout_batches
@@ -89,9 +89,9 @@ def load_epoch(corpus, **data):
     plan = build_fresh_plan(make_config(corpus, **data))
     stream = plan.streams[0]
     config = make_config(
-        corpus, stream.packed_windows.count if stream.packed_windows else stream.order.num_windows, **data
+        corpus, stream.packed_windows.num_windows if stream.packed_windows else stream.order.num_windows, **data
     )
-    (batch,) = build_loader(config, plan, Vocabulary(257, EOT), 0, 1, pin=False).load_batches(0)
+    (batch,) = build_loader(config, plan, ObjectiveVocabulary(257, EOT), 0, 1, pin=False).load_batches(0)
     return batch
 
 
@@ -124,7 +124,7 @@ def test_document_mask_follows_the_offsets_in_all_window_kinds(kind, separators,
     boundaries = 0
     rows_by_field = find_true_documents(batch, separators), batch.mask.documents_BT.tolist(), batch.targets_BS.tolist()
     for true_documents, numbers, targets in zip(*rows_by_field, strict=True):
-        real = [windows == "stream" or target != IGNORE for target in targets]  # without padding
+        real = [windows == "stream" or target != IGNORE_INDEX for target in targets]  # without padding
         real_columns = [column for column, owner in enumerate(true_documents) if owner is not None and real[column]]
         for a in real_columns:
             for b in real_columns:
@@ -173,7 +173,7 @@ def test_documents_of_a_row_do_not_affect_each_other(separators, windows, tmp_pa
 
 def test_evaluation_uses_the_document_mask(tmp_path):
     corpus = write_corpus("megatron", "none", tmp_path)
-    objective = build_objective(make_config(corpus, document_mask=True), Vocabulary(257, EOT))
+    objective = build_objective(make_config(corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
     batches = list(iter_heldout_batches(HeldoutData({"": corpus}, objective, 2), corpus, 0, 0, 1))
     true_documents = np.repeat(np.arange(len(SIZES)), SIZES)
     for batch in batches:
@@ -190,7 +190,7 @@ def test_unknown_document_boundaries_are_rejected_if_needed(kind, tmp_path):
     for data in ({"document_mask": True}, {"windows": "document"}, {"windows": "packed"}):
         with pytest.raises(DataError, match=r"document boundaries are unknown.*document_mask to false.*tokenize"):
             open_sources(make_config(corpus, **data))
-    objective = build_objective(make_config(corpus, document_mask=True), Vocabulary(257, EOT))
+    objective = build_objective(make_config(corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
     with pytest.raises(DataError, match="document boundaries are unknown"):
         HeldoutData({"": corpus}, objective, 2).check()
 

@@ -7,16 +7,16 @@ import torch
 
 from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import CausalSpec, MaskedSpec
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.evaluate import HeldoutData, evaluate, iter_heldout_batches
 
 SEQ = 8
 PLAIN = Objective(
     ((CausalSpec(), Lengths(SEQ + 1, SEQ, SEQ)),),
-    Vocabulary(99, 98),
+    ObjectiveVocabulary(99, 98),
     BatchLayout(True, False, False, False),
     SEQ,
     0,
@@ -27,10 +27,10 @@ TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("n_tokens", TOKENS)
+@pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_each_target_is_scored_once_with_equal_batches_per_rank(n_tokens, micro_batch, ranks, counting):
-    corpus = counting(n_tokens, "heldout")
+def test_each_target_is_scored_once_with_equal_batches_per_rank(num_tokens, micro_batch, ranks, counting):
+    corpus = counting(num_tokens, "heldout")
     batches_by_rank = [
         list(iter_heldout_batches(HeldoutData({"": corpus}, PLAIN, micro_batch), corpus, 0, rank, ranks))
         for rank in range(ranks)
@@ -44,11 +44,11 @@ def test_each_target_is_scored_once_with_equal_batches_per_rank(n_tokens, micro_
         assert batch.inputs_BS.shape[1] == SEQ
         assert len(batch.inputs_BS) <= micro_batch
         assert batch.inputs_BS.min() >= 0
-        counts = batch.targets_BS != IGNORE
+        counts = batch.targets_BS != IGNORE_INDEX
         assert batch.num_valid_tokens == counts.sum()
         assert torch.equal(batch.inputs_BS[counts] + 1, batch.targets_BS[counts]), "token i of the corpus is i"
         scored += batch.targets_BS[counts].tolist()
-    assert sorted(scored) == list(range(1, n_tokens))
+    assert sorted(scored) == list(range(1, num_tokens))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -58,11 +58,11 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, ranks, co
     windows = 7
     corpus = counting(windows * SEQ, "heldout")
     components = ((MaskedSpec(mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
-    masked = Objective(components, Vocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
+    masked = Objective(components, ObjectiveVocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
     scored = []
     for rank in range(ranks):
         for batch in iter_heldout_batches(HeldoutData({"": corpus}, masked, micro_batch), corpus, 0, rank, ranks):
-            rows = (batch.targets_BS != IGNORE).any(1)
+            rows = (batch.targets_BS != IGNORE_INDEX).any(1)
             scored += (batch.targets_BS[rows].amax(1) // SEQ).tolist()
     assert sorted(scored) == list(range(windows))
 
@@ -73,7 +73,7 @@ def test_limit_scores_the_first_windows(limit, ranks, counting):
     corpus = counting(4 * SEQ + 1, "heldout")
     heldout = HeldoutData({"": corpus}, PLAIN, 2, limit)
     batches = [b for rank in range(ranks) for b in iter_heldout_batches(heldout, corpus, 0, rank, ranks)]
-    scored = sorted(target for b in batches for target in b.targets_BS[b.targets_BS != IGNORE].tolist())
+    scored = sorted(target for b in batches for target in b.targets_BS[b.targets_BS != IGNORE_INDEX].tolist())
     assert scored == list(range(1, min(limit, 4) * SEQ + 1))
 
 
@@ -89,7 +89,7 @@ class CountingEngine:
         return batch
 
     def score(self, batch):
-        return batch.targets_BS[batch.targets_BS != IGNORE].float().sum()
+        return batch.targets_BS[batch.targets_BS != IGNORE_INDEX].float().sum()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])

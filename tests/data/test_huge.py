@@ -23,9 +23,9 @@ CODE = """if True:
     from pathlib import Path
     from dist_llm.data.data_history import build_fresh_plan
     from dist_llm.data.loader import build_loader
-    from dist_llm.objectives.objective_vocabulary import Vocabulary
+    from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
     from dist_llm.config.derive import resolve_config
-    from dist_llm.config.schema import Config, UnresolvedConfig
+    from dist_llm.config.schema import Config
 
     def memory(name):
         (line,) = (line for line in open("/proc/self/status") if line.startswith(name))
@@ -39,11 +39,11 @@ CODE = """if True:
         config = resolve_config(unresolved, 64, 300)
         begin = time.process_time()
         plan = build_fresh_plan(config)
-        loader = build_loader(config, plan, Vocabulary(300, 256), 0, 64, pin=False)
+        loader = build_loader(config, plan, ObjectiveVocabulary(300, 256), 0, 64, pin=False)
         assert loader.load_batches(0)[0].num_valid_tokens == 8 * 2048
         found[f"{order_name}_start_seconds"] = time.process_time() - begin
         begin = time.process_time()
-        _, starts = plan.locate_samples(loader.local_samples(10**6 * 512))
+        _, starts = plan.locate_samples(loader.get_local_samples(10**6 * 512))
         found[f"{order_name}_find_seconds"] = time.process_time() - begin
         assert len(set(starts.tolist())) == 8 and starts.max() > 10**11
         for step in range(50):  # 400 windows in about as many shards: more than stay open
@@ -109,5 +109,5 @@ def test_a_manifest_of_many_shards_loads_fast(tmp_path):
     shards = tuple(Shard(f"train-{n:05d}.bin", 10**8, 10**5, 4 * 10**8, "0" * 64) for n in range(20_000))
     Manifest("uint16", 50257, "", (), {"train": shards, "heldout": ()}).save(tmp_path)
     start_time = time.process_time()
-    assert Manifest.load(tmp_path).tokens("train") == 20_000 * 10**8
+    assert Manifest.load(tmp_path).count_tokens("train") == 20_000 * 10**8
     assert time.process_time() - start_time < 2

@@ -15,11 +15,11 @@ from dist_llm.data.order import Mixture, RandomOrder, ShuffledOrder
 from dist_llm.data.plan import MixtureStage, SamplePlan
 from dist_llm.data.streams import DataSource, WindowStream, build_order
 from dist_llm.errors import DataError
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.parallel.context_parallel import shard_sequences
 
 SEQ = 4
@@ -28,7 +28,7 @@ STEPS = 3
 WORLDS = (1, 2, 3, 4, 8)
 SIZE = Lengths(SEQ + 1, SEQ, SEQ)
 CAUSAL_ONLY = Objective(
-    ((CausalSpec(), SIZE),), Vocabulary(1000, 999), BatchLayout(True, False, False, False), SEQ, 0, 3
+    ((CausalSpec(), SIZE),), ObjectiveVocabulary(1000, 999), BatchLayout(True, False, False, False), SEQ, 0, 3
 )
 
 
@@ -98,8 +98,8 @@ def test_targets_are_the_next_tokens(corpus):
     assert (batch.mask, batch.num_valid_tokens) == (CAUSAL, BATCH * SEQ)
 
 
-def test_an_id_with_the_bits_of_ignore_is_a_target_after_sharding():
-    ids = np.full((2, SEQ + 1), IGNORE, np.int16).view("<u2")  # 65436
+def test_largest_uint32_ids_are_not_ignored_targets():
+    ids = np.full((2, SEQ + 1), IGNORE_INDEX, np.int16).view("<u2")  # 65436
     batch = CAUSAL_ONLY(ids, np.arange(2))
     shards = [shard_sequences(batch, rank, 2) for rank in range(2)]
     assert sum(shard.num_valid_tokens for shard in shards) == batch.num_valid_tokens == 2 * SEQ
@@ -121,7 +121,7 @@ def test_a_step_may_start_at_any_sample(order, corpus, monkeypatch):
     monkeypatch.setattr("dist_llm.data.loader.LOOKUP_SAMPLES", 2 * BATCH)
     single_loader = loader(corpus, order=order, micro_batch=BATCH)
     for first in (0, BATCH, 2 * BATCH, 3, BATCH + 3, BATCH, 10**9, 0):
-        expected = corpus.read(single_loader.streams[0].order.locate(np.arange(first, first + BATCH)), SEQ)
+        expected = corpus.read(single_loader.streams[0].order.locate_windows(np.arange(first, first + BATCH)), SEQ)
         assert np.array_equal(single_loader.load_batches(first)[0].inputs_BS, expected)
 
 
@@ -166,7 +166,7 @@ def test_a_prefetch_error_is_raised_at_its_step(make_corpus):
     data = make_data_config(prefetch=2)
     corpus = Corpus(directory)
     order = build_order(data, corpus, 3, SIZE)
-    ids[order.locate(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
+    ids[order.locate_windows(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
     ids.tofile(path)
     ahead = Loader(make_plan(corpus, order), CAUSAL_ONLY, data, 0, 1, pin=False)
     try:
@@ -185,7 +185,7 @@ def test_build_order_follows_the_config(corpus):
 def test_random_order_reaches_both_ends(counting):
     corpus = counting(SEQ + 3)
     order = build_order(make_data_config(order="random"), corpus, 0, SIZE)
-    rows = corpus.read(order.locate(np.arange(200)), SEQ + 1)
+    rows = corpus.read(order.locate_windows(np.arange(200)), SEQ + 1)
     assert (rows.min(), rows.max()) == (0, SEQ + 2)
 
 
@@ -202,7 +202,9 @@ def test_a_corpus_shorter_than_a_window_is_rejected(tokens, order, counting):
 def test_the_shortest_corpus_has_one_window(counting):
     corpus = counting(SEQ + 1)
     for order in ("shuffle", "random"):
-        assert build_order(make_data_config(order=order), corpus, 0, SIZE).locate(np.arange(4)).tolist() == [0] * 4
+        assert (
+            build_order(make_data_config(order=order), corpus, 0, SIZE).locate_windows(np.arange(4)).tolist() == [0] * 4
+        )
 
 
 def test_load_batches_of_rank_does_not_advance_the_loader(corpus):

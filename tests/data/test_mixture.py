@@ -12,7 +12,7 @@ WEIGHTS = st.lists(st.floats(0.01, 100.0), min_size=1, max_size=8)
 
 @given(WEIGHTS, st.integers(0, 2**63 - 1), st.integers(0, 10**9))
 def test_each_component_numbers_its_samples_consecutively(weights, seed, block):
-    mixture = Mixture.from_weights(weights, seed, block=100)
+    mixture = Mixture.from_weights(weights, seed, block_samples=100)
     component_ids, numbers = mixture.assign(np.arange(block * 100, block * 100 + 200))
     for component, quota in enumerate(mixture.quotas):
         indices = np.sort(numbers[component_ids == component])

@@ -73,7 +73,7 @@ def test_splitmix64_matches_the_reference():
 @pytest.mark.parametrize("num_windows", [1, 2, 3, 64, 65, 1000])
 def test_a_shuffled_order_visits_every_window_once_per_epoch(num_windows):
     order = ShuffledOrder(seed=5, num_windows=num_windows, stride=7)
-    epochs = order.locate(np.arange(4 * num_windows)).reshape(4, num_windows)
+    epochs = order.locate_windows(np.arange(4 * num_windows)).reshape(4, num_windows)
     for epoch in epochs:
         assert np.array_equal(np.sort(epoch), np.arange(num_windows) * 7)
     if num_windows >= 64:
@@ -89,30 +89,30 @@ ORDERS = {
 @pytest.mark.parametrize("kind", ORDERS)
 @settings(deadline=None)  # the machine may be busy
 @given(seed=st.integers(0, 2**40), first=st.integers(0, 2**40), length=st.integers(1, 30), data=st.data())
-def test_locate_depends_only_on_seed_and_sample_number(kind, seed, first, length, data):
+def test_locate_windows_depends_only_on_seed_and_sample_number(kind, seed, first, length, data):
     """The offsets are equal however a range is split or sorted, so a longer run starts like a shorter one."""
     numbers = np.arange(first, first + length)
-    offsets = ORDERS[kind](seed).locate(numbers)
+    offsets = ORDERS[kind](seed).locate_windows(numbers)
     cut = data.draw(st.integers(0, length))
-    piece_offsets = [ORDERS[kind](seed).locate(piece) for piece in (numbers[:cut], numbers[cut:])]
+    piece_offsets = [ORDERS[kind](seed).locate_windows(piece) for piece in (numbers[:cut], numbers[cut:])]
     assert np.array_equal(offsets, np.concatenate(piece_offsets))
-    assert np.array_equal(offsets[::-1], ORDERS[kind](seed).locate(numbers[::-1]))
+    assert np.array_equal(offsets[::-1], ORDERS[kind](seed).locate_windows(numbers[::-1]))
 
 
 @pytest.mark.parametrize("kind", ORDERS)
 def test_seeds_differ(kind):
     largest = RunConfig.model_fields["seed"].metadata[-1].le  # pydantic's upper bound of the key run.seed
     seeds = [*range(20), largest - 1, largest]
-    draws = [tuple(ORDERS[kind](seed).locate(np.arange(50))) for seed in seeds]
+    draws = [tuple(ORDERS[kind](seed).locate_windows(np.arange(50))) for seed in seeds]
     assert len(set(draws)) == len(seeds)
 
 
 def test_a_random_order_is_in_range_and_roughly_uniform():
-    drawn = RandomOrder(seed=1, num_offsets=50).locate(np.arange(50_000))
+    drawn = RandomOrder(seed=1, num_offsets=50).locate_windows(np.arange(50_000))
     assert (drawn.min(), drawn.max()) == (0, 49)
     counts = np.bincount(drawn, minlength=50)
     chi_squared = ((counts - 1000) ** 2 / 1000).sum()
     assert chi_squared < 99, "49 degrees of freedom: 0.003 % chance of more than 99"
     repeats = (np.diff(drawn) == 0).sum()
     assert 850 < repeats < 1150, "successive draws are independent"
-    assert RandomOrder(seed=1, num_offsets=1).locate(np.arange(5)).tolist() == [0] * 5
+    assert RandomOrder(seed=1, num_offsets=1).locate_windows(np.arange(5)).tolist() == [0] * 5

@@ -101,15 +101,15 @@ def test_a_longer_run_has_the_shorter_runs_prefix(plan, count, more):
 @given(plan=plans())
 def test_stages_keep_quotas_and_number_samples_once(plan):
     """Quotas are exact over full blocks. A source's samples are numbered consecutively across stages."""
-    ends = [stage.first for stage in plan.stages[1:]] + [
-        plan.stages[-1].first + 2 * sum(plan.stages[-1].mixture.quotas)
+    ends = [stage.first_sample for stage in plan.stages[1:]] + [
+        plan.stages[-1].first_sample + 2 * sum(plan.stages[-1].mixture.quotas)
     ]
     expected = [0] * len(plan.sources)
     samples_seen = Counter()
     for stage, end in zip(plan.stages, ends, strict=True):
         assert stage.num_consumed == tuple(expected)
         block = sum(stage.mixture.quotas)
-        source_ids, numbers = plan.assign(np.arange(stage.first, end))
+        source_ids, numbers = plan.assign(np.arange(stage.first_sample, end))
         samples_seen.update(zip(source_ids.tolist(), numbers.tolist(), strict=True))
         if len(plan.sources) > 1:
             for start in range(0, len(source_ids) - block + 1, block):
@@ -135,7 +135,7 @@ def test_full_epochs_visit_each_window_equally_often(plan):
             assert np.array_equal(sorted_indices, np.arange(len(sorted_indices)))
             windows = stream.order.num_windows
             epochs = len(sorted_indices) // windows
-            visits = Counter(stream.order.locate(sorted_indices[: epochs * windows]).tolist())
+            visits = Counter(stream.order.locate_windows(sorted_indices[: epochs * windows]).tolist())
             assert visits == dict.fromkeys(range(0, windows * WINDOW, WINDOW), epochs)
 
 
@@ -143,12 +143,12 @@ def test_full_epochs_visit_each_window_equally_often(plan):
 def test_skipped_numbers_are_not_used(plan, first, count):
     skipped = {n for start, end in plan.skip for n in range(start, end)}
     unskipped = [n for n in range(first, first + count + len(skipped)) if n not in skipped]
-    assert plan.sample_numbers(first, count).tolist() == unskipped[:count]
+    assert plan.list_sample_numbers(first, count).tolist() == unskipped[:count]
     assert plan.advance(first, count) == next(n for n in range(unskipped[count - 1] + 1, 10**6) if n not in skipped)
 
 
 def test_a_source_with_weight_0_is_never_used_and_blocks_are_shuffled():
-    mixture = Mixture.from_weights([0.7, 0.0, 0.3], seed=5, block=10_000)
+    mixture = Mixture.from_weights([0.7, 0.0, 0.3], seed=5, block_samples=10_000)
     assert mixture.quotas == (7000, 0, 3000)
     source_ids, _ = mixture.assign(np.arange(10_000))
     assert np.bincount(source_ids, minlength=3).tolist() == [7000, 0, 3000]
@@ -169,12 +169,14 @@ def test_a_sources_order_does_not_depend_on_the_weights():
     low_weight = SamplePlan(sources, build_stages([0], [Mixture(2, (1, 9))], [0, 0]))
     for plan, samples in ((equal_weights, 20), (low_weight, 100)):  # ten of source a
         source_ids, offsets = plan.locate_samples(np.arange(samples))
-        assert sorted(offsets[source_ids == 0].tolist()) == sorted(streams["a"].order.locate(np.arange(10)).tolist())
+        assert sorted(offsets[source_ids == 0].tolist()) == sorted(
+            streams["a"].order.locate_windows(np.arange(10)).tolist()
+        )
 
 
-def test_of_stages_at_the_same_sample_the_last_remains():
+def test_last_of_stages_at_the_same_sample_remains():
     stages = build_stages([0, 6, 6, 9], [Mixture(n, (1, 2)) for n in range(4)], [3, 4])
-    assert [(stage.first, stage.mixture.seed) for stage in stages] == [(0, 0), (6, 2), (9, 3)]
+    assert [(stage.first_sample, stage.mixture.seed) for stage in stages] == [(0, 0), (6, 2), (9, 3)]
     assert stages[0].num_consumed == (3, 4)
     assert all(
         sum(after.num_consumed) - sum(before.num_consumed) == after.first - before.first

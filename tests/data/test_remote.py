@@ -29,7 +29,7 @@ from dist_llm.errors import DataError
 from dist_llm.io import locks as file_locks
 from dist_llm.io import urls
 from dist_llm.io.urls import as_path, is_remote
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from tests.laws.law import make_config
 
 TOKENIZER = b'{"some": "tokenizer"}'
@@ -151,13 +151,13 @@ def test_a_corpus_is_the_same_at_any_url(scheme, server, corpus, tmp_path):
     )()
     opened_corpus = open_corpus(url, cache)
     opened_corpus.check_shard_sizes()
-    assert opened_corpus.manifest.fingerprint() == Manifest.load(directory).fingerprint()
+    assert opened_corpus.manifest.compute_fingerprint() == Manifest.load(directory).compute_fingerprint()
     assert (opened_corpus.directory / "tokenizer.json").read_bytes() == TOKENIZER
     if scheme in ("http", "memory"):
         assert [name.rsplit("/")[-1] for name in list_files(cache)] == ["manifest.json", "tokenizer.json", "url"]
     assert np.array_equal(opened_corpus.read(np.array([0, 15]), 20), [stream[:20], stream[15:35]])
     assert np.array_equal(opened_corpus.read(np.array([0]), len(stream))[0], stream)
-    assert [opened_corpus.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [opened_corpus.get_document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
     if scheme in ("file", "path"):
         assert not cache.exists(), "local files are not copied"
 
@@ -210,7 +210,7 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     opened_corpus = Corpus(directory, cache=str(tmp_path / "cache"))
     opened_corpus.check_shard_sizes()
     assert np.array_equal(opened_corpus.read(np.array([0]), len(stream))[0], stream)
-    assert [opened_corpus.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [opened_corpus.get_document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
 
 
 def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
@@ -219,7 +219,7 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
     for location in (str(directory), serve(server, directory)):
         keys = {"path": location, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
         config = make_config(1, {}, data=keys)
-        loader = build_loader(config, build_fresh_plan(config), Vocabulary(300, 256), 0, 1, pin=False)
+        loader = build_loader(config, build_fresh_plan(config), ObjectiveVocabulary(300, 256), 0, 1, pin=False)
         batches.append(loader.load_batches(0)[0].inputs_BS)
         loader.close()
     assert batches[0].equal(batches[1])
@@ -369,7 +369,7 @@ READER = """if True:
         if os.fork() == 0:  # many processes with one interpreter start
             corpus = Corpus.from_config(DataConfig(path=url, cache=cache, seq_len=4, global_batch=4, micro_batch=4))
             corpus.check_shard_sizes()
-            (row,) = corpus.read(np.array([0]), corpus.n_tokens)
+            (row,) = corpus.read(np.array([0]), corpus.num_tokens)
             row.tofile(f"{result}{number}")
             os._exit(0)
     sys.exit(any(os.wait()[1] for _ in range(int(processes))))

@@ -19,7 +19,7 @@ def count_one_by_one(plan) -> list[Repetition]:
     for number, source in enumerate(plan.sources):
         num_consumed = np.cumsum(source_ids == number)  # after each sample
         for times in REPORTED_EPOCHS:
-            reached = np.flatnonzero(num_consumed >= times * source.epoch_samples)
+            reached = np.flatnonzero(num_consumed >= times * source.samples_per_epoch)
             if len(reached):
                 repetitions.append(Repetition(int(reached[0]) + 1, source.name, times))
     return sorted(repetitions)

@@ -1,4 +1,4 @@
-"""A crash at any moment leaves the old content or the new content; each step that this needs is missed if left out."""
+"""A crash at any moment leaves the old or the new content. Planted bugs show that each step of a write is needed."""
 
 import os
 
@@ -11,14 +11,14 @@ NEW = b"new content"
 
 
 def write_file(target, shared):
-    """Replace a file, and yield within the write."""
+    """Replace a file. Yield in the middle of the write."""
     with open_replacement(target, shared) as file:
         file.write(NEW)
         yield
 
 
 def write_folder(target, shared):
-    """Create a folder of a file in a folder, and yield within the write."""
+    """Create a folder with a file in a subfolder. Yield in the middle of the write."""
     with create_atomically(target, shared) as folder:
         (folder / "inner").mkdir(parents=True)
         (folder / "inner" / "file").write_bytes(NEW)
@@ -32,7 +32,7 @@ def snapshot(directory):
 
 
 class Disk:
-    """What a power cut would leave: content that was synced, under names that were synced."""
+    """Simulates the disk after a power cut: it has the synced content under the synced names."""
 
     def __init__(self, monkeypatch):
         self.synced, self.faults, self.unsynced_names = {}, [], set()
@@ -54,7 +54,7 @@ class Disk:
 
 
 def list_faults(write, directory, shared, monkeypatch):
-    """Run a write once to its end and once into an error; return what a crash or a reader could see of it."""
+    """Run a write once to the end and once with an error. Return what a reader could see after a crash."""
     target = directory / "target"
     if write is write_file:
         target.write_bytes(b"old")
@@ -104,11 +104,11 @@ def test_each_planted_bug_is_caught(name, bug, writes, fault, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
-def test_what_a_killed_write_left_is_overwritten(write, tmp_path):
-    """The next write begins anew: nothing of the killed one gets into its content, and nothing is left behind."""
+def test_leftovers_of_a_killed_write_are_overwritten(write, tmp_path):
+    """The next write starts with an empty file. It contains nothing of the killed write and leaves no other file."""
     killed = write(tmp_path / "target", False)
     next(killed)
-    temporary = tmp_path / f"target{atomic.SUFFIX}"
+    temporary = tmp_path / f"target{atomic.PARTIAL_SUFFIX}"
     left_over = temporary if write is write_file else temporary / "inner" / "stray"
     left_over.write_bytes(b"much more content than the new one has, of a process that was killed")
     list(write(tmp_path / "target", False))
@@ -118,7 +118,7 @@ def test_what_a_killed_write_left_is_overwritten(write, tmp_path):
         list(killed)
 
 
-def test_the_first_of_two_creators_wins(tmp_path):
+def test_first_of_two_creators_wins(tmp_path):
     first, second = write_folder(tmp_path / "target", True), write_folder(tmp_path / "target", True)
     next(first), next(second)
     list(first)
@@ -128,7 +128,7 @@ def test_the_first_of_two_creators_wins(tmp_path):
     assert os.listdir(tmp_path) == ["target"]
 
 
-def test_the_last_of_two_replacements_wins(tmp_path):
+def test_last_of_two_replacements_wins(tmp_path):
     with open_replacement(tmp_path / "target", shared=True) as file:
         replace_file(tmp_path / "target", b"other", shared=True)
         file.write(NEW)

@@ -1,4 +1,4 @@
-"""Digests name their algorithm; short hashes keep their values, since corpora and initial values depend on them."""
+"""Digests name their algorithm. Short hashes keep their values, because corpora and initial values depend on them."""
 
 import hashlib
 
@@ -12,6 +12,6 @@ def test_a_digest_selects_its_own_algorithm():
         assert format_digest(again) == digest
 
 
-def test_known_values():
+def test_digests_of_known_values():
     assert hash_content(b"") == "blake3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
     assert digest64(b"tok_embeddings.weight").hex() == "da97fccd010fff92"

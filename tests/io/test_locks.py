@@ -1,4 +1,4 @@
-"""Only one holder at a time, and the lock's file goes with it."""
+"""Only one process has a lock at a time, and the lock file is removed at the end."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ from dist_llm.io import locks
 from dist_llm.io.locks import create_exclusively, lock_file
 
 
-def test_a_second_holder_is_refused_until_the_first_ends(tmp_path):
+def test_second_process_cannot_lock(tmp_path):
     path = tmp_path / "lock"
     with lock_file(path), pytest.raises(BlockingIOError), lock_file(path, wait=False):
         pass
@@ -19,8 +19,8 @@ def test_a_second_holder_is_refused_until_the_first_ends(tmp_path):
     assert not path.exists()
 
 
-def test_holders_take_turns(tmp_path):
-    """Each holder removes the file, so that the next one must lock the file that has the name now."""
+def test_waiting_processes_lock_one_after_the_other(tmp_path):
+    """Each process removes the lock file at the end. So the next process must lock the file that now has the name."""
     inside, counts = [], []
 
     def hold():
@@ -39,8 +39,8 @@ def test_holders_take_turns(tmp_path):
     assert (max(counts), len(counts)) == (1, 200)
 
 
-def test_a_lock_on_a_removed_file_does_not_count(tmp_path, monkeypatch):
-    """The previous holder removes the file between our open and our lock; a third process creates a new one."""
+def test_lock_on_a_removed_file_is_retried(tmp_path, monkeypatch):
+    """The previous process removes the file between our open and our lock. A third process creates a new file."""
     path, flock = tmp_path / "lock", fcntl.flock
 
     def flock_after_removal(file, operation):
@@ -53,7 +53,7 @@ def test_a_lock_on_a_removed_file_does_not_count(tmp_path, monkeypatch):
         pass
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
+def test_only_required_locks_fail_without_kernel_locks(tmp_path, monkeypatch):
     def refuse(file, operation):
         raise OSError("no locks here")
 
@@ -70,13 +70,13 @@ def test_a_lock_that_is_not_required_still_excludes(tmp_path):
         pass
 
 
-def test_a_file_is_created_once(tmp_path):
+def test_create_exclusively_creates_once(tmp_path):
     assert create_exclusively(tmp_path / "lock", b"first")
     assert not create_exclusively(tmp_path / "lock", b"second")
     assert (tmp_path / "lock").read_bytes() == b"first"
 
 
-def test_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
+def test_create_exclusively_leaves_no_file_on_a_full_disk(tmp_path, monkeypatch):
     class FullDisk:
         def __init__(self, handle, mode):
             os.close(handle)

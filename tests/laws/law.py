@@ -28,12 +28,12 @@ from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.config.schema import Config, UnresolvedConfig
 from dist_llm.engines.base import Engine
 from dist_llm.engines.native import NativeEngine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.examples import TokenWindow
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.step import train_step
 from tests.laws import bugs
 from tests.laws.layouts import MODELS, OBJECTIVES, Layout
@@ -128,8 +128,8 @@ def make_random_sequences(seed: int, vocab_size: int = 130) -> tuple[Tensor, Ten
     # The dtype is fixed, so that fp32 and fp64 runs draw the same numbers.
     target_probability = torch.rand(GLOBAL_BATCH, 1, generator=generator, dtype=torch.float32) ** 2
     draws = torch.rand(GLOBAL_BATCH, SEQ_LEN, generator=generator, dtype=torch.float32)
-    targets[draws > target_probability] = IGNORE
-    targets[0, : SEQ_LEN // 2] = IGNORE  # a context-parallel rank without a target
+    targets[draws > target_probability] = IGNORE_INDEX
+    targets[0, : SEQ_LEN // 2] = IGNORE_INDEX  # a context-parallel rank without a target
     return inputs, targets
 
 
@@ -142,7 +142,8 @@ def make_batches(config: Config, engine: Engine, step: int) -> list[Batch]:
         return [build_samples(config, step, range(start, start + micro_batch)) for start in starts]
     inputs, targets = make_random_sequences(step)
     return [
-        Batch.of(inputs[start : start + micro_batch], targets[start : start + micro_batch], CAUSAL) for start in starts
+        Batch.build(inputs[start : start + micro_batch], targets[start : start + micro_batch], CAUSAL)
+        for start in starts
     ]
 
 
@@ -161,7 +162,7 @@ def build_samples(config: Config, step: int, indices: range) -> Batch:
 
     The text is random and has short documents.
     """
-    objective = build_objective(config, Vocabulary(TEXT_IDS, TEXT_IDS - 1))
+    objective = build_objective(config, ObjectiveVocabulary(TEXT_IDS, TEXT_IDS - 1))
     samples = np.arange(step * GLOBAL_BATCH + indices.start, step * GLOBAL_BATCH + indices.stop)
     component_ids = (samples % len(objective.components)).tolist()
     windows = []
@@ -169,7 +170,7 @@ def build_samples(config: Config, step: int, indices: range) -> Batch:
         rng = np.random.default_rng(sample)
         window = rng.integers(0, TEXT_IDS - 1, objective.components[component][1].window)
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
-    if objective.is_plain_causal:
+    if objective.is_causal_only:
         return objective(windows, samples, component_ids)
     windows_with_ids = [
         TokenWindow(window, document_ids_W=compute_document_ids(window, TEXT_IDS - 1)) for window in windows

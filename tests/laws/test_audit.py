@@ -35,7 +35,7 @@ def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
     audit, first_sample = SampleAudit(engine, loader, 3), 0
     with patch.object(loader, "offset", shift(loader.offset)) if shift else patch.object(loader, "pin", False):
         for _ in range(6):
-            samples = torch.from_numpy(np.ascontiguousarray(loader.local_samples(first_sample)))
+            samples = torch.from_numpy(np.ascontiguousarray(loader.get_local_samples(first_sample)))
             empty = torch.zeros(len(samples), 1)
             try:
                 audit.add(first_sample, [Batch(empty, empty, None, 0, sample_ids_B=samples)])  # type: ignore[arg-type]

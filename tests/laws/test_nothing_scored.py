@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_llm.engines.native import NativeEngine
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.training.step import train_step
 from tests.laws.law import copy_full_tensor, make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout
@@ -41,7 +41,7 @@ def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tens
         else:
             empty_indices = list(range(len(batches))) if step < 2 else []
         for index in empty_indices:
-            ignored_targets = torch.full_like(batches[index].targets_BS, IGNORE)
+            ignored_targets = torch.full_like(batches[index].targets_BS, IGNORE_INDEX)
             batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
         report = train_step(engine, batches, 1.0, step)
         losses.append(report.loss.item())

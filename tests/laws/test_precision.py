@@ -72,9 +72,9 @@ def test_a_step_with_an_overflow_halves_the_loss_scale_and_changes_no_weight() -
 def test_the_loss_scale_doubles_after_many_finite_steps() -> None:
     scale = LossScale(value=8.0)
     for _ in range(GROWTH_STEPS - 1):
-        scale.update(finite=True)
+        scale.update(is_finite=True)
     assert scale == LossScale(8.0, GROWTH_STEPS - 1)
-    scale.update(finite=True)
+    scale.update(is_finite=True)
     assert scale == LossScale(16.0, 0)
-    scale.update(finite=False)
+    scale.update(is_finite=False)
     assert scale == LossScale(8.0, 0)

@@ -1,10 +1,10 @@
-"""The summed loss and its gradient equal their definition, computed by hand."""
+"""The summed loss and its gradient equal a direct computation from their definition."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 
 B, S, V = 3, 5, 11
 
@@ -14,7 +14,7 @@ def make_case(dtype=torch.float32, scale=3.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(B, S, V, generator=generator, dtype=torch.float64)
     targets = torch.randint(0, V, (B, S), generator=generator)
-    targets[0, :3] = targets[2, 4] = IGNORE
+    targets[0, :3] = targets[2, 4] = IGNORE_INDEX
     return logits.to(dtype), targets
 
 
@@ -22,7 +22,7 @@ def naive(logits, targets, smoothing=0.0, z_loss=0.0):
     """Sum the loss target by target in fp64, by the formulas of the papers."""
     total = torch.zeros((), dtype=torch.float64)
     for row, target in zip(logits.double().flatten(0, -2), targets.flatten().tolist(), strict=True):
-        if target == IGNORE:
+        if target == IGNORE_INDEX:
             continue
         z = row.exp().sum()
         log_p = (row.exp() / z).log()
@@ -33,7 +33,7 @@ def naive(logits, targets, smoothing=0.0, z_loss=0.0):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_equals_the_sum_of_torch_and_the_definition(seed):
+def test_loss_equals_torch_and_the_definition(seed):
     logits, targets = make_case(seed=seed)
     by_row = CrossEntropy()(logits, targets)
     rows = zip(logits[:, None], targets[:, None], strict=True)
@@ -47,14 +47,14 @@ def test_it_equals_the_sum_of_torch_and_the_definition(seed):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-4, 0.3])
-def test_smoothing_and_z_loss_by_hand(smoothing, z_loss):
+def test_smoothing_and_z_loss_equal_computed_values(smoothing, z_loss):
     logits, targets = make_case()
     actual = CrossEntropy(smoothing, z_loss)(logits, targets).sum()
     torch.testing.assert_close(actual.double(), naive(logits, targets, smoothing, z_loss), rtol=2e-6, atol=0)
 
 
-def test_two_equal_logits_by_hand():
-    """Two equal logits of ln 2: Z = 4, p = 1/2, so the loss is ln 2 each, plus z * (ln 4)^2."""
+def test_two_equal_logits_give_log_2():
+    """Two logits of ln 2 give Z = 4 and p = 1/2. So the loss is ln 2, and the z-loss is z * (ln 4)^2."""
     ln2 = torch.tensor(2.0).log()
     logits, targets = torch.stack((ln2, ln2)).view(1, 1, 2), torch.tensor([[1]])
     torch.testing.assert_close(CrossEntropy()(logits, targets), ln2[None])
@@ -62,24 +62,26 @@ def test_two_equal_logits_by_hand():
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.2), CrossEntropy(0.0, 0.3), CrossEntropy(0.1, 0.01)])
-def test_gradients_are_those_of_the_value(loss):
+def test_gradients_match_finite_differences(loss):
     logits, targets = make_case(torch.float64)
     assert torch.autograd.gradcheck(lambda x: loss(x, targets), logits.requires_grad_(), fast_mode=True)
 
 
-def test_the_gradient_of_z_loss_by_hand():
-    """d/dx z * (log Z)^2 = 2 z log Z softmax(x), on scored rows only."""
+def test_z_loss_gradient_equals_the_formula():
+    """The gradient of z * (log Z)^2 is 2 z log Z softmax(x) at valid targets, and 0 at ignored targets."""
     logits, targets = make_case(torch.float64)
     logits.requires_grad_()
     (with_z_loss,) = torch.autograd.grad(CrossEntropy(z_loss=0.7)(logits, targets).sum(), logits)
     (plain,) = torch.autograd.grad(CrossEntropy()(logits, targets).sum(), logits)
-    expected = 2 * 0.7 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) * (targets != IGNORE).unsqueeze(-1)
+    expected = (
+        2 * 0.7 * logits.logsumexp(-1, keepdim=True) * logits.softmax(-1) * (targets != IGNORE_INDEX).unsqueeze(-1)
+    )
     torch.testing.assert_close(with_z_loss - plain, expected.detach())
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 1e-4)])
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_finite_at_extreme_logits(loss, size):
+def test_extreme_logits_give_finite_losses(loss, size):
     logits = torch.zeros(1, 2, V)
     logits[..., 0] = size
     logits.requires_grad_()
@@ -92,12 +94,12 @@ def test_finite_at_extreme_logits(loss, size):
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1, 0.3)])
-def test_ignored_positions_count_for_nothing(loss):
+def test_ignored_targets_have_no_loss_and_no_gradient(loss):
     logits, targets = make_case()
     logits.requires_grad_()
     value = loss(logits, targets).sum()
     (gradient,) = torch.autograd.grad(value, logits)
-    ignored = targets == IGNORE
+    ignored = targets == IGNORE_INDEX
     assert (gradient[ignored] == 0).all()
     assert (gradient[~ignored] != 0).any(-1).all()
 
@@ -109,9 +111,9 @@ def test_ignored_positions_count_for_nothing(loss):
 
 
 @pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 0.3)])
-def test_without_scored_targets_the_loss_is_zero_not_nan(loss):
+def test_loss_without_valid_targets_is_zero(loss):
     logits = make_case()[0].requires_grad_()
-    value = loss(logits, torch.full((B, S), IGNORE)).sum()
+    value = loss(logits, torch.full((B, S), IGNORE_INDEX)).sum()
     value.backward()
     assert value == 0
     assert (logits.grad == 0).all()
@@ -125,7 +127,7 @@ def test_bf16_logits_are_summed_in_fp32(loss):
     assert torch.equal(actual, loss(logits.float(), targets))
 
 
-def test_rows_apart_have_the_losses_of_the_batch():
+def test_loss_of_a_sequence_does_not_depend_on_the_batch():
     loss = CrossEntropy(0.1, 0.01)
     logits, targets = make_case(torch.float64)
     per_row = torch.cat([loss(row[None], target[None]) for row, target in zip(logits, targets, strict=True)])

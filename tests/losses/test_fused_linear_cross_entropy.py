@@ -1,4 +1,4 @@
-"""The fused layer and loss equal the two computed separately: values and all gradients, for any slice size."""
+"""The fused layer and loss equal a separate layer and loss: values and all gradients, for any slice size."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_llm.losses import fused_linear_cross_entropy
-from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy, LossTerms
+from dist_llm.losses.cross_entropy import IGNORE_INDEX, CrossEntropy, LossTerms
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 
 B, S, D, V, ROWS = 3, 7, 5, 11, 16  # five rows of the weight are padding
@@ -20,7 +20,7 @@ def make_case(bias: bool, ignored: float = 0.3) -> tuple[Tensor, Tensor, Tensor 
     x, weight = torch.randn(B, S, D, generator=generator), torch.randn(ROWS, D, generator=generator)
     b = torch.randn(ROWS, generator=generator) if bias else None
     targets = torch.randint(V, (B, S), generator=generator)
-    targets[torch.rand(B, S, generator=generator) < ignored] = IGNORE
+    targets[torch.rand(B, S, generator=generator) < ignored] = IGNORE_INDEX
     return x, weight, b, targets
 
 
@@ -54,7 +54,7 @@ LOSSES = [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.0, 1e-2), CrossEntro
 @pytest.mark.parametrize("blocks", [1 << 30, 2 * V * 4])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("cap", "bias"), [(0.0, False), (0.0, True), (2.0, True)])
-def test_value_and_gradients(
+def test_fused_loss_equals_the_unfused_loss(
     slices: int, blocks: int, loss: CrossEntropy, cap: float, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
@@ -64,13 +64,13 @@ def test_value_and_gradients(
         compute_with_gradients(compute_separately, loss, cap, bias, torch.float64, None),
         strict=True,
     ):
-        # The separate loss is computed in fp64 as well, since its logits are.
+        # The logits are fp64, so the separate loss is also computed in fp64.
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(("autocast", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_under_autocast(loss: CrossEntropy, autocast: torch.dtype, tolerance: float) -> None:
+def test_fused_loss_under_autocast(loss: CrossEntropy, autocast: torch.dtype, tolerance: float) -> None:
     fused, separate, exact = (
         compute_with_gradients(compute, loss, 0.0, True, torch.float32, kind)
         for compute, kind in ((compute_fused, autocast), (compute_separately, autocast), (compute_separately, None))
@@ -82,8 +82,8 @@ def test_under_autocast(loss: CrossEntropy, autocast: torch.dtype, tolerance: fl
         assert (actual - expected).abs().max() <= 2 * (plain - expected).abs().max() + 1e-3 * tolerance * largest
 
 
-def test_small_probabilities_survive_fp16() -> None:
-    """Each of 50 000 tokens has 2e-5: unscaled fp16 would lose an eighth of the gradient."""
+def test_small_probabilities_do_not_underflow_in_fp16() -> None:
+    """Each of 50,000 tokens has probability 2e-5. Without the scale, fp16 would lose an eighth of the gradient."""
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(1, 4, 8, generator=generator), 0.01 * torch.randn(50_000, 8, generator=generator)
     targets = torch.zeros(1, 4, dtype=torch.int64)
@@ -99,7 +99,7 @@ def test_small_probabilities_survive_fp16() -> None:
     assert float((compute_gradient(True) - exact).norm() / exact.norm()) < 5e-3
 
 
-def test_without_scored_targets() -> None:
+def test_gradients_without_valid_targets_are_zero() -> None:
     x, weight, _, targets = make_case(False, ignored=2.0)
     x.requires_grad_(), weight.requires_grad_()
     losses = compute_fused(x, weight, None, targets, CrossEntropy(0.1, 0.1), 0.0)
@@ -107,7 +107,7 @@ def test_without_scored_targets() -> None:
     assert all(not gradient.any() for gradient in torch.autograd.grad(losses.sum(), (x, weight)))
 
 
-def test_losses_multiplied_differently_afterwards_are_refused() -> None:
+def test_different_loss_factors_after_forward_are_rejected() -> None:
     x, weight, _, targets = make_case(False)
     weight.requires_grad_()
     losses = compute_fused(x, weight, None, targets, CrossEntropy(), 0.0)
@@ -118,10 +118,10 @@ def test_losses_multiplied_differently_afterwards_are_refused() -> None:
 @pytest.mark.parametrize("slices", [1 << 30, 1], ids=["whole", "tokens"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("per_token", [False, True], ids=["sequences", "tokens"])
-def test_weights_known_in_forward(
+def test_loss_weights_scale_losses_and_gradients(
     per_token: bool, loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights per sequence or per token, some 0, some negative: value and gradients equal the plain formula's."""
+    """Losses and gradients equal the formula for weights per sequence and per token, including 0 and negative ones."""
     monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
     x, weight, bias, targets = make_case(True)
     assert bias is not None
@@ -142,8 +142,8 @@ def test_weights_known_in_forward(
         torch.testing.assert_close(actual_grad, expected_grad, rtol=1e-9, atol=1e-12)
 
 
-def test_gradients_may_be_computed_twice() -> None:
-    """A pipeline asks for the gradients of the activations first, then for those of the weights."""
+def test_backward_may_run_twice() -> None:
+    """A pipeline first computes the gradients of the activations, then the gradients of the weights."""
     x, weight, _, targets = make_case(False)
     x.requires_grad_(), weight.requires_grad_()
     losses = compute_fused(x, weight, None, targets, CrossEntropy(), 0.0).sum() / 5
@@ -154,7 +154,7 @@ def test_gradients_may_be_computed_twice() -> None:
     torch.testing.assert_close(weight_grad, *expected, rtol=1e-5, atol=1e-6)
 
 
-def test_no_gradient_is_computed_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_without_grad_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     matmuls: list[Any] = []
     monkeypatch.setattr(fused_linear_cross_entropy, "_add_matmul_", lambda *args: matmuls.append(args))
     x, weight, bias, targets = make_case(True)
@@ -165,7 +165,7 @@ def test_no_gradient_is_computed_without_need(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(losses, compute_separately(x, weight, bias, targets, CrossEntropy(), 0.0))
 
 
-def test_slices_cover_all_and_hold_no_more_than_they_may() -> None:
+def test_slices_cover_all_rows_within_the_size_limit() -> None:
     for length, width, max_bytes in ((10, 3, 24), (7, 100, 1), (1, 1, 4), (513, 32000, 64 << 20), (5, 0, 8)):
         slices = list(fused_linear_cross_entropy.iter_slices(length, width, max_bytes))
         assert [row for slice_ in slices for row in range(length)[slice_]] == list(range(length))
@@ -173,7 +173,7 @@ def test_slices_cover_all_and_hold_no_more_than_they_may() -> None:
         assert rows == 1 or rows * width * 4 <= max_bytes + width * 4
 
 
-def test_a_target_outside_the_vocabulary_makes_nan() -> None:
+def test_target_outside_the_vocabulary_gives_nan() -> None:
     x, weight, _, targets = make_case(False, ignored=0.0)
     targets[1, 2] = V
     assert compute_fused(x, weight, None, targets, CrossEntropy(), 0.0).isnan().tolist() == [False, True, False]
@@ -181,13 +181,13 @@ def test_a_target_outside_the_vocabulary_makes_nan() -> None:
 
 @pytest.mark.parametrize("slices", [1 << 30, 1], ids=["whole", "tokens"])
 @pytest.mark.parametrize("loss", LOSSES[1:])
-def test_the_terms_of_a_regularised_loss(loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways report cross-entropy without regularisation and the z-loss computed by hand."""
+def test_loss_terms_of_a_regularized_loss(loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused and the separate loss report the same terms: unregularized cross-entropy and z-loss."""
     monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
     x, weight, bias, targets = (each.double() if each.is_floating_point() else each for each in make_case(True))
     logits = compute_logits(x, weight, bias)
     plain = CrossEntropy()(logits, targets).sum()
-    z_loss = loss.z_loss * (logits.logsumexp(-1).square() * (targets != IGNORE)).sum()
+    z_loss = loss.z_loss * (logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)).sum()
     from_fused, from_logits = LossTerms(), LossTerms()
     linear_cross_entropy(x, weight, bias, targets, loss, 0.0, VocabShard(V, 0, V), from_fused)
     loss(logits, targets, from_logits)
@@ -200,7 +200,7 @@ def compute_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(x, weight[:V], bias[:V])
 
 
-def test_only_the_terms_of_the_newest_microbatches_count() -> None:
+def test_pop_latest_returns_the_latest_microbatches() -> None:
     terms = LossTerms()
     for value in (7.0, 1.0, 2.0):
         terms.add(torch.tensor([value, 10 * value]))

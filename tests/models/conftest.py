@@ -5,12 +5,12 @@ import pytest
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model
-from dist_llm.models.init import init_param_, init_rule
+from dist_llm.models.init import get_init_rule, init_param_
 
 
 @pytest.fixture
 def settings():
-    """Make a resolved `model` section, Llama-like unless `changes` say otherwise."""
+    """Make a resolved `model` section: a small Llama with `changes`."""
 
     def make_settings(**changes):
         shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
@@ -21,13 +21,13 @@ def settings():
 
 @pytest.fixture
 def build(settings):
-    """Build a model in eval mode, with larger values than a run has, so that each part shows in the output."""
+    """Build a model in eval mode. Its parameters are larger than in a run, so that each affects the output."""
 
     def build_with(loss=None, seed=0, **changes):
         config = settings(**{"init_std": 0.3, **changes})
         model = build_model(config, loss or CrossEntropy()).eval()
         for name, parameter in model.named_parameters():
-            rule = init_rule(name, parameter.shape, config)
+            rule = get_init_rule(name, parameter.shape, config)
             init_param_(parameter.detach(), name, rule, seed, parameter.shape, (0,) * parameter.ndim)
         return model
 

@@ -1,4 +1,4 @@
-"""Which inputs each query attends to, proved by gradients: a prediction depends on these and on no others."""
+"""Attention masks allow the right inputs. Gradients show on which inputs a prediction depends."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def first_rows(mask, count):
 
 
 def find_dependence(model, output, embedding, inputs):
-    """[B, S, inputs]: whether the logits at a position depend on an input. All input ids differ."""
+    """Return [B, S, inputs]: whether the logits at a position depend on an input. All input ids must differ."""
     dependence = torch.zeros(*output.shape[:2], inputs.shape[1], dtype=torch.bool)
     for row in range(len(output)):
         for position in range(output.shape[1]):
@@ -44,14 +44,14 @@ def find_dependence(model, output, embedding, inputs):
 
 
 def make_ids(count, length, first=0):
-    """All ids are different, so that a row of the embedding's gradient belongs to one input."""
+    """All ids are different, so a row of the embedding gradient belongs to one input."""
     return torch.arange(first, first + count * length).view(count, length)
 
 
 @pytest.mark.parametrize("rows_B", [1, 4])
 @pytest.mark.parametrize("positions", ["rope", "relative"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prediction_depends_on_what_it_sees(kind, positions, rows_B, build):
+def test_prediction_depends_only_on_allowed_tokens(kind, positions, rows_B, build):
     mask, expected = KINDS[kind]
     model = build(vocab_size=40, positions=positions, n_layers=1)
     inputs = make_ids(rows_B, S)
@@ -61,7 +61,7 @@ def test_a_prediction_depends_on_what_it_sees(kind, positions, rows_B, build):
 
 @pytest.mark.parametrize("rows_B", [1, 4])
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_decoder_sees_the_whole_source_of_its_document(documents, rows_B, build):
+def test_cross_attention_is_limited_to_the_document(documents, rows_B, build):
     model = build(vocab_size=80, architecture="encoder_decoder", n_layers=1, n_encoder_layers=1)
     source_documents = (torch.arange(T) >= 2).long().expand(rows_B, T)
     target_documents = (POSITIONS >= 5).long().expand(rows_B, S)
@@ -76,7 +76,7 @@ def test_a_decoder_sees_the_whole_source_of_its_document(documents, rows_B, buil
     assert torch.equal(find_dependence(model, output, model.embed.tokens, source), expected)
 
 
-def test_padding_of_a_source_is_seen_by_no_text(build):
+def test_no_token_attends_to_encoder_padding(build):
     model = build(vocab_size=80, architecture="encoder_decoder", n_layers=1, n_encoder_layers=1)
     inputs, source = make_ids(1, S), make_ids(1, T, first=40)
     documents = torch.tensor([[0, 0, 0, 0, -1, -1]])

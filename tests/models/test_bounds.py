@@ -1,4 +1,4 @@
-"""Methods that keep training stable: stochastic depth, normalised queries and keys, capped logits, initial values."""
+"""Methods that stabilize training: stochastic depth, QK norm, logit softcap, initialization; relative buckets."""
 
 import math
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from dist_llm.models.build_model import build_model
-from dist_llm.models.decoder import softcap
-from dist_llm.models.init import init_rule
+from dist_llm.models.decoder import apply_softcap
+from dist_llm.models.init import get_init_rule
 from dist_llm.models.stochastic_depth import stochastic_depth_scale
 
 
-def test_samples_survive_at_their_rate_and_keep_their_mean():
+def test_stochastic_depth_scale_has_mean_one():
     draws = torch.randint(-(2**62), 2**62, (20_000,), generator=torch.Generator().manual_seed(0))
     for rate in (0.1, 0.5):
         scales = stochastic_depth_scale(draws, 3, rate)
@@ -26,7 +26,7 @@ def test_samples_survive_at_their_rate_and_keep_their_mean():
     )
 
 
-def test_a_skipped_layer_adds_nothing_and_evaluation_skips_none(build):
+def test_stochastic_depth_skips_layers_only_in_training(build):
     model = build(stochastic_depth=0.9, n_layers=1).train()
     tokens = torch.arange(12).view(2, 6)
     draws = next(
@@ -47,8 +47,8 @@ def test_later_layers_are_skipped_more_often(build):
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.02)
 
 
-def test_normalised_queries_do_not_grow_with_their_weights(build):
-    """With query weights a hundred times larger, attention and so the logits are equal."""
+def test_qk_norm_bounds_the_attention_scores(build):
+    """With qk_norm, query weights that are 100 times larger give the same logits."""
     tokens = torch.arange(12).view(2, 6)
     for qk_norm in (True, False):
         model = build(qk_norm=qk_norm)
@@ -60,41 +60,42 @@ def test_normalised_queries_do_not_grow_with_their_weights(build):
         assert torch.allclose(before, after, atol=1e-3) == qk_norm
 
 
-def test_capped_logits_stay_below_the_cap_and_are_the_same_near_zero(build):
+def test_softcap_bounds_the_logits(build):
     logits = torch.tensor([-1000.0, -1.0, 0.0, 0.01, 1.0, 1000.0])
-    assert softcap(logits, 5.0).abs().max() <= 5.0
-    torch.testing.assert_close(softcap(logits, 5.0)[2:4], logits[2:4], rtol=1e-4, atol=0)
-    assert softcap(logits, 0.0) is logits
+    assert apply_softcap(logits, 5.0).abs().max() <= 5.0
+    torch.testing.assert_close(apply_softcap(logits, 5.0)[2:4], logits[2:4], rtol=1e-4, atol=0)
+    assert apply_softcap(logits, 0.0) is logits
     assert build(logit_cap=0.5)(torch.arange(6)[None]).abs().max() <= 0.5
 
 
 @pytest.mark.parametrize(("layers", "encoder"), [(6, 0), (6, 3)])
-def test_tfixup_scales_as_the_paper_does(layers, encoder, settings):
-    """(9 N)^-1/4 in a decoder, 0.67 N^-1/4 in an encoder; queries and keys unscaled (Huang et al. 2020, 3.2)."""
+def test_tfixup_scales_match_the_paper(layers, encoder, settings):
+    """The scale is (9 N)^-1/4 in a decoder and 0.67 N^-1/4 in an encoder, and 1 for queries and keys (Huang et al.
+    2020, 3.2)."""
     architecture = "encoder_decoder" if encoder else "decoder"
     config = settings(init="tfixup", n_layers=layers, n_encoder_layers=encoder, architecture=architecture)
     xavier = math.sqrt(6 / (32 + 32))
     outer = (9 * layers) ** -0.25 if encoder else 0.67 * layers**-0.25
     name = f"blocks.{encoder}.attention"
-    assert init_rule(f"{name}.q.weight", (32, 32), config).scale == pytest.approx(xavier)
+    assert get_init_rule(f"{name}.q.weight", (32, 32), config).scale == pytest.approx(xavier)
     for matrix in ("v", "out"):
-        assert init_rule(f"{name}.{matrix}.weight", (32, 32), config).scale == pytest.approx(xavier * outer)
-    assert init_rule("embed.tokens.weight", (20, 32), config).scale == pytest.approx(32**-0.5 * outer)
+        assert get_init_rule(f"{name}.{matrix}.weight", (32, 32), config).scale == pytest.approx(xavier * outer)
+    assert get_init_rule("embed.tokens.weight", (20, 32), config).scale == pytest.approx(32**-0.5 * outer)
     if encoder:
-        inner = init_rule("blocks.0.feedforward.up.weight", (32, 32), config).scale
+        inner = get_init_rule("blocks.0.feedforward.up.weight", (32, 32), config).scale
         assert inner == pytest.approx(xavier * 0.67 * encoder**-0.25)
 
 
-def test_depth_scaled_layers_shrink_with_their_number(settings):
-    """Zhang et al. 2019, eq. 6."""
+def test_depth_init_shrinks_with_the_layer_number(settings):
+    """The scale is that of Zhang et al. 2019, eq. 6."""
     config = settings(init="depth", n_layers=4)
-    scales = [init_rule(f"blocks.{layer}.attention.q.weight", (32, 32), config).scale for layer in range(4)]
+    scales = [get_init_rule(f"blocks.{layer}.attention.q.weight", (32, 32), config).scale for layer in range(4)]
     assert scales == pytest.approx([math.sqrt(6 / 64) / math.sqrt(number) for number in (1, 2, 3, 4)])
 
 
 @pytest.mark.parametrize("init", ["gpt2", "xavier", "he", "depth", "tfixup"])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
-def test_every_parameter_has_a_rule(architecture, init, settings):
+def test_all_architectures_have_init_rules(architecture, init, settings):
     encoder = {"n_encoder_layers": 2} if architecture == "encoder_decoder" else {}
     config = settings(
         architecture=architecture,
@@ -106,24 +107,26 @@ def test_every_parameter_has_a_rule(architecture, init, settings):
         **encoder,
     )
     for name, parameter in build_model(config).named_parameters():
-        rule = init_rule(name, parameter.shape, config)
+        rule = get_init_rule(name, parameter.shape, config)
         ones = parameter.ndim == 1 and name.endswith("weight")
         zeros = name.endswith("bias")
-        assert (rule.shift, rule.scale > 0) == (float(ones), not (ones or zeros)), name
+        assert (rule.constant, rule.scale > 0) == (float(ones), not (ones or zeros)), name
 
 
-def test_relative_buckets_are_those_of_t5():
-    """Buckets computed by hand (Raffel et al. 2020, 2.1): 8 of them, the last from distance 16 on."""
+def test_relative_buckets_equal_those_of_t5():
+    """Expected buckets follow Raffel et al. 2020, 2.1, with 8 buckets, the last of them from distance 16 on."""
     from dist_llm.config.model_section import ModelConfig
     from dist_llm.models.positional_encoding import RelativeBias
 
     config = ModelConfig(d_model=8, n_layers=1, n_heads=2, relative_buckets=8, relative_distance=16)
-    causal_buckets = RelativeBias(config, bidirectional=False).bucket(
+    causal_buckets = RelativeBias(config, bidirectional=False).compute_buckets(
         -torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40])
     )
     # One bucket per distance up to 3; then 4 + log(d / 4) / log(4) * 4, rounded down, at most 7.
     assert causal_buckets.tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 6, 7, 7]
-    assert RelativeBias(config, bidirectional=False).bucket(torch.tensor([1, 9])).tolist() == [0, 0]
-    bidirectional_buckets = RelativeBias(config, bidirectional=True).bucket(torch.tensor([-1, 0, 1, -2, 2, 30, -30]))
-    # Half of the buckets are for later keys: 4 each way, one per distance up to 1.
+    assert RelativeBias(config, bidirectional=False).compute_buckets(torch.tensor([1, 9])).tolist() == [0, 0]
+    bidirectional_buckets = RelativeBias(config, bidirectional=True).compute_buckets(
+        torch.tensor([-1, 0, 1, -2, 2, 30, -30])
+    )
+    # Half of the buckets are for keys after the query. Each direction has 4 buckets; distances 0 and 1 have their own.
     assert bidirectional_buckets.tolist() == [1, 0, 5, 2, 6, 7, 3]

@@ -1,4 +1,4 @@
-"""The decoder against its definition: parameter counts, attention masks, KV cache, tied weights, padding, dropout."""
+"""The decoder equals its definition: parameter counts, attention masks, KV cache, tied weights, padding, dropout."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_llm.config.model_section import ModelConfig
-from dist_llm.losses.cross_entropy import IGNORE, CrossEntropy
+from dist_llm.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 from dist_llm.models.attention import KVCache, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, FULL
 from dist_llm.models.decoder import Decoder, Embedding
@@ -23,7 +23,7 @@ POSITIONS = ("rope", "learned", "sinusoidal")
 ORDERS = ("pre", "post")
 
 PUBLISHED = {
-    # Radford et al. 2019 as released; Dubey et al. 2024, table 3.
+    # The released GPT-2 of Radford et al. 2019; Dubey et al. 2024, table 3.
     "GPT-2 small": (124_439_808, GPT2, 768, 12, 12, 12, 64, 3072, 50257, 1024),
     "GPT-2 XL": (1_557_611_200, GPT2, 1600, 48, 25, 25, 64, 6400, 50257, 1024),
     "Llama 3 8B": (8_030_261_248, {}, 4096, 32, 32, 8, 128, 14336, 128256, 8192),
@@ -32,7 +32,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts_are_the_published_ones(name):
+def test_parameter_counts_equal_the_published_counts(name):
     count, kind, *sizes = PUBLISHED[name]
     names = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len")
     config = ModelConfig(**kind, **dict(zip(names, sizes, strict=True)), vocab_multiple=1)
@@ -48,7 +48,7 @@ def distinct_tokens(length, vocab=20):
 
 @pytest.mark.parametrize("norm_order", ORDERS)
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_a_prediction_depends_on_all_tokens_up_to_it_and_no_later_one(positions, norm_order, build):
+def test_causal_prediction_depends_only_on_previous_tokens(positions, norm_order, build):
     model = build(positions=positions, norm_order=norm_order, n_kv_heads=2)
     tokens = distinct_tokens(7)
     logits = model(tokens)
@@ -60,7 +60,7 @@ def test_a_prediction_depends_on_all_tokens_up_to_it_and_no_later_one(positions,
         assert depends.tolist() == [other <= position for other in range(7)]
 
 
-def test_full_visibility_sees_ahead(build):
+def test_full_mask_attends_to_later_tokens(build):
     model = build()
     tokens = distinct_tokens(5)
     (gradient,) = torch.autograd.grad(model(tokens, None, FULL)[0, 0].square().sum(), model.embed.tokens.weight)
@@ -68,8 +68,8 @@ def test_full_visibility_sees_ahead(build):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_the_order_of_tokens_matters(positions, build):
-    """The same token after the same others in another order gets another prediction."""
+def test_logits_depend_on_the_token_order(positions, build):
+    """The prediction after a token changes if the previous tokens come in another order."""
     model = build(positions=positions)
     one, other = model(torch.tensor([[1, 2, 3]])), model(torch.tensor([[2, 1, 3]]))
     assert (one[0, -1] - other[0, -1]).abs().max() > 1e-3
@@ -79,7 +79,7 @@ def test_the_order_of_tokens_matters(positions, build):
 @pytest.mark.parametrize(
     "kind", [GPT2, LLAMA, {"positions": "sinusoidal", "norm_order": "post"}], ids=["gpt2", "llama", "post"]
 )
-def test_the_cache_gives_the_full_forward(kind, chunk_lengths, build):
+def test_cached_forward_equals_the_full_forward(kind, chunk_lengths, build):
     model = build(**kind)
     tokens = torch.stack([distinct_tokens(9)[0], distinct_tokens(9)[0].flip(0)])
     cache, chunk_logits = KVCache(), []
@@ -208,18 +208,18 @@ def test_logits_equal_the_definition(kind, build):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_given_targets_the_model_returns_their_loss(tie, build):
+def test_forward_with_targets_returns_the_loss(tie, build):
     loss = CrossEntropy(0.1, 0.01)
     model = build(loss, tie_embeddings=tie)
     tokens = distinct_tokens(8)
     targets = tokens.flip(1)
-    targets[0, 2] = IGNORE
+    targets[0, 2] = IGNORE_INDEX
     torch.testing.assert_close(model(tokens, targets), CrossEntropy()(model(tokens), targets), rtol=1e-6, atol=0)
     model.train()
     torch.testing.assert_close(model(tokens, targets), loss(model(tokens), targets), rtol=1e-6, atol=0)
 
 
-def test_a_tied_head_is_the_embedding_and_adds_its_gradient(build):
+def test_tied_head_shares_the_embedding(build):
     tied, untied = build(tie_embeddings=True), build()
     assert "head.out.weight" not in dict(tied.named_parameters())
     untied.load_state_dict({**tied.state_dict(), "head.out.weight": tied.embed.tokens.weight.detach()})
@@ -232,7 +232,7 @@ def test_a_tied_head_is_the_embedding_and_adds_its_gradient(build):
 
 
 @pytest.mark.parametrize("tie", [False, True])
-def test_vocabulary_padding_is_zero_never_predicted_and_never_learned(tie, build):
+def test_vocabulary_padding_stays_zero(tie, build):
     model = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=64)
     plain = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=1)
     tokens = distinct_tokens(8)
@@ -247,7 +247,7 @@ def test_vocabulary_padding_is_zero_never_predicted_and_never_learned(tie, build
         assert (weight.grad != 0).any()
 
 
-def test_dropout_on_embeddings_scales_the_survivors(settings):
+def test_embedding_dropout_scales_the_remaining_values(settings):
     torch.manual_seed(0)
     embedding = Embedding(settings(dropout=0.25)).train()
     tokens = torch.zeros(64, 16, dtype=torch.int64)
@@ -258,7 +258,7 @@ def test_dropout_on_embeddings_scales_the_survivors(settings):
     assert torch.equal(embedding.eval()(tokens, torch.arange(16)), embedding.tokens(tokens))
 
 
-def test_dropout_on_attention_scales_the_surviving_weights():
+def test_attention_dropout_scales_the_remaining_weights():
     torch.manual_seed(0)
     T = 64
     q = k = torch.zeros(1, T, 1, T)
@@ -267,7 +267,7 @@ def test_dropout_on_attention_scales_the_surviving_weights():
     torch.testing.assert_close(weights[weights != 0], torch.full_like(weights[weights != 0], 1 / T / 0.75))
 
 
-def test_dropout_acts_on_both_residual_branches_and_only_in_training(build):
+def test_residual_dropout_acts_only_in_training(build):
     model, plain = build(dropout=0.5), build()
     tokens = distinct_tokens(8)
     assert torch.equal(model(tokens), plain(tokens)), "off in eval"
@@ -305,10 +305,10 @@ def test_logits_and_gradients_are_finite_in_bf16(kind, build):
 
 @pytest.mark.parametrize("first_back_layer", [0, 1, 3])
 @pytest.mark.parametrize("kind", [GPT2, LLAMA, {"norm_order": "post"}], ids=["gpt2", "llama", "post"])
-def test_two_stages_equal_the_full_model(kind, first_back_layer, build):
+def test_pipeline_stages_equal_the_full_model(kind, first_back_layer, build):
     model, front, back = (build(n_layers=3, **kind) for _ in range(3))
-    front.trim_to_stage(range(first_back_layer), first=True, last=False)
-    back.trim_to_stage(range(first_back_layer, 3), first=False, last=True)
+    front.trim_to_stage(range(first_back_layer), is_first=True, is_last=False)
+    back.trim_to_stage(range(first_back_layer, 3), is_first=False, is_last=True)
     tokens = distinct_tokens(8)
     targets = tokens.flip(1)
     assert torch.equal(back(front(tokens)), model(tokens))
@@ -320,7 +320,7 @@ def test_two_stages_equal_the_full_model(kind, first_back_layer, build):
 
 
 @pytest.mark.parametrize("positions_kind", POSITIONS)
-def test_positions_may_be_passed(positions_kind, build):
+def test_forward_uses_given_positions(positions_kind, build):
     model = build(positions=positions_kind)
     tokens = torch.stack([distinct_tokens(6)[0], distinct_tokens(6)[0].flip(0)])
     positions = torch.arange(6)
@@ -332,6 +332,6 @@ def test_positions_may_be_passed(positions_kind, build):
     assert is_equal == (positions_kind == "rope"), "only rope depends on distances alone"
 
 
-def test_blocks_are_stored_by_name_so_that_a_stage_may_hold_some(build):
+def test_stage_keeps_the_parameter_names_of_the_full_model(build):
     names = {name.split(".")[1] for name, _ in build(n_layers=3).named_parameters() if name.startswith("blocks.")}
     assert names == {"0", "1", "2"}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dist_llm import counter_rng
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import InitRule, init_param_, init_rule
+from dist_llm.models.init import InitRule, get_init_rule, init_param_
 
 NORMAL, UNIFORM = InitRule("normal", 0.5), InitRule("uniform", 0.5)
 
@@ -21,11 +21,11 @@ def draw_values(rule, shape, name="w", seed=0, offset=(0, 0), full=None):
     return values
 
 
-def test_normal_values_have_the_normal_distributions_quantiles():
+def test_normal_values_have_normal_quantiles():
     values = draw_values(NORMAL, (300, 1000)).flatten().double() / 0.5
     ranks = torch.tensor([0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999], dtype=torch.float64)
     cdf_values = torch.distributions.Normal(0, 1).cdf(values.sort().values[(ranks * len(values)).long()])
-    # At most five standard errors of an empirical rank, sqrt(r (1 - r) / n), each at most 0.0009.
+    # The tolerance is five standard errors of an empirical rank, sqrt(r (1 - r) / n), which are at most 0.0009.
     assert (cdf_values - ranks).abs().max() < 0.0046
     assert 4 < values.abs().max() < 6.5
 
@@ -49,42 +49,42 @@ STANDARD_DEVIATIONS = {"gpt2": 0.02, "xavier": math.sqrt(6 / (256 + 64)) / math.
 
 
 @pytest.mark.parametrize("kind", STANDARD_DEVIATIONS)
-def test_each_kind_has_its_standard_deviation(kind, settings):
+def test_parameters_have_the_configured_standard_deviation(kind, settings):
     config = settings(init=kind, n_layers=8)
-    rule = init_rule("blocks.0.attention.q.weight", (256, 64), config)
+    rule = get_init_rule("blocks.0.attention.q.weight", (256, 64), config)
     values = draw_values(rule, (256, 64))
-    # At most five standard errors of a standard deviation, each below sd / sqrt(2n) = 0.0055 sd.
+    # The tolerance is five standard errors of a standard deviation, sd / sqrt(2n) = 0.0055 sd.
     assert float(values.std()) == pytest.approx(STANDARD_DEVIATIONS[kind], rel=0.028)
     assert abs(float(values.mean())) < 5 * STANDARD_DEVIATIONS[kind] / 128
-    out = init_rule("blocks.0.attention.out.weight", (256, 64), config)
-    down = init_rule("blocks.3.feedforward.down.weight", (256, 64), config)
+    out = get_init_rule("blocks.0.attention.out.weight", (256, 64), config)
+    down = get_init_rule("blocks.3.feedforward.down.weight", (256, 64), config)
     divisor = 4 if kind == "gpt2" else 1  # sqrt(2 * 8 layers)
     assert out.scale == down.scale == pytest.approx(rule.scale / divisor)
 
 
-def test_every_parameter_has_its_rule(settings):
+def test_all_parameters_have_the_rule_of_their_kind(settings):
     """Matrices are random, embeddings normal(init_std), norms one, biases zero."""
     for kind in STANDARD_DEVIATIONS:
         config = settings(init=kind, bias=True, norm="layernorm", positions="learned")
         for name, parameter in Decoder(config).named_parameters():
-            rule = init_rule(name, parameter.shape, config)
+            rule = get_init_rule(name, parameter.shape, config)
             if name.endswith(".bias"):
-                assert (rule.scale, rule.shift) == (0, 0)
+                assert (rule.scale, rule.constant) == (0, 0)
             elif "norm" in name:
-                assert (rule.scale, rule.shift) == (0, 1)
+                assert (rule.scale, rule.constant) == (0, 1)
             elif name.startswith("embed.") or name == "head.out.weight":
-                assert (rule.kind, rule.scale) == ("normal", 0.02)
+                assert (rule.distribution, rule.scale) == ("normal", 0.02)
             else:
                 assert rule.scale > 0
-                assert rule.rows is None
+                assert rule.num_used_rows is None
 
 
 @pytest.mark.parametrize(
-    "rule", [NORMAL, UNIFORM, InitRule("normal", 0.5, rows=7)], ids=["normal", "uniform", "padded"]
+    "rule", [NORMAL, UNIFORM, InitRule("normal", 0.5, num_used_rows=7)], ids=["normal", "uniform", "padded"]
 )
 @hypothesis_settings(deadline=None)  # a loaded machine must not fail the test
 @given(data=st.data())
-def test_a_slice_is_the_full_tensors_slice(rule, data):
+def test_shard_equals_its_slice_of_the_full_parameter(rule, data):
     rows, columns = 11, 9
     first, last = sorted(data.draw(st.tuples(st.integers(0, rows), st.integers(0, rows))))
     left, right = sorted(data.draw(st.tuples(st.integers(0, columns), st.integers(0, columns))))
@@ -94,8 +94,8 @@ def test_a_slice_is_the_full_tensors_slice(rule, data):
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 5), (4, 8, 4), (2, 3, 4, 5)], ids=str)
-def test_every_element_has_its_own_value(shape, monkeypatch):
-    """With any number of dimensions and chunk size, all elements differ; a slice has the values of the full tensor."""
+def test_all_elements_have_different_values(shape, monkeypatch):
+    """All elements differ, and a slice has the values of the full tensor, for any number of dimensions and chunks."""
     full = draw_values(NORMAL, shape, offset=(0,) * len(shape))
     assert full.isfinite().all()
     assert full.unique().numel() == full.numel()
@@ -119,7 +119,7 @@ def test_every_element_has_its_own_value(shape, monkeypatch):
 )
 def test_a_parameter_without_a_rule_is_an_error(name, shape, settings):
     with pytest.raises(ValueError, match=f"parameter {name} of shape .* has no initial value"):
-        init_rule(name, shape, settings())
+        get_init_rule(name, shape, settings())
 
 
 def test_values_do_not_depend_on_the_chunk_size(monkeypatch):
@@ -129,9 +129,9 @@ def test_values_do_not_depend_on_the_chunk_size(monkeypatch):
         assert torch.equal(draw_values(NORMAL, (50, 7)), expected)
 
 
-def test_constants_fill_slices_of_vectors():
+def test_constants_fill_shards_of_vectors():
     local = torch.full((5,), math.nan)
-    init_param_(local, "norm.weight", InitRule("normal", 0.0, shift=1.0), 0, (20,), (10,))
+    init_param_(local, "norm.weight", InitRule("normal", 0.0, constant=1.0), 0, (20,), (10,))
     assert torch.equal(local, torch.ones(5))
 
 
@@ -144,15 +144,15 @@ def test_names_and_seeds_change_the_values():
     assert torch.equal(draw_values(NORMAL, (20, 20), "a", 1), draws[1])
 
 
-def test_values_do_not_depend_on_the_vocabularys_padding(build):
+def test_values_do_not_depend_on_vocabulary_padding(build):
     plain, padded = build(vocab_multiple=1), build(vocab_multiple=64)
     for (name, one), (_, other) in zip(plain.named_parameters(), padded.named_parameters(), strict=True):
         assert torch.equal(one, other[: len(one)]), name
         assert (other[len(one) :] == 0).all()
 
 
-def test_a_row_beyond_32_bits_is_still_its_own():
-    """Element numbers of a 70B model's embedding need more than 32 bits."""
+def test_element_ids_above_32_bits_give_different_values():
+    """The element ids of the embedding of a 70B model need more than 32 bits."""
     shape = (2**20, 2**13)
     one = draw_values(NORMAL, (2, 64), offset=(2**19 + 5, 0), full=shape)
     other = draw_values(NORMAL, (2, 64), offset=(5, 0), full=shape)

@@ -1,17 +1,17 @@
-"""Rotary angles depend on distance; sinusoids are those of the paper."""
+"""Rotary scores depend only on the distance; sinusoidal encodings equal the paper."""
 
 import math
 
 import pytest
 import torch
 
-from dist_llm.models.positional_encoding import apply_rotary, rotary_angles, sinusoidal_encoding
+from dist_llm.models.positional_encoding import apply_rotary, compute_rotary_angles, compute_sinusoidal_encoding
 
 E = 8
 
 
 def rotate(x_SHE, positions, theta=10_000.0):
-    angles = rotary_angles(torch.tensor(positions), E, theta)
+    angles = compute_rotary_angles(torch.tensor(positions), E, theta)
     return apply_rotary(x_SHE[None], angles.cos(), angles.sin())[0]
 
 
@@ -20,7 +20,7 @@ def vectors(length, seed=0):
 
 
 @pytest.mark.parametrize("theta", [100.0, 10_000.0, 500_000.0])
-def test_a_score_depends_on_the_distance_alone(theta):
+def test_rotary_score_depends_only_on_the_distance(theta):
     q, k = vectors(1), vectors(1, seed=1)
 
     def score(m, n):
@@ -34,14 +34,14 @@ def test_a_score_depends_on_the_distance_alone(theta):
     assert (score(3, 0) - score(0, 3)).abs().max() > 1e-2, "the direction counts"
 
 
-def test_a_rotation_keeps_lengths_and_position_zero_does_not_rotate():
+def test_rotation_keeps_vector_norms():
     x = vectors(5)
     assert torch.equal(rotate(x[:1], [0]), x[:1])
     torch.testing.assert_close(rotate(x, [0, 1, 2, 50, 1000]).norm(dim=-1), x.norm(dim=-1))
 
 
-def test_pairs_are_halves_as_in_hugging_face():
-    """A unit vector at i rotates in the plane of i and i + E/2, by m * theta^(-2i/E), as in Hugging Face."""
+def test_rotary_pairs_match_hugging_face():
+    """The unit vector of dimension i rotates by m * theta^(-2i/E) in the plane of dimensions i and i + E/2."""
     for i in range(E // 2):
         x = torch.zeros(1, 1, E)
         x[..., i] = 1
@@ -51,7 +51,7 @@ def test_pairs_are_halves_as_in_hugging_face():
         torch.testing.assert_close(rotate(x, [3]), expected)
 
 
-def test_the_rotation_computes_in_fp32_and_returns_the_type_of_its_input():
+def test_rotation_computes_in_fp32():
     x = vectors(3).bfloat16()
     actual = rotate(x, [0, 100, 4000])
     assert actual.dtype == torch.bfloat16
@@ -59,9 +59,9 @@ def test_the_rotation_computes_in_fp32_and_returns_the_type_of_its_input():
 
 
 @pytest.mark.parametrize("d_model", [2, 6, 7, 64])
-def test_sinusoids_are_those_of_the_paper(d_model):
+def test_sinusoidal_encoding_matches_the_paper(d_model):
     positions = torch.tensor([0, 1, 5, 511])
-    actual = sinusoidal_encoding(positions, d_model)
+    actual = compute_sinusoidal_encoding(positions, d_model)
     assert actual.shape == (4, d_model)
     for row, position in zip(actual, positions.tolist(), strict=True):
         for column in range(d_model):

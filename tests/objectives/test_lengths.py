@@ -1,4 +1,4 @@
-"""Samples fill their lengths exactly: the arithmetic of windows, spans and sequences."""
+"""Examples fill the sequence length exactly: lengths of windows, spans and sequences."""
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ span_specs = st.builds(
 
 
 @given(span_specs, st.integers(5, 2000))
-def test_an_encoders_source_is_exactly_filled(spec, seq_len):
+def test_encoder_input_fills_seq_len_exactly(spec, seq_len):
     size = lengths(spec, "encoder_decoder", seq_len)
     mode = 1 if spec.mode else 0
     assert mode + size.window - size.noise + size.spans + 1 == size.source == seq_len
@@ -26,7 +26,7 @@ def test_an_encoders_source_is_exactly_filled(spec, seq_len):
 
 
 @given(span_specs, st.integers(6, 2000))
-def test_the_length_of_a_decoder_is_used_exactly(spec, seq_len):
+def test_decoder_input_fills_seq_len_exactly(spec, seq_len):
     size = lengths(spec, "decoder", seq_len)
     mode = 1 if spec.mode else 0
     assert mode + (size.window - size.noise + size.spans + 1) + (size.noise + size.spans + 1) == seq_len + 1
@@ -36,14 +36,14 @@ def test_the_length_of_a_decoder_is_used_exactly(spec, seq_len):
 
 @pytest.mark.parametrize("seq_len", [100, 512, 2048])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
-def test_density_and_span_length_are_those_asked_for(architecture, seq_len):
+def test_spans_have_the_configured_density_and_mean_length(architecture, seq_len):
     size = lengths(SpanSpec(), architecture, seq_len)
     assert size.noise / size.window == pytest.approx(0.15, abs=1 / size.window)
     assert abs(size.spans - size.noise / 3.0) < 1
 
 
-def test_t5s_published_lengths():
-    """512 inputs at 15% and mean 3 come from 568 tokens and 114 targets (Raffel et al. 2020, and T5's code)."""
+def test_lengths_equal_those_of_t5():
+    """With 15% noise in spans of 3 tokens, 568 tokens give 512 inputs and 114 targets, as in the code of T5."""
     size = lengths(SpanSpec(), "encoder_decoder", 512)
     assert (size.window, size.source, size.inputs) == (568, 512, 114)
 
@@ -52,13 +52,13 @@ def test_t5s_published_lengths():
     ("name", "architecture", "window", "stride"),
     [("causal", "decoder", 9, 8), ("prefix", "decoder", 9, 8), ("fim", "decoder", 9, 8), ("masked", "encoder", 7, 7)],
 )
-def test_windows_follow_each_other_without_a_gap(name, architecture, window, stride):
+def test_consecutive_windows_leave_no_gap(name, architecture, window, stride):
     size = lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, 8)
     assert (size.window, size.stride, size.inputs) == (window, stride, 8)
 
 
 @pytest.mark.parametrize(("name", "min_length"), [("span", 5), ("prefix", 2), ("masked", 2), ("fim", 7)])
-def test_too_short_a_sequence_is_refused(name, min_length):
+def test_too_short_sequence_is_rejected(name, min_length):
     architecture = "encoder" if name == "masked" else "decoder"
     lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, min_length)
     with pytest.raises(ValueError, match=f"{name} needs at least {min_length} tokens"):

@@ -1,4 +1,4 @@
-"""What each objective hides, shows and asks for, by statistics and by reconstruction of the text."""
+"""Objectives make the right inputs and targets. Tests check statistics, and reconstruct the text from examples."""
 
 from collections import Counter
 
@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 
 from dist_llm.config.lengths import SPECIALS, Lengths, lengths
 from dist_llm.config.objective_sections import FIMSpec, MaskedSpec, PrefixSpec, SpanSpec
-from dist_llm.losses.cross_entropy import IGNORE
+from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.build_objective import Objective, build_objective
-from dist_llm.objectives.examples import TokenWindow, document_positions
+from dist_llm.objectives.examples import TokenWindow, compute_document_positions
 from dist_llm.objectives.fill_in_the_middle import make_fim_example
 from dist_llm.objectives.masked_lm import make_masked_example
-from dist_llm.objectives.objective_vocabulary import Vocabulary
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.objectives.prefix_lm import make_prefix_example
 from dist_llm.objectives.span_corruption import make_span_example, sample_segment_ids
 from tests.laws.law import make_config
 
 V = 1000
 EOT = V - 1
-VOCABULARY = Vocabulary(V, EOT)
+VOCABULARY = ObjectiveVocabulary(V, EOT)
 MASK, START = VOCABULARY.special_id("mask"), VOCABULARY.special_id("start")
 
 
@@ -32,31 +32,31 @@ def make_text(length, seed=0, ends=0.05):
 
 
 def make_rng(seed=0):
-    return np.random.default_rng([seed, 1])  # not the stream of make_text
+    return np.random.default_rng([seed, 1])  # other random numbers than in make_text
 
 
 def reconstruct_text(source, target):
-    """Reconstruct the text from a source (without mode) and its targets."""
+    """Reconstruct the text from the corrupted text (without mode token) and the removed spans."""
     spans = []
     for token in target[:-1].tolist():
-        if token >= VOCABULARY.sentinel(0):
+        if token >= VOCABULARY.sentinel_id(0):
             spans.append([])
         else:
             spans[-1].append(token)
     tokens = []
     for token in source[:-1].tolist():
-        tokens += spans[token - VOCABULARY.sentinel(0)] if token >= VOCABULARY.sentinel(0) else [token]
+        tokens += spans[token - VOCABULARY.sentinel_id(0)] if token >= VOCABULARY.sentinel_id(0) else [token]
     return np.array(tokens)
 
 
 # --- masked
 
 
-def test_masked_statistics_over_a_million_tokens():
+def test_masked_fractions_match_the_paper():
     tokens = make_text(1_000_000)
     row = make_masked_example(TokenWindow(tokens), make_rng(), MaskedSpec(), VOCABULARY)
     inputs, targets = row.inputs_S[1:], row.targets_S[1:]
-    selected = targets != IGNORE
+    selected = targets != IGNORE_INDEX
     num_selectable = (tokens != EOT).sum()
     assert selected.sum() / num_selectable == pytest.approx(0.15, abs=0.002)
     assert not selected[tokens == EOT].any()
@@ -71,29 +71,31 @@ def test_masked_statistics_over_a_million_tokens():
     assert replacements.max() < V
     assert not (replacements == EOT).any(), "replacements are never special tokens"
     assert len(set(replacements.tolist())) > 0.9 * V
-    assert (row.inputs_S[0], row.targets_S[0]) == (START, IGNORE)
+    assert (row.inputs_S[0], row.targets_S[0]) == (START, IGNORE_INDEX)
 
 
-def test_whole_words_are_selected_together():
+def test_whole_word_masking_selects_all_tokens_of_a_word():
     word_edges_V2 = np.zeros((V, 2), dtype=bool)
     word_edges_V2[: V // 2] = True  # ids below V/2 begin and end inside a word, so they continue one
-    vocabulary = Vocabulary(V, EOT, word_edges_V2)
+    vocabulary = ObjectiveVocabulary(V, EOT, word_edges_V2)
     tokens = make_text(200_000, seed=1)
     row = make_masked_example(TokenWindow(tokens), make_rng(), MaskedSpec(whole_words=True, mask_rate=0.2), vocabulary)
-    selected = row.targets_S[1:] != IGNORE
+    selected = row.targets_S[1:] != IGNORE_INDEX
     is_inside = (tokens[1:] < V // 2) & (tokens[:-1] < V // 2)
     assert np.array_equal(selected[1:][is_inside], selected[:-1][is_inside])
     assert selected[tokens != EOT].mean() == pytest.approx(0.2, abs=0.01)
     assert (selected[1:] != selected[:-1]).any()
 
 
-def test_the_tokenizer_says_what_is_inside_a_word():
+def test_word_edges_of_a_bpe_tokenizer():
     from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
     from dist_llm.text.tokenizer import ENDOFTEXT
 
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" the": 256, b"ing": 257, b"a,": 258}
     word_edges_V2 = (
-        BPETokenizer("t", SPLIT_PATTERNS["gpt2"], ranks, {ENDOFTEXT: 259}).vocabulary(with_word_edges=True).word_V2
+        BPETokenizer("t", SPLIT_PATTERNS["gpt2"], ranks, {ENDOFTEXT: 259})
+        .build_objective_vocabulary(with_word_edges=True)
+        .word_edges_V2
     )
     assert word_edges_V2[256].tolist() == [False, True]
     assert word_edges_V2[257].tolist() == [True, True]
@@ -113,7 +115,7 @@ def test_the_tokenizer_says_what_is_inside_a_word():
     st.sampled_from(["", "X"]),
     st.integers(0, 1000),
 )
-def test_the_text_can_be_reconstructed(seq_len, density, mean, is_encoder_decoder, mode, seed):
+def test_span_corruption_keeps_all_tokens(seq_len, density, mean, is_encoder_decoder, mode, seed):
     spec = SpanSpec(noise_density=density, mean_span=mean, mode=mode)
     size = lengths(spec, "encoder_decoder" if is_encoder_decoder else "decoder", seq_len)
     tokens = make_text(size.window, seed)
@@ -125,21 +127,21 @@ def test_the_text_can_be_reconstructed(seq_len, density, mean, is_encoder_decode
         assert row.inputs_S.tolist() == [START, *target[:-1].tolist()]
     else:
         assert len(row.inputs_S) == len(row.targets_S) == seq_len
-        source, target = row.inputs_S[: row.prefix], row.targets_S[row.prefix - 1 :]
-        assert (row.targets_S[: row.prefix - 1] == IGNORE).all()
-        assert np.array_equal(row.inputs_S[row.prefix :], target[:-1])
+        source, target = row.inputs_S[: row.prefix_len], row.targets_S[row.prefix_len - 1 :]
+        assert (row.targets_S[: row.prefix_len - 1] == IGNORE_INDEX).all()
+        assert np.array_equal(row.inputs_S[row.prefix_len :], target[:-1])
     if mode:
         assert source[0] == VOCABULARY.special_id("X")
     assert np.array_equal(reconstruct_text(source[num_prefix:], target), tokens)
     for sequence in (source, target):
-        sentinels = sequence[sequence >= VOCABULARY.sentinel(0)] - VOCABULARY.sentinel(0)
+        sentinels = sequence[sequence >= VOCABULARY.sentinel_id(0)] - VOCABULARY.sentinel_id(0)
         assert sentinels.tolist() == list(range(size.spans)), "each occurs once, in order"
         assert sequence[-1] == EOT
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 17, 100, 2000])
 @pytest.mark.parametrize("density", [0.01, 0.15, 0.5, 0.9])
-def test_segments_hold_all_tokens_and_none_is_empty(length, density):
+def test_segments_partition_the_tokens(length, density):
     noise = min(max(round(length * density), 1), length - 1)
     for spans in {1, min(noise, length - noise)}:
         segment_ids = sample_segment_ids(make_rng(), length, noise, spans)
@@ -148,8 +150,8 @@ def test_segments_hold_all_tokens_and_none_is_empty(length, density):
         assert (np.diff(segment_ids) >= 0).all()
 
 
-def test_all_splits_are_equally_likely():
-    """Noise 3 in 2 spans of 6 tokens: each of the 2 x 2 splits has probability a quarter."""
+def test_all_span_divisions_are_equally_likely():
+    """Six tokens with three noise tokens in two spans have 2 x 2 divisions, each with probability 1/4."""
     generator = make_rng()
     counts = Counter(tuple(sample_segment_ids(generator, 6, 3, 2).tolist()) for _ in range(4000))
     assert len(counts) == 4
@@ -160,7 +162,7 @@ def test_all_splits_are_equally_likely():
 
 
 @pytest.mark.parametrize("mode", ["", "S"])
-def test_the_prefix_is_input_and_the_rest_is_scored(mode):
+def test_prefix_tokens_have_no_loss(mode):
     tokens, prefix_lengths = make_text(50), []
     for seed in range(2000):
         row = make_prefix_example(
@@ -168,15 +170,15 @@ def test_the_prefix_is_input_and_the_rest_is_scored(mode):
         )
         front = [VOCABULARY.special_id("S")] if mode else []
         assert [*row.inputs_S.tolist(), row.targets_S[-1]] == [*front, *tokens.tolist()]
-        scored = row.targets_S != IGNORE
-        assert np.array_equal(np.flatnonzero(scored), np.arange(row.prefix - 1, len(row.inputs_S)))
+        scored = row.targets_S != IGNORE_INDEX
+        assert np.array_equal(np.flatnonzero(scored), np.arange(row.prefix_len - 1, len(row.inputs_S)))
         assert np.array_equal(row.targets_S[:-1][scored[:-1]], row.inputs_S[1:][scored[:-1]])
-        prefix_lengths.append(row.prefix - len(front))
+        prefix_lengths.append(row.prefix_len - len(front))
     assert set(prefix_lengths) == set(range(1, 50)), "every position"
     assert max(Counter(prefix_lengths).values()) < 3 * min(Counter(prefix_lengths).values())
 
 
-def test_a_prefix_for_an_encoder_decoder():
+def test_encoder_reads_the_prefix():
     tokens = make_text(50)
     row = make_prefix_example(TokenWindow(tokens), make_rng(), PrefixSpec(), VOCABULARY, is_encoder_decoder=True)
     assert np.concatenate((row.encoder_T, row.targets_S)).tolist() == tokens.tolist()
@@ -187,24 +189,25 @@ def test_a_prefix_for_an_encoder_decoder():
 
 
 @pytest.mark.parametrize("spm", [0.0, 1.0])
-def test_the_middle_comes_last(spm):
+def test_fim_moves_the_middle_to_the_end(spm):
     tokens = make_text(40)
     before, middle, after = (VOCABULARY.special_id(f"fim_{part}") for part in ("prefix", "middle", "suffix"))
     for seed in range(200):
         row = make_fim_example(TokenWindow(tokens), make_rng(seed), FIMSpec(fim_rate=1.0, fim_spm_rate=spm), VOCABULARY)
         sequence = [*row.inputs_S.tolist(), int(row.targets_S[-1])]
         assert np.array_equal(row.targets_S[:-1], row.inputs_S[1:])
-        a, b, c = sequence.index(before), sequence.index(middle), sequence.index(after)
+        before_at, middle_at, after_at = sequence.index(before), sequence.index(middle), sequence.index(after)
         if spm:
-            assert (a, c) == (0, 1)
-            suffix, middle_part = sequence[2:b], sequence[b + 1 :]
-            assert [*middle_part, *suffix] == tokens[:-3].tolist()
+            assert (before_at, after_at) == (0, 1)
+            suffix, prefix_and_middle = sequence[2:middle_at], sequence[middle_at + 1 :]
+            assert [*prefix_and_middle, *suffix] == tokens[:-3].tolist()
         else:
-            assert a == 0
-            assert [*sequence[1:c], *sequence[b + 1 :], *sequence[c + 1 : b]] == tokens[:-3].tolist()
+            assert before_at == 0
+            prefix, suffix = sequence[1:after_at], sequence[after_at + 1 : middle_at]
+            assert [*prefix, *sequence[middle_at + 1 :], *suffix] == tokens[:-3].tolist()
 
 
-def test_some_samples_are_left_as_they_are():
+def test_fim_rate_is_respected():
     tokens = make_text(40)
     is_changed = [
         not np.array_equal(
@@ -219,17 +222,17 @@ def test_some_samples_are_left_as_they_are():
 # --- documents
 
 
-def test_positions_restart_in_each_document():
+def test_positions_restart_at_each_document():
     documents = np.array([0, 0, 1, 1, 1, 2, 3])
-    assert document_positions(documents[None])[0].tolist() == [0, 1, 0, 1, 2, 0, 0]
-    assert document_positions(np.array([[0, 1, 0, 1, -1]]))[0].tolist() == [0, 0, 1, 1, 0], (
-        "they need not be neighbours"
+    assert compute_document_positions(documents[None])[0].tolist() == [0, 1, 0, 1, 2, 0, 0]
+    assert compute_document_positions(np.array([[0, 1, 0, 1, -1]]))[0].tolist() == [0, 0, 1, 1, 0], (
+        "the tokens of a document need not be adjacent"
     )
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
-def test_documents_travel_with_their_tokens(architecture):
-    """Each document's tokens come from their own range of ids, so ids identify documents."""
+def test_document_ids_follow_reordered_tokens(architecture):
+    """The ids of document d are from 100 d to 100 d + 6, so an id identifies its document."""
     name = {"decoder": "span", "encoder": "masked", "encoder_decoder": "span"}[architecture]
     config = make_config(
         1, {"architecture": architecture, "vocab_size": 0}, objective={"name": name}, data={"document_mask": True}
@@ -245,12 +248,12 @@ def test_documents_travel_with_their_tokens(architecture):
     if batch.encoder_input is not None:
         sequences.append((batch.encoder_input.tokens_BT[0], batch.encoder_input.mask.documents_BT[0]))
     for tokens, documents in sequences:
-        is_text = (tokens < EOT) if name == "span" else (batch.targets_BS[0] == IGNORE) & (tokens < EOT)
+        is_text = (tokens < EOT) if name == "span" else (batch.targets_BS[0] == IGNORE_INDEX) & (tokens < EOT)
         assert torch.equal(tokens[is_text] // 100, documents[is_text])
         assert len(set(documents[is_text].tolist())) >= 2
 
 
-# --- the function of (window, seed, number)
+# --- examples depend only on (window, seed, sample id)
 
 
 def make_objective(seed=3, **changes):
@@ -266,7 +269,7 @@ MIXED = {
 }
 
 
-def test_a_sample_is_a_function_of_its_number_and_not_of_its_batch():
+def test_example_depends_only_on_its_sample_id():
     objective = make_objective(objective=MIXED)
     sizes = [size.window for _, size in objective.components]
     component_ids = [0, 1, 2, 0]
@@ -283,34 +286,36 @@ def test_a_sample_is_a_function_of_its_number_and_not_of_its_batch():
         assert not torch.equal(other.inputs_BS[0], batch.inputs_BS[0])
 
 
-def test_components_that_see_no_prefix_have_none():
+def test_causal_components_have_no_prefix():
     objective = make_objective(objective=MIXED)
     rows = [
         objective.build_example(make_text(size.window), 0, component_id)
         for component_id, (_, size) in enumerate(objective.components)
     ]
-    assert rows[0].prefix > 0
-    assert (rows[1].prefix, rows[2].prefix) == (0, 0)
+    assert rows[0].prefix_len > 0
+    assert (rows[1].prefix_len, rows[2].prefix_len) == (0, 0)
 
 
-def test_plain_text_needs_no_rows():
+def test_causal_batch_equals_shifted_windows():
     objective = make_objective()
     windows = np.stack([make_text(33, seed) for seed in range(4)])
     batch = objective(windows, np.arange(4))
-    assert objective.is_plain_causal
+    assert objective.is_causal_only
     assert batch.mask.is_trivial
     assert np.array_equal(batch.inputs_BS, windows[:, :-1])
     assert np.array_equal(batch.targets_BS, windows[:, 1:])
     assert batch.num_valid_tokens == 4 * 32
 
 
-def test_ids_that_an_objective_adds_have_names():
-    assert [VOCABULARY.describe(V + number) for number in range(len(SPECIALS))] == [f"<{name}>" for name in SPECIALS]
-    assert VOCABULARY.describe(VOCABULARY.sentinel(7)) == "<sentinel 7>"
-    assert VOCABULARY.describe(EOT) is None
+def test_added_ids_have_names():
+    assert [VOCABULARY.describe_added_id(V + number) for number in range(len(SPECIALS))] == [
+        f"<{name}>" for name in SPECIALS
+    ]
+    assert VOCABULARY.describe_added_id(VOCABULARY.sentinel_id(7)) == "<sentinel 7>"
+    assert VOCABULARY.describe_added_id(EOT) is None
 
 
-def test_shorter_rows_are_padded_and_not_scored():
+def test_padding_has_no_loss():
     config = make_config(1, {"architecture": "encoder_decoder", "vocab_size": 0}, objective={"name": "prefix"})
     objective = build_objective(config, VOCABULARY)
     assert isinstance(objective, Objective)
@@ -319,5 +324,5 @@ def test_shorter_rows_are_padded_and_not_scored():
     assert batch.encoder_input is not None
     assert batch.encoder_input.tokens_BT.shape == (5, 32)
     padding = batch.encoder_input.mask.documents_BT == -1
-    assert (~padding).sum(1).tolist() == [32 - int((row != IGNORE).sum()) for row in batch.targets_BS]
-    assert batch.num_valid_tokens == int((batch.targets_BS != IGNORE).sum())
+    assert (~padding).sum(1).tolist() == [32 - int((row != IGNORE_INDEX).sum()) for row in batch.targets_BS]
+    assert batch.num_valid_tokens == int((batch.targets_BS != IGNORE_INDEX).sum())

@@ -1,4 +1,4 @@
-"""The optimizers compute the updates of their papers; weight decay applies to matrices and not to vectors."""
+"""The optimizers compute the updates of their papers. Weight decay applies to matrices and not to vectors."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def gradient(offset, t):
 
 
 def run_reference(config, rate):
-    """Loshchilov and Hutter 2019, algorithm 2 (decay multiplied by the rate, as in all libraries), in fp64."""
+    """Compute algorithm 2 of Loshchilov and Hutter 2019 in fp64, with the decay multiplied by the learning rate."""
     values = {name: np.full_like(target, 0.5) for name, target in targets().items()}
     for name, target in targets().items():
         m, v = np.zeros_like(target), np.zeros_like(target)
@@ -58,8 +58,8 @@ def run_optimizer(config, rate, dtype):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_thousand_steps_equal_the_papers_algorithm(implementation):
-    """Equal up to rounding in fp64, and to 5e-6 in fp32: a thousand rounding errors of 6e-8 mostly cancel."""
+def test_adamw_equals_the_algorithm_of_the_paper(implementation):
+    """The tolerance in fp32 is 5e-6: a thousand rounding errors of 6e-8 mostly cancel. In fp64 it is rounding only."""
     config = AdamWConfig(lr=1e-2, weight_decay=0.1, beta2=0.95, eps=1e-8, implementation=implementation)
 
     def rate(t):
@@ -88,7 +88,7 @@ def test_sgd_has_momentum_and_coupled_decay(momentum):
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("decay_embeddings", [False, True])
-def test_weight_decay_groups(tie, decay_embeddings):
+def test_norms_and_biases_have_no_weight_decay(tie, decay_embeddings):
     shape = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "d_ff": 16}
     model = Decoder(
         ModelConfig(
@@ -121,5 +121,5 @@ def test_the_config_reaches_the_optimizer():
         assert (group["lr"], group["betas"], group["eps"], group["fused"]) == (0.3, (0.8, 0.7), 1e-3, True)
 
 
-def test_a_model_of_vectors_only_has_one_group():
+def test_model_without_matrices_has_one_group():
     assert len(build_optimizer(AdamWConfig(), [("b", nn.Parameter(torch.ones(2)))]).param_groups) == 1

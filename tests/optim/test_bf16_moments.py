@@ -26,7 +26,7 @@ def test_stochastic_rounding_is_unbiased_between_two_neighbours() -> None:
         assert abs(rounded.mean() - values[0].double()) < 5 * step / 512
 
 
-def test_exact_and_non_finite_values_are_kept() -> None:
+def test_exact_and_non_finite_values_are_not_rounded() -> None:
     exact = torch.tensor([0.0, 1.0, -2.5, 2.0**-126, float("inf"), -float("inf")])
     for seed in range(100):
         assert torch.equal(
@@ -66,12 +66,12 @@ def run_steps(moments: str, shape: tuple[int, ...], count: int) -> tuple[Tensor,
     return parameter.detach(), optimizer
 
 
-def test_the_first_step_equals_that_of_fp32() -> None:
+def test_first_bf16_step_equals_fp32() -> None:
     for shape in ((6, 5), (7,)):
         torch.testing.assert_close(run_steps("bf16", shape, 1)[0], run_steps("fp32", shape, 1)[0], rtol=1e-6, atol=1e-7)
 
 
-def test_a_hundred_steps_are_near_those_of_fp32() -> None:
+def test_bf16_steps_stay_near_fp32() -> None:
     bf16_value, optimizer = run_steps("bf16", (40, 50), 100)
     fp32_value, _ = run_steps("fp32", (40, 50), 100)
     mean_change = (fp32_value - 0.5).abs().mean()
@@ -84,7 +84,7 @@ def test_a_hundred_steps_are_near_those_of_fp32() -> None:
     }
 
 
-def test_a_shard_equals_its_slice_of_the_full_tensor(monkeypatch) -> None:
+def test_update_of_a_shard_equals_the_slice_of_the_full_update(monkeypatch) -> None:
     """The random bits of an element depend on its index in the full tensor and not on the chunk size."""
     full_value, _ = run_steps("bf16", (12, 5), 20)
     monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", 20)
@@ -98,8 +98,8 @@ def test_a_shard_equals_its_slice_of_the_full_tensor(monkeypatch) -> None:
     assert torch.equal(parameter.detach(), full_value[6:10])
 
 
-def test_a_resume_allocates_the_moments_in_bf16() -> None:
-    """A checkpoint loads into the dtypes of `allocate_moments`; fp32 moments would never be rounded again."""
+def test_resume_keeps_the_moments_in_bf16() -> None:
+    """A checkpoint is loaded into the moments that `allocate_moments` creates. They must be bf16, not fp32."""
     model = nn.Module()
     model.w = nn.Parameter(torch.full((3, 4), 0.5))
     state = TorchState(model, build_optimizer(AdamWConfig(moments="bf16"), model.named_parameters()))

@@ -35,13 +35,13 @@ def exact_norm(tensors):
     ],
     ids=str,
 )
-def test_the_norm_equals_that_of_one_long_vector(shapes):
+def test_global_norm_equals_the_norm_of_one_vector(shapes):
     tensors = make_gradients(shapes)
     assert float(gradient_clipping.global_norm(tensors)) == pytest.approx(exact_norm(tensors), rel=1e-6)
 
 
 def test_rounding_errors_of_equal_elements_do_not_accumulate():
-    """The worst case for sequential summation of squares."""
+    """Equal elements are the worst case for sequential summation of squares."""
     tensor = torch.full((MILLION,), 0.1)
     assert float(gradient_clipping.global_norm([tensor])) == pytest.approx(exact_norm([tensor]), rel=1e-6)
 
@@ -55,7 +55,7 @@ def test_the_norm_of_strided_and_bf16_gradients():
     assert float(norm) == pytest.approx(exact_norm([bf16_gradient]), rel=1e-6)
 
 
-def test_the_norm_of_no_gradients_and_of_empty_shards_is_zero():
+def test_global_norm_of_no_gradients_is_zero():
     assert float(gradient_clipping.global_norm([])) == 0
     assert float(gradient_clipping.global_norm([torch.zeros(0, 4), torch.tensor([3.0])])) == 3
 
@@ -66,7 +66,7 @@ def test_a_non_finite_gradient_gives_a_non_finite_norm():
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 10.0])
-def test_above_the_limit_all_gradients_are_scaled(max_norm):
+def test_clipping_scales_all_gradients(max_norm):
     tensors = [10 * tensor for tensor in make_gradients([(50, 40), (7,)])]
     before = [tensor.clone() for tensor in tensors]
     norm = gradient_clipping.global_norm(tensors)
@@ -76,7 +76,7 @@ def test_above_the_limit_all_gradients_are_scaled(max_norm):
     assert exact_norm(tensors) == pytest.approx(max_norm, rel=1e-5)
 
 
-def test_below_the_limit_gradients_do_not_change():
+def test_small_gradients_are_not_clipped():
     tensors = make_gradients([(50, 40), (7,)])
     before = [tensor.clone() for tensor in tensors]
     gradient_clipping.clip_grads_(tensors, gradient_clipping.global_norm(tensors), 1e3)

@@ -1,4 +1,4 @@
-"""Muon's update is orthogonal, has the size of AdamW's update, and applies only to matrices of blocks."""
+"""The update of Muon is orthogonal, has the size of an AdamW update, and applies only to matrices of blocks."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from dist_llm.optim.muon import newton_schulz, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16), (1, 8)])
-def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
-    """Compared with the SVD: the same singular vectors, and singular values from 0.01 ... 1 become 0.67 ... 1.21."""
+def test_newton_schulz_moves_singular_values_near_one(shape: tuple[int, int]) -> None:
+    """The SVD has the same singular vectors. Singular values from 0.01 to 1 become values from 0.67 to 1.21."""
     generator = torch.Generator().manual_seed(0)
     u, _, vt = torch.linalg.svd(torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False)
     values = torch.logspace(0, -2, min(shape), dtype=torch.float64)
@@ -29,7 +29,7 @@ def test_matrices_of_one_shape_are_batched_in_order() -> None:
         torch.testing.assert_close(actual, newton_schulz(matrix[None])[0])
 
 
-def test_zero_stays_zero_and_the_scale_has_no_effect() -> None:
+def test_newton_schulz_ignores_the_scale() -> None:
     assert not newton_schulz(torch.zeros(1, 4, 4)).any()
     matrix = torch.randn(1, 4, 4)
     torch.testing.assert_close(newton_schulz(1e-12 * matrix), newton_schulz(matrix), rtol=1e-4, atol=1e-5)
@@ -73,8 +73,8 @@ def test_muon_applies_to_matrices_of_blocks_only() -> None:
     )
 
 
-def test_three_steps_equal_the_definition() -> None:
-    """Nesterov momentum, decay times the rate, 0.2 sqrt(larger side), in fp64."""
+def test_muon_steps_equal_the_definition() -> None:
+    """The definition in fp64: Nesterov momentum, decay times the learning rate, scale 0.2 sqrt(larger side)."""
     rate, decay, beta, name = 0.01, 0.1, 0.9, "blocks.0.feedforward.up.weight"
     actual = run_steps(MuonConfig(lr=rate, weight_decay=decay, muon_momentum=beta))[name]
     weight, momentum = make_parameters()[name].detach().double(), torch.zeros(12, 4, dtype=torch.float64)
@@ -88,8 +88,8 @@ def test_three_steps_equal_the_definition() -> None:
     torch.testing.assert_close(actual.double(), weight, rtol=1e-5, atol=1e-6)
 
 
-def test_an_update_has_the_size_of_an_adamw_update() -> None:
-    """For a large random gradient AdamW's first step has an RMS of 1, and Muon's 0.2 times this, as in Liu et al."""
+def test_muon_update_has_the_size_of_an_adamw_update() -> None:
+    """With a large random gradient, the first AdamW update has an RMS of 1, and the Muon update 0.2 (Liu et al.)."""
     parameter = nn.Parameter(torch.zeros(64, 96))
     optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("blocks.0.w", parameter)])
     parameter.grad = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
@@ -97,7 +97,7 @@ def test_an_update_has_the_size_of_an_adamw_update() -> None:
     assert parameter.detach().square().mean().sqrt() == pytest.approx(0.2, rel=0.15)
 
 
-def test_a_matrix_without_a_gradient_moves_by_its_momentum() -> None:
+def test_missing_gradient_counts_as_zero() -> None:
     parameter = nn.Parameter(torch.zeros(4, 4))
     optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("blocks.0.w", parameter)])
     parameter.grad = torch.eye(4)

@@ -31,12 +31,12 @@ def test_the_warmup_is_linear_from_zero_to_the_peak(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_a_warmup_the_first_step_is_at_the_peak_or_just_below(name):
+def test_first_step_without_warmup_is_near_the_peak(name):
     assert PEAK * 0.97 < rate(name, 1, warmup=0) <= PEAK
 
 
 @pytest.mark.parametrize("name", FALLING_TO_THE_FLOOR)
-def test_the_minimum_is_reached_at_the_end_and_kept(name):
+def test_rate_stays_at_the_minimum_after_the_decay(name):
     assert [rate(name, step) for step in (END, END + 1, 10 * END)] == pytest.approx([FLOOR] * 3, abs=1e-15)
     assert rate(name, END - 1) > FLOOR
 
@@ -65,7 +65,7 @@ def test_wsd_decay_does_not_start_before_the_warmup_ends():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_rate_rises_then_falls_without_a_jump(name):
+def test_rate_rises_and_then_falls_without_jumps(name):
     rates = [rate(name, step) for step in range(2 * END)]
     assert all(a < b for a, b in pairwise(rates[: WARMUP + 1]))
     assert all(a >= b for a, b in pairwise(rates[WARMUP:]))
@@ -87,7 +87,7 @@ SETTINGS = st.fixed_dictionaries(
 
 @settings(deadline=None)  # the machine may be busy
 @given(SETTINGS)
-def test_every_rate_is_within_its_bounds(setting):
+def test_rate_stays_within_its_bounds(setting):
     warmup = int(setting.pop("warmup_share") * setting["end"])
     step, floor = setting["step"], PEAK * setting["min_ratio"]
     actual = rate(**setting, warmup=warmup)
@@ -101,5 +101,5 @@ def test_every_rate_is_within_its_bounds(setting):
         assert actual == pytest.approx(floor, abs=1e-12)
 
 
-def test_a_trial_within_the_warmup_equals_the_start_of_the_long_run():
+def test_warmup_does_not_depend_on_the_run_length():
     assert [rate("cosine", step, end=5) for step in range(1, 6)] == [rate("cosine", step) for step in range(1, 6)]

@@ -15,7 +15,7 @@ from dist_llm.errors import DataError
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import DTYPES, FORMATS, AdoptOptions
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.text.token_files import READ_AS
+from dist_llm.text.token_files import SUPPORTED_DTYPES
 
 from .test_token_files import build_megatron_index
 
@@ -65,7 +65,7 @@ CASES += [("megatron", "uint16"), ("megatron", "int32"), ("llmc", "uint16"), ("l
 
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
-def test_an_adopted_corpus_equals_the_prepared_one(kind, dtype, prepared_corpus, tmp_path):
+def test_adopted_corpus_equals_the_prepared_corpus(kind, dtype, prepared_corpus, tmp_path):
     path, ids = write_token_file(kind, prepared_corpus, tmp_path, dtype)
     out = tmp_path / "out"
     output = io.StringIO()
@@ -76,9 +76,9 @@ def test_an_adopted_corpus_equals_the_prepared_one(kind, dtype, prepared_corpus,
     assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
     assert np.array_equal(corpus.read(np.array([7, 350]), 40), [ids[7:47], ids[350:390]])
     expected = prepared_corpus.manifest
-    for measure in (Manifest.tokens, Manifest.documents, Manifest.text_bytes):
+    for measure in (Manifest.count_tokens, Manifest.count_documents, Manifest.count_text_bytes):
         assert measure(manifest, "train") == measure(expected, "train"), measure.__name__
-    assert np.array_equal(corpus.document_offsets(0), prepared_corpus.document_offsets(0))
+    assert np.array_equal(corpus.get_document_offsets(0), prepared_corpus.get_document_offsets(0))
     assert (manifest.tokenizer_sha256, manifest.vocab_size) == (expected.tokenizer_sha256, expected.vocab_size)
     (shard,) = manifest.shards["train"]
     assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -110,9 +110,9 @@ def test_many_files_keep_their_order_and_their_split(prepared_corpus, tmp_path):
         np.save(path, np.full(5 + number, number, np.uint16))
     adopt(make_options("npy", *paths[:6], heldout=tuple(map(str, paths[6:])), out=tmp_path / "out"), io.StringIO())
     train, heldout = Corpus(tmp_path / "out"), Corpus(tmp_path / "out", "heldout")
-    assert train.read(np.array([0]), train.n_tokens)[0].tolist() == [n for n in range(6) for _ in range(5 + n)]
-    assert heldout.read(np.array([0]), heldout.n_tokens)[0].tolist() == [n for n in range(6, 9) for _ in range(5 + n)]
-    assert [heldout.document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert train.read(np.array([0]), train.num_tokens)[0].tolist() == [n for n in range(6) for _ in range(5 + n)]
+    assert heldout.read(np.array([0]), heldout.num_tokens)[0].tolist() == [n for n in range(6, 9) for _ in range(5 + n)]
+    assert [heldout.get_document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
 
 
 def test_relative_paths_and_file_urls_are_resolved(prepared_corpus, tmp_path, monkeypatch):
@@ -123,7 +123,7 @@ def test_relative_paths_and_file_urls_are_resolved(prepared_corpus, tmp_path, mo
         assert manifest.shards["train"][0].file == str(path)
 
 
-def test_a_file_without_document_boundaries_is_mentioned(tmp_path):
+def test_adopt_warns_about_unknown_document_boundaries(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros(9, np.uint16))
     output = io.StringIO()
     adopt(make_options("npy", tmp_path / "x.npy", out=tmp_path / "out"), output)
@@ -131,12 +131,12 @@ def test_a_file_without_document_boundaries_is_mentioned(tmp_path):
     assert "no file has document boundaries" in output.getvalue()
 
 
-def test_separators_that_may_start_documents_are_mentioned(tmp_path):
+def test_adopt_warns_about_a_leading_end_of_document_token(tmp_path):
     np.save(tmp_path / "x.npy", np.array([EOT, 1, 2, EOT, 3], np.uint16))
     for position, starts, hint in ((None, [0, 1, 4], True), ("start", [0, 3], False)):
         output = io.StringIO()
         adopt(make_options("npy", tmp_path / "x.npy", out=tmp_path / f"{position}", eot_position=position), output)
-        assert Corpus(tmp_path / f"{position}").document_offsets(0).tolist() == starts
+        assert Corpus(tmp_path / f"{position}").get_document_offsets(0).tolist() == starts
         assert ("adopt again with --eot-position start" in output.getvalue()) == hint
 
 
@@ -201,13 +201,13 @@ def test_the_adopt_command(prepared_corpus, tmp_path, capsys):
     path, _ = write_token_file("llmc", prepared_corpus, tmp_path)
     arguments = ["adopt", "--format", "llmc", "--data", str(path), "--tokenizer", "byte", "--out", str(tmp_path / "o")]
     assert cli.main(arguments) == 0
-    assert Corpus(tmp_path / "o").n_tokens == prepared_corpus.n_tokens
+    assert Corpus(tmp_path / "o").num_tokens == prepared_corpus.num_tokens
     assert cli.main(arguments) == 2
     assert "exists. Choose another --out" in capsys.readouterr().err
 
 
 def test_the_options_match_the_readers():
-    assert set(READ_AS) == set(DTYPES)
+    assert set(SUPPORTED_DTYPES) == set(DTYPES)
     assert set(FORMATS) == {"megatron", "npy", "bin", "llmc"}
 
 

@@ -38,7 +38,7 @@ def test_every_pickle_protocol_is_read(protocol, tmp_path):
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.decode([0, 10_000]) == CHARS[0] + "\ufffd"
     assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.first_ids) == (len(CHARS), None, ())
-    assert parse_tokenizer(tokenizer.file_bytes(), "place") == tokenizer
+    assert parse_tokenizer(tokenizer.to_json_bytes(), "place") == tokenizer
 
 
 class RunsCommand:
@@ -106,7 +106,7 @@ def test_nanogpts_corpus_is_adopted_with_its_ids(tmp_path):
     )
     assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary is that of nanoGPT's model"
     assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
-    assert corpus.manifest.text_bytes("train") == len(TEXT.encode())
+    assert corpus.manifest.count_text_bytes("train") == len(TEXT.encode())
     assert not corpus.manifest.has_document_bounds, "the corpus has no document boundaries"
 
 
@@ -122,7 +122,7 @@ def test_prepare_concatenates_documents(workers, tmp_path):
     prepare(options, io.StringIO())
     corpus = Corpus(out)
     assert Tokenizer.load(out).decode(np.fromfile(out / "train-00000.bin", "<u2")) == "".join(texts)
-    assert corpus.document_offsets(0).tolist() == [0, len(TEXT), len(TEXT) + 8]
+    assert corpus.get_document_offsets(0).tolist() == [0, len(TEXT), len(TEXT) + 8]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "be Ж"}) + "\n")
     with pytest.raises(DataError, match=r"rows\.jsonl:1: character 'Ж' \(U\+0416\), number 3"):
         prepare(
@@ -139,7 +139,7 @@ def test_an_export_gives_the_same_ids(tmp_path):
     assert reference.decode(reference.encode(TEXT).ids) == TEXT
 
 
-def test_a_prompt_is_characters_without_stop_ids():
+def test_character_prompt_has_no_stop_ids():
     tokenizer = CharTokenizer(META["stoi"])
     config = make_config(1, {}, objective={"name": "causal"})
     prompt = encode_prompt(config, tokenizer, "be")

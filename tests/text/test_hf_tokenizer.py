@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Reference
 
-from dist_llm.data.tokenizer_file import identity, same_tokenizer
+from dist_llm.data.tokenizer_file import hash_tokenizer_ids, is_same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
@@ -37,7 +37,7 @@ def folders(tmp_path_factory):
     return folders_by_kind
 
 
-def test_there_are_fifty_difficult_texts():
+def test_difficult_texts_are_at_least_fifty():
     assert len(set(MORE_DIFFICULT_TEXTS)) >= 50
 
 
@@ -49,26 +49,26 @@ def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
     assert tokenizer == build_from_folder(folders[kind])
     fast_tokenizer = tokenizer.speed_up()
     reference = Reference.from_file(str(folders[kind] / "tokenizer.json"))
-    as_text = Reference.from_file(str(folders[kind] / "tokenizer.json"))
-    as_text.encode_special_tokens = True
+    text_backend = Reference.from_file(str(folders[kind] / "tokenizer.json"))
+    text_backend.encode_special_tokens = True
     bos, eos = reference.token_to_id("<s>"), reference.token_to_id("</s>")
     assert (tokenizer.first_ids, tokenizer.eot) == ((bos,), eos)
     for text in TEXTS:
-        ids = as_text.encode(text, add_special_tokens=False).ids
+        ids = text_backend.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text).tolist() == ids, text
         assert fast_tokenizer.encode(text).tolist() == ids, text
         assert tokenizer.encode_prompt(text) == reference.encode(text).ids, text
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False), text
     assert tokenizer.vocab_size == 1 + max(reference.get_vocab().values())
-    assert tokenizer.original_files() == {name: (folders[kind] / name).read_bytes() for name in ORIGINALS}
+    assert tokenizer.get_original_files() == {name: (folders[kind] / name).read_bytes() for name in ORIGINALS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_stream_equals_the_decoded_text(kind, folders):
+def test_incremental_decoder_equals_decode(kind, folders):
     tokenizer = build_from_folder(folders[kind])
     for before, after in (("The ship", " sailed 漢字 👩‍👩‍👧 to port."), ("", "漢 字"), ("a", "<think>b  c")):
         start, ids = tokenizer.encode_prompt(before), tokenizer.encode(after).tolist()
-        stream = tokenizer.text_stream(start)
+        stream = tokenizer.build_incremental_decoder(start)
         fragments = [stream.add(token) for token in ids]
         streamed = "".join([*fragments, stream.end()])
         assert streamed == tokenizer.decode([*start, *ids])[len(tokenizer.decode(start)) :]
@@ -82,11 +82,11 @@ def test_a_lone_surrogate_is_a_replacement_character(folders):
     assert tokenizer.encode_prompt("\ud83d\ude00") == tokenizer.encode_prompt("😀")
 
 
-def test_tiktoken_is_used_only_if_proven_equal(folders, tmp_path, monkeypatch):
+def test_tiktoken_is_used_only_if_ids_are_equal(folders, tmp_path, monkeypatch):
     write_folder(tmp_path / "plain", "byte_level", added=[])
     plain = build_from_folder(tmp_path / "plain").speed_up()
     assert plain._bpe is not None
-    monkeypatch.setattr(HFTokenizer, "as_text", None)  # so that only tiktoken can encode
+    monkeypatch.setattr(HFTokenizer, "text_backend", None)  # so that only tiktoken can encode
     for text in ("", "the ship", "a</s>b", "漢字\r\n"):
         plain.encode(text)
     monkeypatch.undo()
@@ -120,17 +120,19 @@ def test_folder_names_and_other_files_do_not_affect_the_identity(folders, tmp_pa
     for number, folder in enumerate((folders["byte_level"], other, folders["unigram"])):
         (tmp_path / str(number)).mkdir()
         build_from_folder(folder).save(tmp_path / str(number))
-    assert same_tokenizer(tmp_path / "0", tmp_path / "1")
-    assert not same_tokenizer(tmp_path / "0", tmp_path / "2")
+    assert is_same_tokenizer(tmp_path / "0", tmp_path / "1")
+    assert not is_same_tokenizer(tmp_path / "0", tmp_path / "2")
 
 
 def test_equal_tokenizers_have_one_identity(tmp_path):
     """Names, folders and formats may differ; the pattern, the merges and the end of a document must not."""
     bpe = build_tokenizer("bpe:300", None, lambda: iter(PROSE))
-    fields = json.loads(bpe.file_bytes())
+    fields = json.loads(bpe.to_json_bytes())
     renamed = json.dumps({**fields, "name": "other"}).encode()
-    assert identity(bpe.file_bytes()) == identity(renamed)
-    assert identity(bpe.file_bytes()) != identity(json.dumps({**fields, "pattern": r"\s|\S+"}).encode())
+    assert hash_tokenizer_ids(bpe.to_json_bytes()) == hash_tokenizer_ids(renamed)
+    assert hash_tokenizer_ids(bpe.to_json_bytes()) != hash_tokenizer_ids(
+        json.dumps({**fields, "pattern": r"\s|\S+"}).encode()
+    )
 
 
 def test_gpt2_as_a_folder_equals_gpt2_as_two_files(tmp_path):
@@ -144,7 +146,7 @@ def test_gpt2_as_a_folder_equals_gpt2_as_two_files(tmp_path):
     assert isinstance(folder, HFTokenizer)
     fast_tokenizer = folder.speed_up()
     assert fast_tokenizer._bpe is not None
-    assert identity(folder.file_bytes()) == identity(two_files.file_bytes())
+    assert hash_tokenizer_ids(folder.to_json_bytes()) == hash_tokenizer_ids(two_files.to_json_bytes())
     for text in TEXTS:
         ids = folder.encode(text).tolist()
         assert ids == fast_tokenizer.encode(text).tolist() == two_files.encode(text).tolist()
@@ -184,13 +186,16 @@ def test_prepare_writes_bos_added_tokens_and_the_end(folders, workers, tmp_path)
 def test_word_edges_of_tokens(folders):
     for kind, mark in (("byte_level", "Ġ"), ("unigram", "▁"), ("sentencepiece_bpe", "▁")):
         tokenizer = build_from_folder(folders[kind])
-        word_flags = tokenizer.vocabulary(with_word_edges=True).word_V2
-        ids = tokenizer.as_text.get_vocab()
+        word_flags = tokenizer.build_objective_vocabulary(with_word_edges=True).word_edges_V2
+        ids = tokenizer.text_backend.get_vocab()
         for token, number in ids.items():
             if token.startswith(mark) and token[1:].isalpha():
                 assert word_flags[number].tolist() == [False, True], (kind, token)
     tokenizer = build_from_folder(folders["wordpiece"])
-    word_flags, ids = tokenizer.vocabulary(with_word_edges=True).word_V2, tokenizer.as_text.get_vocab()
+    word_flags, ids = (
+        tokenizer.build_objective_vocabulary(with_word_edges=True).word_edges_V2,
+        tokenizer.text_backend.get_vocab(),
+    )
     assert word_flags[ids["the"]].tolist() == [False, True]
     assert word_flags[next(n for token, n in ids.items() if token.startswith("##") and token[2:].isalpha())].all()
 
@@ -215,9 +220,9 @@ CONTAINER = {
         ({"kind": None}, "unknown to this version"),
         ({"vocab_size": "x"}, "cannot be read"),
         ({"end_token": 1.5}, "cannot be read"),
-        ({"vocab_size": 4}, "which 4 ends"),
-        ({"end_token": -1}, "which -1 ends"),
-        ({"first_tokens": [7]}, "which 4 ends"),
+        ({"vocab_size": 4}, "but 4 ends"),
+        ({"end_token": -1}, "but -1 ends"),
+        ({"first_tokens": [7]}, "but 4 ends"),
         ({"first_tokens": 3}, "cannot be read"),
         ({"files": []}, "cannot be read"),
         ({"files": {"../x": ""}}, "outside its folder"),

@@ -14,8 +14,8 @@ from pyarrow import parquet
 
 from dist_llm.errors import DataError
 from dist_llm.text.input_files import DEFAULT_RULES, iter_documents, open_inputs, sum_size_bytes
-from dist_llm.text.report import FileCount, InputTable
-from dist_llm.text.rows import MIN_ROWS, RowKeys, Tally
+from dist_llm.text.report import FileCount, InputFileCounts
+from dist_llm.text.rows import MIN_ROWS, RowCounts, RowKeys
 from dist_llm.text.walk import FileRules
 
 TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
@@ -23,15 +23,15 @@ LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text
 
 
 def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, table=None, separator=None):
-    """Return the documents of the sources and the tally of the pass."""
-    tally = Tally(max_bad_rate, skip_unreadable=rules.skip_unreadable)
+    """Return the documents of the sources and the row_counts of the pass."""
+    row_counts = RowCounts(max_bad_rate, skip_unreadable=rules.skip_unreadable)
     sources = open_inputs(
-        [str(spec) for spec in specs], RowKeys(text_key, separator=separator), rules=rules, table=table
+        [str(spec) for spec in specs], RowKeys(text_key, separator=separator), rules=rules, file_counts=table
     )
-    documents = list(iter_documents(sources, tally))
-    assert tally.bytes_read == (sum_size_bytes(sources) or 0)
-    assert tally.rows == len(documents) + tally.bad_rows
-    return documents, tally
+    documents = list(iter_documents(sources, row_counts))
+    assert row_counts.bytes_read == (sum_size_bytes(sources) or 0)
+    assert row_counts.rows == len(documents) + row_counts.bad_rows
+    return documents, row_counts
 
 
 def read_texts(*specs, **options):
@@ -59,7 +59,7 @@ def test_json_lines(suffix, compress, ending, tmp_path):
 
 
 @pytest.mark.parametrize(("compress", "ending"), COMPRESSORS[1:])
-def test_a_truncated_file_is_an_error_not_an_end(compress, ending, tmp_path):
+def test_truncated_file_is_an_error(compress, ending, tmp_path):
     path = tmp_path / f"rows.jsonl{ending}"
     path.write_bytes(compress(LINES * 1000)[:-9])
     with pytest.raises(DataError, match=r"rows\.jsonl.*Truncated"):
@@ -86,10 +86,10 @@ def test_text_files_and_folders(tmp_path):
 
 
 def test_python_stdlib():
-    documents, tally = read_sources("python-stdlib")
+    documents, row_counts = read_sources("python-stdlib")
     origins = [document.origin for document in documents]
     root = sysconfig.get_path("stdlib")
-    assert tally.bad_rows == 0
+    assert row_counts.bad_rows == 0
     assert f"{root}/argparse.py" in origins
     assert origins == sorted(origins)
     folders = {directory for origin in origins for directory in origin.removeprefix(root).split("/")[:-1]}
@@ -109,9 +109,9 @@ def test_bad_rows_of_parquet(tmp_path):
     raw_values = pa.array([b"good", b"\xff", None, b"fine"], pa.binary())
     unchecked = pa.Array.from_buffers(pa.string(), len(raw_values), raw_values.buffers())
     parquet.write_table(pa.table({"text": unchecked}), tmp_path / "rows.parquet")
-    documents, tally = read_sources(tmp_path / "rows.parquet")
+    documents, row_counts = read_sources(tmp_path / "rows.parquet")
     assert [document.text for document in documents] == ["good", "fine"]
-    assert tally.locations == [
+    assert row_counts.locations == [
         f"{tmp_path}/rows.parquet:2: not UTF-8",
         f"{tmp_path}/rows.parquet:3: no string under 'text'",
     ]
@@ -136,10 +136,10 @@ def test_bad_rows_of_json_lines_are_located_and_skipped(tmp_path):
         b'{"text": "good"}\n{"text": "\xff"}\n{"text": \n{"body": "x"}\n{"text": 3}\n["text"]\n'
         b'\n{"text": "\\ud800 mended"}\n'
     )
-    documents, tally = read_sources(path)
+    documents, row_counts = read_sources(path)
     assert [document.text for document in documents] == ["good", "\ufffd mended"]
-    assert (tally.rows, tally.bad_rows) == (7, 5)
-    assert [location.removeprefix(f"{path}:").split(":")[:2] for location in tally.locations] == [
+    assert (row_counts.rows, row_counts.bad_rows) == (7, 5)
+    assert [location.removeprefix(f"{path}:").split(":")[:2] for location in row_counts.locations] == [
         ["2", " not UTF-8"],
         ["3", " not JSON"],
         ["4", " no key 'text'"],
@@ -170,14 +170,14 @@ def test_an_unreadable_file_is_an_error_unless_it_may_be_skipped(name, content, 
     (tmp_path / "b.txt").write_bytes(b"fine")
     with pytest.raises(DataError, match=rf"{name}: (.|\n)*{reason}(.|\n)*--exclude(.|\n)*--skip-unreadable"):
         read_sources(tmp_path)
-    table = InputTable()
-    documents, tally = read_sources(tmp_path, rules=SKIP_UNREADABLE, table=table)
+    table = InputFileCounts()
+    documents, row_counts = read_sources(tmp_path, rules=SKIP_UNREADABLE, table=table)
     assert documents[-1].text == "fine"
-    for path, (size, actual_reason) in tally.unreadable.items():
+    for path, (size, actual_reason) in row_counts.unreadable.items():
         assert (path, size) == (str(tmp_path / name), len(content))
         assert reason in actual_reason
     in_table = {"skipped: unreadable"} & table.keys()
-    assert bool(tally.unreadable) != bool(in_table), "unreadable files are detected before or during the read"
+    assert bool(row_counts.unreadable) != bool(in_table), "unreadable files are detected before or during the read"
     assert read_sources(tmp_path, rules=FileRules(exclude=("a.*",)))[0][0].text == "fine"
 
 
@@ -207,7 +207,7 @@ def test_a_linked_folder_is_read_once(tmp_path):
     (outside / "up").symlink_to(outside)
     for name, target in (("l1", outside), ("l2", outside), ("up", tmp_path), ("self", root)):
         (root / name).symlink_to(target)
-    table = InputTable()
+    table = InputFileCounts()
     assert read_texts(root, table=table) == ["a", "x"]
     assert table["skipped: folder read already"]["folder"].files == 4
 
@@ -216,14 +216,14 @@ def test_files_without_text_are_skipped_and_every_file_is_counted(tmp_path):
     names = ["a.txt", "a.txt.md5", "SHA256SUMS", "a.txt~", "#b.txt#", "b.txt.bak", ".hidden", "README.md", "LICENSE"]
     for name in names:
         (tmp_path / name).write_text("abc")
-    table = InputTable()
+    table = InputFileCounts()
     assert read_texts(tmp_path, table=table) == ["abc"]
     assert table["read"] == {".txt": FileCount(1, 3)}
     assert table["skipped: checksum"] == {".txt.md5": FileCount(1, 3), "no suffix": FileCount(1, 3)}
     assert sum(each.files for each in table["skipped: editor backup"].values()) == 3
     assert table["skipped: about the data"] == {".md": FileCount(1, 3), "no suffix": FileCount(1, 3)}
     assert sum(each.files for kinds in table.values() for each in kinds.values()) == len(names)
-    assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in table.lines()]
+    assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in table.format_lines()]
     (tmp_path / "more.md").write_text("abc")
     assert len(read_texts(tmp_path)) == 3, "a README among files of its kind is text"
     (tmp_path / "rows.jsonl").write_bytes(LINES)
@@ -234,7 +234,7 @@ def test_include_and_exclude(tmp_path):
     for name in ("a.txt", "b.py", "README.md", "sub/c.txt", "sub/deep/d.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    table = InputTable()
+    table = InputFileCounts()
     assert read_texts(
         tmp_path, rules=FileRules(include=("*.txt", "README.md"), exclude=("sub/deep/*",)), table=table
     ) == [
@@ -250,12 +250,12 @@ def test_include_and_exclude(tmp_path):
 
 
 def test_bad_bytes_count_in_the_bad_rate():
-    tally = Tally(0.01)
+    row_counts = RowCounts(0.01)
     for _ in range(999):
-        tally.count_good(10)
-    tally.count_bad("f:1", "why", 5000)
+        row_counts.count_good(10)
+    row_counts.count_bad("f:1", "why", 5000)
     with pytest.raises(DataError, match=r"5,000 of 14,990 bytes are in bad rows, more than --max-bad-rate 0\.01"):
-        tally.check()
+        row_counts.check()
 
 
 def test_a_json_array_is_refused_before_it_is_loaded(tmp_path):
@@ -265,15 +265,15 @@ def test_a_json_array_is_refused_before_it_is_loaded(tmp_path):
 
 
 def test_the_bad_rate_is_checked_early_and_at_the_end():
-    tally = Tally(0.001, rows=MIN_ROWS - 11)
+    row_counts = RowCounts(0.001, rows=MIN_ROWS - 11)
     for number in range(10):
-        tally.count_bad(f"f:{number}", "why", 0)  # 10 of 9,999: above the rate, but too early to check
+        row_counts.count_bad(f"f:{number}", "why", 0)  # 10 of 9,999: above the rate, but too early to check
     with pytest.raises(DataError, match=r"10 of 9,999 rows are bad.*--max-bad-rate 0\.001(.|\n)*f:0: why\n  f:1: why"):
-        tally.check()
+        row_counts.check()
     with pytest.raises(DataError, match="11 of 10,000"):
-        tally.count_bad("f:10", "why", 0)
-    assert len(tally.locations) == 5
-    Tally(0.001, rows=10_000, bad_rows=10).check()
+        row_counts.count_bad("f:10", "why", 0)
+    assert len(row_counts.locations) == 5
+    RowCounts(0.001, rows=10_000, bad_rows=10).check()
 
 
 def test_a_missing_source_fails_before_any_is_read(tmp_path):
@@ -285,9 +285,9 @@ def test_a_local_hugging_face_dataset(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     rows = [{"text": text} for text in TEXTS] + [{"text": None}]
     (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents, tally = read_sources(f"hf:{tmp_path / 'data'}")
+    documents, row_counts = read_sources(f"hf:{tmp_path / 'data'}")
     assert [document.text for document in documents] == TEXTS
-    assert tally.locations == [f"hf:{tmp_path}/data:6: no string under 'text'"]
+    assert row_counts.locations == [f"hf:{tmp_path}/data:6: no string under 'text'"]
     with pytest.raises(DataError, match="--hf-split"):
         open_inputs([f"hf:{tmp_path / 'data'}"], hf_split="nosuch")
 
@@ -328,10 +328,10 @@ def test_a_separator_splits_a_text_file(separator, content, expected_texts, tmp_
 
 def test_a_separated_document_that_is_not_utf8_is_a_bad_row(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n---\nt\xffo\n---\nthree\n")
-    documents, tally = read_sources(tmp_path / "a.txt", separator="---")
+    documents, row_counts = read_sources(tmp_path / "a.txt", separator="---")
     assert [document.text for document in documents] == ["one", "three"]
-    assert (tally.rows, tally.bad_rows, tally.bad_bytes) == (3, 1, 3)
-    assert tally.locations[0].startswith(f"{tmp_path}/a.txt:3: line 3: not UTF-8")
+    assert (row_counts.rows, row_counts.bad_rows, row_counts.bad_bytes) == (3, 1, 3)
+    assert row_counts.locations[0].startswith(f"{tmp_path}/a.txt:3: line 3: not UTF-8")
     (tmp_path / "rows.jsonl").write_bytes(LINES)
     with pytest.raises(DataError, match="--separator: only for text files, but the sources have none"):
         read_sources(tmp_path / "rows.jsonl", separator="---")
@@ -350,9 +350,9 @@ def test_columns_of_tables(suffix, separator, tmp_path):
     ]
     content = "\ufeff" + "".join(separator.join(row) + "\r\n" for row in rows)
     path.write_bytes(content.encode() + separator.join(["6", "b\udcffd"]).encode("utf-8", "surrogateescape") + b"\n")
-    documents, tally = read_sources(path, text_key="body")
+    documents, row_counts = read_sources(path, text_key="body")
     assert [document.text for document in documents] == ["first", f'second{separator} "quoted"\nline', "漢字", ""]
-    assert [location.removeprefix(f"{path}:") for location in tally.locations] == [
+    assert [location.removeprefix(f"{path}:") for location in row_counts.locations] == [
         "6: no string under 'body'",
         "8: not UTF-8",
     ]
@@ -373,9 +373,9 @@ def test_nested_keys_and_lists_of_paragraphs(tmp_path):
         {"data": {"content": ["p", 1]}},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents, tally = read_sources(tmp_path / "rows.jsonl", text_key="data.content")
+    documents, row_counts = read_sources(tmp_path / "rows.jsonl", text_key="data.content")
     assert [document.text for document in documents] == ["a", "b", "p1\n\np2"]
-    assert [location.rpartition(": ")[2] for location in tally.locations] == [
+    assert [location.rpartition(": ")[2] for location in row_counts.locations] == [
         "no key 'data.content'",
         "no key 'data.content'",
         "no string under 'data.content'",

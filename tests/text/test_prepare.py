@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_llm.data.shard import MANIFEST, SPLITS, Manifest
+from dist_llm.data.shard import MANIFEST_FILE, SPLITS, Manifest
 from dist_llm.errors import DataError
 from dist_llm.text import prepare_run, progress
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.chunks import Chunk
-from dist_llm.text.encode import DocumentEncoder, EncoderSpec, encode_in_order, is_heldout
+from dist_llm.text.encode import DocumentEncoder, DocumentEncoderSpec, encode_in_order, is_heldout
 from dist_llm.text.options import PrepareOptions, add_arguments, build_options
 from dist_llm.text.prepare import prepare
 from dist_llm.text.publish import lock_output
@@ -85,7 +85,7 @@ def test_the_corpus_contains_the_source(tokenizer, tmp_path):
     for split, in_heldout in (("train", False), ("heldout", True)):
         expected = [text for text, is_out in zip(texts, heldout, strict=True) if is_out is in_heldout]
         assert read_documents(tmp_path / "out", split) == expected
-        assert manifest.text_bytes(split) == sum(len(text.encode()) for text in expected)
+        assert manifest.count_text_bytes(split) == sum(len(text.encode()) for text in expected)
     assert manifest == Manifest.load(tmp_path / "out")
     assert manifest.tokenizer_sha256 == Tokenizer.load(tmp_path / "out").sha256
     assert [path.name for path in tmp_path.iterdir() if path.name != "a.jsonl"] == ["out"]
@@ -180,7 +180,7 @@ def test_a_failed_prepare_is_explained_and_leaves_no_files(texts, changes, messa
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_an_existing_corpus_is_replaced_only_with_overwrite_and_a_complete_new_one(tmp_path):
+def test_overwrite_replaces_a_corpus_only_by_a_complete_corpus(tmp_path):
     source, out = write_rows(tmp_path / "a.jsonl", ["old"]), tmp_path / "out"
     run(source, out, heldout_fraction=0)
     before = read_all_files(out)
@@ -258,7 +258,7 @@ def wait_for(condition, seconds=60):
     return result
 
 
-def test_a_killed_run_leaves_no_corpus_and_no_process_and_the_next_one_finishes(tmp_path):
+def test_killed_run_leaves_no_corpus_and_no_process(tmp_path):
     source, out, partial = write_megabytes(tmp_path / "a.jsonl", 20), tmp_path / "out", tmp_path / "out.partial"
     with start_prepare(source, out) as process:
         wait_for(lambda: any(path.stat().st_size for path in partial.glob("train-*.bin")))
@@ -271,10 +271,10 @@ def test_a_killed_run_leaves_no_corpus_and_no_process_and_the_next_one_finishes(
         for pid in filter(is_alive, children):
             os.kill(int(pid), signal.SIGKILL)
     assert not out.exists()
-    assert not (partial / MANIFEST).exists()
+    assert not (partial / MANIFEST_FILE).exists()
 
     run(source, out, workers=2)
-    assert sum(Manifest.load(out).documents(split) for split in SPLITS) == count_rows(source)
+    assert sum(Manifest.load(out).count_documents(split) for split in SPLITS) == count_rows(source)
     assert not partial.exists()
 
 
@@ -282,8 +282,8 @@ IDLE_WORKER = """
 import sys, time
 from pathlib import Path
 from dist_llm.text.chunks import Chunk
-from dist_llm.text.encode import EncoderSpec, _Worker
-worker = _Worker(EncoderSpec(Path(sys.argv[1])))
+from dist_llm.text.encode import DocumentEncoderSpec, _Worker
+worker = _Worker(DocumentEncoderSpec(Path(sys.argv[1])))
 worker.submit(Chunk(["x"], ["f:1"]))
 worker.collect()
 print(worker._process.pid, flush=True)
@@ -341,7 +341,7 @@ def test_a_killed_worker_is_an_error(seconds, tmp_path):
     """Also while it writes its result, when a shared pipe would block the reader."""
     other_children = set(multiprocessing.active_children())  # children of other tests
     build_tokenizer("byte", None, list).save(tmp_path)
-    chunks = encode_in_order(make_chunks(40), EncoderSpec(tmp_path), workers=2)
+    chunks = encode_in_order(make_chunks(40), DocumentEncoderSpec(tmp_path), workers=2)
     next(chunks)
     time.sleep(seconds)
     next(child for child in multiprocessing.active_children() if child not in other_children).kill()
@@ -354,7 +354,7 @@ def test_few_chunks_are_in_flight(tmp_path):
     build_tokenizer("byte", None, list).save(tmp_path)
     started_chunks = []
     chunks = encode_in_order(
-        (started_chunks.append(1) or each for each in make_chunks(20)), EncoderSpec(tmp_path), workers=2
+        (started_chunks.append(1) or each for each in make_chunks(20)), DocumentEncoderSpec(tmp_path), workers=2
     )
     next(chunks)
     assert len(started_chunks) <= 7
@@ -365,14 +365,14 @@ def test_an_error_in_a_worker_is_raised(tmp_path, monkeypatch):
     tokenizer = build_tokenizer("byte", None, list)
     monkeypatch.setattr(BPETokenizer, "encode", lambda self, text: 1 / 0)
     with pytest.raises(RuntimeError, match="f:0: cannot be tokenized"):
-        DocumentEncoder(tokenizer, EncoderSpec(tmp_path))(next(make_chunks(1)))
+        DocumentEncoder(tokenizer, DocumentEncoderSpec(tmp_path))(next(make_chunks(1)))
     with pytest.raises(DataError, match=r"tokenizer\.json: missing"):  # a user error keeps its class
-        list(encode_in_order(make_chunks(1), EncoderSpec(tmp_path / "gone"), workers=2))
+        list(encode_in_order(make_chunks(1), DocumentEncoderSpec(tmp_path / "gone"), workers=2))
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_and_summary(terminal, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
     stream = io.StringIO()
     stream.isatty = lambda: terminal
     source = write_rows(tmp_path / "a.jsonl", ["", "abc"])

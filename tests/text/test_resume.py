@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.data.shard import MANIFEST
+from dist_llm.data.shard import MANIFEST_FILE
 from dist_llm.errors import DataError
 from dist_llm.text import chunks, input_files
 from dist_llm.text.build_tokenizer import build_tokenizer
@@ -30,11 +30,11 @@ def interrupt_after(monkeypatch, after):
     """Let a run fail at the input file with index `after`; return the list of opened files, which later runs extend."""
     opened, original = [], input_files.read_file
 
-    def read_file(path, text_key, tally):
+    def read_file(path, text_key, row_counts):
         if len(opened) == after:
             raise InterruptedRunError
         opened.append(path.name)
-        return original(path, text_key, tally)
+        return original(path, text_key, row_counts)
 
     monkeypatch.setattr(input_files, "read_file", read_file)
     return opened
@@ -113,7 +113,7 @@ def truncate_journal(tmp_path):
 def write_stray_files(tmp_path):
     """Write files after the last record that the resumed run may never reach."""
     (tmp_path / "out.partial" / "train-00009.bin").write_bytes(b"stray")
-    (tmp_path / "out.partial" / MANIFEST).write_bytes(b"from a run killed at its very end")
+    (tmp_path / "out.partial" / MANIFEST_FILE).write_bytes(b"from a run killed at its very end")
 
 
 ALL = [0, 1, 2, 3, 4, 5]
@@ -167,7 +167,7 @@ def test_an_error_keeps_the_finished_work(frequent_resume_points, tmp_path):
     with pytest.raises(DataError, match=r"3 of 63 rows are bad(.|\n)*are kept in .*out\.partial: fix this and run"):
         run(source, tmp_path / "out")
     assert Journal(tmp_path / "out.partial").has_records
-    assert not (tmp_path / "out.partial" / MANIFEST).exists()
+    assert not (tmp_path / "out.partial" / MANIFEST_FILE).exists()
     assert run(source, tmp_path / "out", max_bad_rate=0.1).bad_rows == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
@@ -185,7 +185,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
             os.kill(process.pid, signal.SIGKILL)
         num_done = len(Journal(partial).read()) - 1
         assert not out.exists()
-        assert not (partial / MANIFEST).exists()
+        assert not (partial / MANIFEST_FILE).exists()
     assert 3 <= num_done < 8
     _, stderr = start_prepare(source, out, resume_point_chars=100_000).communicate()
     assert f"resuming after {num_done} of 8 input files" in stderr

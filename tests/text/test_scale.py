@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import MANIFEST, SPLITS, Manifest
+from dist_llm.data.shard import MANIFEST_FILE, SPLITS, Manifest
 from dist_llm.errors import DataError
 from dist_llm.text import chunks
 from dist_llm.text.encode import is_heldout
-from dist_llm.text.filters import Filters
+from dist_llm.text.filters import FilterChain
 from dist_llm.text.merge import merge_parts
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.report import REPORT_FILE, RemovalCounts, Report, TextCount
@@ -64,11 +64,11 @@ def test_merged_parts_equal_one_run(files, options, tmp_path):
     assert reports[0].rows == 123
 
 
-def test_a_part_is_a_corpus_and_the_output_is_none_before_the_merge(tmp_path):
+def test_part_is_a_corpus_before_the_merge(tmp_path):
     source = write_files(tmp_path / "in", make_random_texts(60), 3)
     run(source, tmp_path / "out", part="2/3")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["part-2-of-3"]
-    assert Corpus(tmp_path / "out" / "part-2-of-3").n_tokens
+    assert Corpus(tmp_path / "out" / "part-2-of-3").num_tokens
     with pytest.raises(DataError, match="not a prepared corpus"):
         Corpus(tmp_path / "out")
 
@@ -100,9 +100,9 @@ def test_invalid_merges_are_refused(tmp_path):
     run(source, out, part="1/3")
     with pytest.raises(DataError, match="parts of different totals: part-1-of-2, part-1-of-3, part-2-of-2"):
         merge_parts(out)
-    assert not (out / MANIFEST).exists()
+    assert not (out / MANIFEST_FILE).exists()
     (out / "part-1-of-3").rename(tmp_path / "elsewhere")
-    assert merge_parts(out, io.StringIO()).documents("train")
+    assert merge_parts(out, io.StringIO()).count_documents("train")
     with pytest.raises(DataError, match="is a complete corpus"):
         run(source, out, part="1/2", overwrite=True)
 
@@ -110,7 +110,7 @@ def test_invalid_merges_are_refused(tmp_path):
 def test_more_parts_than_documents_can_be_merged(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", ["one", "two"])
     merged = run_parts(source, tmp_path / "out", 3, heldout_fraction=0)
-    assert merged.documents("train") == 2
+    assert merged.count_documents("train") == 2
     with pytest.raises(DataError, match="no text to train on in any part"):
         run_parts(write_rows(tmp_path / "b.jsonl", [""]), tmp_path / "none", 2)
 
@@ -161,7 +161,7 @@ def test_the_report_counts_what_filters_remove(tmp_path):
     options = {"filter": ("gopher", "c4"), "heldout_fraction": 0.0, "workers": 1, "dedup": "exact"}
     prepare(PrepareOptions((source,), "bpe:300", tmp_path / "out", **options), stream)
     removed = RemovalCounts()
-    kept_texts = [filtered for text in texts if (filtered := Filters(("gopher", "c4"))(text, removed)) is not None]
+    kept_texts = [filtered for text in texts if (filtered := FilterChain(("gopher", "c4"))(text, removed)) is not None]
     assert read_documents(tmp_path / "out", "train") == kept_texts == [*texts[:20], make_prose(seed=90)]
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert (report["rows"], report["empty_documents"]) == (len(texts) + 1, 1)

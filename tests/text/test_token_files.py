@@ -31,16 +31,21 @@ def save_npy(tmp_path, array):
 
 def test_an_index_gives_dtype_length_and_documents():
     header_fields = header("megatron", idx=build_megatron_index([3, 2, 4], [0, 1, 3]))
-    assert (header_fields.dtype, header_fields.skip_bytes, header_fields.tokens, header_fields.starts.tolist()) == (
+    assert (
+        header_fields.dtype,
+        header_fields.skip_bytes,
+        header_fields.num_tokens,
+        header_fields.document_starts.tolist(),
+    ) == (
         "uint16",
         0,
         9,
         [0, 3],
     )
     header_fields = header("megatron", idx=build_megatron_index([3, 0, 4], [0, 1, 2, 2, 3], code=4, item=4))
-    assert (header_fields.dtype, header_fields.tokens) == ("uint32", 7)
-    assert header_fields.starts.tolist() == [0, 3], "empty documents have no start"
-    assert header("megatron", idx=build_megatron_index([3, 0], [0, 1, 2])).starts.tolist() == [0], (
+    assert (header_fields.dtype, header_fields.num_tokens) == ("uint32", 7)
+    assert header_fields.document_starts.tolist() == [0, 3], "empty documents have no start"
+    assert header("megatron", idx=build_megatron_index([3, 0], [0, 1, 2])).document_starts.tolist() == [0], (
         "an empty last document has no start"
     )
 
@@ -78,7 +83,7 @@ def test_a_damaged_index_is_refused(idx, message):
 def test_an_array_gives_dtype_and_length(name, tmp_path):
     content = save_npy(tmp_path, np.arange(7).astype(name))
     header_fields = header("npy", content)
-    assert (header_fields.dtype, header_fields.tokens) == (name.removeprefix("u").replace("int", "uint"), 7)
+    assert (header_fields.dtype, header_fields.num_tokens) == (name.removeprefix("u").replace("int", "uint"), 7)
     assert np.array_equal(np.frombuffer(content[header_fields.skip_bytes :], name), np.arange(7))
 
 
@@ -140,7 +145,7 @@ def scan_ids(ids, block, dtype="uint16", skip=0, starts=None):
 def test_a_scan_does_not_depend_on_the_block_size(skip, dtype, block):
     ids = [5, 6, EOT, 7, EOT, 8, 9]
     scan = scan_ids(ids, block, dtype, skip)
-    assert (scan.tokens, scan.text_bytes) == (7, sum(ids))
+    assert (scan.num_tokens, scan.text_bytes) == (7, sum(ids))
     assert scan.compute_starts(eot_at_start=False).tolist() == [0, 3, 5]
     assert scan.compute_starts(eot_at_start=True).tolist() == [0, 2, 4]
 

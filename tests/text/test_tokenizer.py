@@ -11,7 +11,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from dist_llm.errors import DataError
 from dist_llm.text.bpe_tokenizer import SEGMENT_CHARS, SPLIT_PATTERNS, BPETokenizer
-from dist_llm.text.build_tokenizer import BYTE_IDS, _check_same_ids_on_samples, _train_reference, build_tokenizer
+from dist_llm.text.build_tokenizer import BYTE_IDS, _check_same_ids_on_texts, _train_hf_tokenizer, build_tokenizer
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 
@@ -55,7 +55,7 @@ def test_byte_ids_are_the_bytes():
 @pytest.mark.parametrize("pattern", ["gpt2", "llama3"])
 def test_bpe_gives_the_ids_of_the_training_library(pattern):
     tokenizer = build_from_spec("bpe:400", pattern, training_texts)
-    reference = _train_reference(399, pattern, training_texts)
+    reference = _train_hf_tokenizer(399, pattern, training_texts)
     assert (tokenizer.vocab_size, tokenizer.eot) == (400, 399)
     assert tokenizer.pattern == SPLIT_PATTERNS[pattern]
     for text in (*STRANGE, *PROSE):
@@ -67,7 +67,7 @@ def test_a_conversion_that_changes_ids_is_refused(bpe):
     swapped = dict(zip([*tokens[:256], *reversed(tokens[256:])], range(399), strict=True))
     swapped_tokenizer = BPETokenizer("bpe:400", bpe.pattern, swapped, bpe.special_tokens)
     with pytest.raises(DataError, match="disagree"):
-        _check_same_ids_on_samples(swapped_tokenizer, _train_reference(399, "gpt2", training_texts), training_texts)
+        _check_same_ids_on_texts(swapped_tokenizer, _train_hf_tokenizer(399, "gpt2", training_texts), training_texts)
 
 
 def test_training_is_deterministic(bpe):
@@ -221,7 +221,7 @@ def test_an_unreachable_tiktoken_encoding_is_an_error_with_a_hint(monkeypatch):
         ("byte", "gpt2", "its own pattern"),
         ("a,b,c", None, "two files"),
         ("gone/vocab.json,gone/merges.txt", None, "cannot be read"),
-        ("gpt5", None, "one of tiktoken's: gpt2, "),
+        ("gpt5", None, "an encoding of tiktoken: gpt2, "),
     ],
 )
 def test_an_invalid_spec_is_refused_with_valid_ones(spec, pattern, message):

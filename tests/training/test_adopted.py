@@ -75,10 +75,10 @@ def test_megatron_files_train_like_our_own_corpus(
     for split in SPLITS:
         documents = make_documents(split, end_tokens)
         corpus = Corpus(corpora["megatron"], split)
-        row = corpus.compute_document_ids(np.array([0]), corpus.n_tokens)[0]
+        row = corpus.compute_document_ids(np.array([0]), corpus.num_tokens)[0]
         expected = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
         assert np.array_equal(row, expected), "document ids change where documents start"
-        assert corpus.read(np.array([0]), corpus.n_tokens)[0].tolist() == np.concatenate(documents).tolist()
+        assert corpus.read(np.array([0]), corpus.num_tokens)[0].tolist() == np.concatenate(documents).tolist()
     inspect = command("data")
     assert inspect("verify", *corpora.values()) == int(not end_tokens), "our corpus without end tokens does not verify"
     assert inspect("verify", corpora["megatron"]) == 0
@@ -109,7 +109,7 @@ def test_megatron_files_train_like_our_own_corpus(
         == pytest.approx(read_losses(tmp_path / "runs" / "megatron", "heldout_loss")[0], rel=1e-6)
     )
 
-    windows = (Corpus(corpora["megatron"]).n_tokens - 1) // 32
+    windows = (Corpus(corpora["megatron"]).num_tokens - 1) // 32
     note = f"data: {corpora['megatron']} has been read once in full, up to sample {windows};"
     assert (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text().count(note) == 1
     keys = [f"run.dir={tmp_path / 'runs' / 'megatron'}", f"data.path={corpora['megatron']}"]

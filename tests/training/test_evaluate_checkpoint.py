@@ -75,7 +75,7 @@ def test_errors_name_the_option_to_change(
     assert result.tokens == 111
     out = capsys.readouterr().out
     assert f"{imported_model} has no tokenizer: assuming that of the corpus" in out
-    (imported_model / "tokenizer.json").write_bytes(BYTES.file_bytes().replace(b": 256", b": 300"))
+    (imported_model / "tokenizer.json").write_bytes(BYTES.to_json_bytes().replace(b": 256", b": 300"))
     try:
         assert "--data: " in error_of(str(tmp_path / "corpus"))
     finally:

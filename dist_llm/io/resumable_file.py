@@ -1,4 +1,4 @@
-"""Append to a file and hash it at the same time, so that an interrupted writer can resume."""
+"""A file that is appended to and hashed at the same time, so that an interrupted writer can resume it."""
 
 import hashlib
 from contextlib import suppress
@@ -14,14 +14,14 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class FileState:
-    """A state to resume from: the first `size_bytes` of the file have this hash."""
+    """A state from which `ResumableFile.reopen` resumes: the first `size_bytes` bytes of the file have this hash."""
 
     size_bytes: int
     sha256: str
 
 
-class GrowingFile:
-    """Appends bytes. `sync` makes them durable and returns the state to resume from."""
+class ResumableFile:
+    """Appends bytes to a file. `sync` writes them to the disk and returns the state to resume from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class GrowingFile:
         self._hash, self._size = hashlib.sha256(), 0
 
     @classmethod
-    def reopen(cls, path: Path, state: FileState) -> "GrowingFile":
+    def reopen(cls, path: Path, state: FileState) -> "ResumableFile":
         """Resume from `state` and drop the bytes after it. Raises DataError if the file has changed."""
         file = cls.__new__(cls)
         file.path, file._hash, file._size = path, check_prefix(path, state), state.size_bytes
@@ -42,10 +42,10 @@ class GrowingFile:
     def closed(self) -> bool:
         return self._file.closed
 
-    def write(self, raw: bytes) -> None:
-        self._file.write(raw)
-        self._hash.update(raw)
-        self._size += len(raw)
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._hash.update(content)
+        self._size += len(content)
 
     @property
     def state(self) -> FileState:
@@ -62,22 +62,21 @@ class GrowingFile:
         return state
 
     def abandon(self) -> None:
-        """Close the file after an error, without making its content durable."""
-        with suppress(OSError):  # for example a full disk, which the original error already reports
+        """Close the file after an error, without a sync."""
+        with suppress(OSError):  # for example a full disk, which the original error has already reported
             self._file.close()
 
 
 def check_prefix(path: Path, state: FileState) -> "hashlib._Hash":
-    """Return the hash of the first `state.size_bytes` bytes. Raises DataError if it differs from the hash in
-    `state`."""
-    digest, left = hashlib.sha256(), state.size_bytes
+    """Return the hash object of the first `state.size_bytes` bytes. Raises DataError if it differs."""
+    digest, remaining_bytes = hashlib.sha256(), state.size_bytes
     try:
         with path.open("rb") as file:
-            while left and (block := file.read(min(left, READ_BYTES))):
+            while remaining_bytes and (block := file.read(min(remaining_bytes, READ_BYTES))):
                 digest.update(block)
-                left -= len(block)
+                remaining_bytes -= len(block)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
-    if left or digest.hexdigest() != state.sha256:
+    if remaining_bytes or digest.hexdigest() != state.sha256:
         raise DataError(f"{path}: its first {state.size_bytes} bytes have changed since they were written.")
     return digest

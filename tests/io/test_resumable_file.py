@@ -7,7 +7,7 @@ import pytest
 
 from dist_llm.data.shard import ShardWriter
 from dist_llm.errors import DataError
-from dist_llm.io.growing import FileState, GrowingFile, check_prefix
+from dist_llm.io.resumable_file import FileState, ResumableFile, check_prefix
 
 
 def write_randomly(directory, documents, cut_probability, seed=0):
@@ -47,12 +47,12 @@ def test_resumed_writer_writes_the_same_bytes(seed, tmp_path):
 
 
 def test_reopen_drops_the_bytes_after_the_state(tmp_path):
-    file = GrowingFile(tmp_path / "f")
+    file = ResumableFile(tmp_path / "f")
     file.write(b"kept")
     state = file.sync()
     file.write(b"lost")
     file.close()
-    reopened = GrowingFile.reopen(tmp_path / "f", state)
+    reopened = ResumableFile.reopen(tmp_path / "f", state)
     reopened.write(b"!")
     assert reopened.close() == FileState(5, reopened.state.sha256)
     assert (tmp_path / "f").read_bytes() == b"kept!"
@@ -61,9 +61,9 @@ def test_reopen_drops_the_bytes_after_the_state(tmp_path):
 
 @pytest.mark.parametrize("content", [b"kepT and more", b"kep", None])
 def test_reopen_rejects_a_changed_file(content, tmp_path):
-    file = GrowingFile(tmp_path / "f")
+    file = ResumableFile(tmp_path / "f")
     file.write(b"kept")
     state = file.close()
     (tmp_path / "f").unlink() if content is None else (tmp_path / "f").write_bytes(content)
     with pytest.raises(DataError, match="/f: "):
-        GrowingFile.reopen(tmp_path / "f", state)
+        ResumableFile.reopen(tmp_path / "f", state)
