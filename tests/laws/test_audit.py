@@ -33,7 +33,9 @@ def audit_message(config: Config, shift: Callable[[int], int] | None) -> str:
     rank, ranks = engine.dp_rank_and_size
     loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
     audit, first = SampleAudit(engine, loader, 3), 0
-    with patch.object(loader, "offset", shift(loader.offset)) if shift else patch.object(loader, "pin", False):
+    with (
+        patch.object(loader, "rank_offset", shift(loader.rank_offset)) if shift else patch.object(loader, "pin", False)
+    ):
         for _ in range(6):
             samples = torch.from_numpy(np.ascontiguousarray(loader.get_local_samples(first)))
             empty = torch.zeros(len(samples), 1)
