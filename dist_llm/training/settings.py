@@ -18,6 +18,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError, UserError
+from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
 

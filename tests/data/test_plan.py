@@ -179,7 +179,7 @@ def test_last_of_stages_at_the_same_sample_remains():
     assert [(stage.first_sample, stage.mixture.seed) for stage in stages] == [(0, 0), (6, 2), (9, 3)]
     assert stages[0].num_consumed == (3, 4)
     assert all(
-        sum(after.num_consumed) - sum(before.num_consumed) == after.first - before.first
+        sum(after.num_consumed) - sum(before.num_consumed) == after.first_sample - before.first_sample
         for before, after in pairwise(stages)
     )
 

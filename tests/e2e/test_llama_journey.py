@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer as HFTokenizer
 
 from dist_llm.checkpoint.probe import PROBE
+from dist_llm.data.tokenizer_file import hash_tokenizer_ids
 from dist_llm.generation import load_model
 from dist_llm.text.tokenizer import Tokenizer
 from tests.hf_folders import GENERATION, MORE_DIFFICULT_TEXTS, ORIGINALS, PROSE, write_folder
