@@ -30,12 +30,11 @@ def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
     mixture = Mixture(0, (1,))
     source = DataSource("", None, (WindowStream(None, ShuffledOrder(0, 9, 4), 5),), mixture)  # type: ignore[arg-type]
     plan = SamplePlan([source], [MixtureStage(0, mixture, (0,))], ((20, 30),))
-    rank, ranks = engine.dp_rank_and_size
-    loader = Loader(plan, None, config.data, rank, ranks, pin=False)  # type: ignore[arg-type]
-    audit, first = SampleAudit(engine, loader, 3), 0
-    with (
-        patch.object(loader, "rank_offset", shift(loader.rank_offset)) if shift else patch.object(loader, "pin", False)
-    ):
+    dp_rank, dp_size = engine.dp_rank_and_size
+    loader = Loader(plan, None, config.data, dp_rank, dp_size, pin=False)  # type: ignore[arg-type]
+    audit, first_sample = SampleAudit(engine, loader, 3), 0
+    shifted_offset = shift(loader.rank_offset) if shift else loader.rank_offset
+    with patch.object(loader, "rank_offset", shifted_offset):
         for _ in range(6):
             samples = torch.from_numpy(np.ascontiguousarray(loader.get_local_samples(first_sample)))
             empty = torch.zeros(len(samples), 1)
