@@ -87,7 +87,7 @@ def make_config_page() -> str:
 def iter_config_lines() -> Iterator[str]:
     """Yield a heading for each section, and a table row for each key."""
     sys.path.insert(0, str(REPOSITORY))
-    from dist_llm.config.load import describe
+    from dist_llm.config.describe import describe
 
     section = None
     for key, kind, default, description in sorted(describe(), key=lambda row: ("." in row[0], row[0].split(".")[0])):

@@ -50,7 +50,7 @@ class CheckpointMonitor:
                     self.job.restart_failed()
                     self.check()
                 except Exception as error:
-                    self.faults.append(f"the monitor failed: {type(error).__name__}: {error}")
+                    self.violations.append(f"the monitor failed: {type(error).__name__}: {error}")
                     return
 
     def check(self) -> None:

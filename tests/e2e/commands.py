@@ -73,10 +73,11 @@ def run(
                 assert time.monotonic() < deadline, f"{arguments} is still running:\n{errors.read_text()}"
         finally:
             for process in processes:
+                assert process.pid is not None
                 kill_processes(list_process_tree(process.pid))
                 process.join()
         code = next((process.exitcode for process in processes if process.exitcode), 0)
-        completed = subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
+        completed = subprocess.CompletedProcess([*map(str, arguments)], code, output.read_text(), errors.read_text())
     if succeed:
         assert completed.returncode == 0, (
             f"{completed.args} exited with {completed.returncode}\n{completed.stdout}\n{completed.stderr}"
@@ -146,7 +147,8 @@ def kill_when(is_ready: Callable[[], bool], arguments: Sequence[object], ranks: 
             assert time.monotonic() < deadline, f"never ready:\n{log.read_text()}"
             time.sleep(POLL_SECONDS)
     finally:
-        kill_processes([pid for process in processes for pid in list_process_tree(process.pid)])
+        roots = [process.pid for process in processes if process.pid is not None]
+        kill_processes([pid for root in roots for pid in list_process_tree(root)])
         for process in processes:
             process.join()
 

@@ -75,6 +75,7 @@ original_accumulate: Callable[..., Tensor] = NativeEngine.accumulate
 def accumulate_nan_gradients(self: NativeEngine, *args: object) -> Tensor:
     losses = original_accumulate(self, *args)
     for _, parameter in self.named_parameters():
+        assert parameter.grad is not None
         to_local(parameter.grad).fill_(torch.nan)
     return losses
 

@@ -80,7 +80,7 @@ def gradients_are_not_reduced_over_shards() -> Iterator[Any]:
 @register_bug
 def gradients_are_not_reduced_over_context_ranks() -> Iterator[Any]:
     """Weights are sharded over dp_shard only, so each context rank keeps the gradients of its own tokens."""
-    original = fsdp.fully_shard
+    original = fsdp.fully_shard  # type: ignore[attr-defined]
 
     def fully_shard_over_data(module: Any, mesh: Any, **kwargs: Any) -> None:
         original(module, mesh=mesh._get_root_mesh()["dp_replicate", "dp_shard"], **kwargs)
@@ -304,7 +304,7 @@ def vocabulary_padding_is_scored() -> Iterator[Any]:
     original = tensor_parallel.VocabParallelHead._build_vocab_shard
 
     def include_padding_rows(self: Any, weight_WD: Any) -> Any:
-        return replace(original(self, weight_WD), width=len(weight_WD))
+        return replace(original(self, weight_WD), num_tokens=len(weight_WD))
 
     with patch.object(tensor_parallel.VocabParallelHead, "_build_vocab_shard", include_padding_rows):
         yield
@@ -352,7 +352,7 @@ def every_microbatch_uses_the_mask_of_the_first() -> Iterator[Any]:
 
 @register_bug
 def stochastic_depth_differs_between_tensor_ranks() -> Iterator[Any]:
-    original = decoder.stochastic_depth_scale
+    original = decoder.stochastic_depth_scale  # type: ignore[attr-defined]
     with patch.object(
         decoder, "stochastic_depth_scale", lambda sample_hash_B, *args: original(sample_hash_B + dist.get_rank(), *args)
     ):

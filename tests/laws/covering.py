@@ -15,8 +15,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from dist_llm.config.derive import AXES
 from tests.laws.space import (
-    AXES,
     FACTORS,
     Case,
     complete_case,

@@ -7,7 +7,7 @@ that is set too late is detected.
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from tests.laws.law import (
 )
 from tests.laws.worlds import get_world
 
+PlantedBug = Callable[[], AbstractContextManager[None]]
 CPU = torch.device("cpu")
 LR_DECAY = 0.7  # each learning rate over that of the previous step
 
@@ -180,7 +181,9 @@ def write_json(path: Path, content: dict[str, Any]) -> str:
     return str(path)
 
 
-def patch_accumulate(make_accumulate: Callable[..., Callable[..., Tensor]]) -> Callable[[], Iterator[None]]:
+def patch_accumulate(
+    make_accumulate: Callable[..., Callable[..., Tensor]],
+) -> PlantedBug:
     """Return a planted bug that replaces `accumulate` of both engines by `make_accumulate(original)`."""
 
     @contextmanager
@@ -259,7 +262,7 @@ def delay_learning_rate(update: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return update_with_previous_rate
 
 
-BUGS = {
+BUGS: dict[str, PlantedBug] = {
     bug.__name__: bug
     for bug in (
         losses_are_averaged_over_ranks,
@@ -269,4 +272,4 @@ BUGS = {
     )
 }
 # Faults of a step that the guard handles; they are no bugs.
-FAULTS = {"the_second_step_is_not_finite": the_second_step_is_not_finite}
+FAULTS: dict[str, PlantedBug] = {"the_second_step_is_not_finite": the_second_step_is_not_finite}

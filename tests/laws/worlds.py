@@ -184,12 +184,12 @@ def _share_meshes_and_groups() -> None:
             groups[key] = new_group(ranks, **options)
         return groups[key]
 
-    native.build_mesh = get_shared_mesh
-    dist.new_group = get_shared_group
+    native.build_mesh = get_shared_mesh  # type: ignore[attr-defined]
+    dist.new_group = get_shared_group  # type: ignore[assignment]
 
 
 def _use_collectives_as_on_gpus() -> None:
     """Use collectives, as on GPUs. test_p2p_collectives.py tests the point-to-point messages that CPUs use instead."""
     from dist_llm.parallel import p2p_collectives
 
-    p2p_collectives.uses_p2p = lambda device: False
+    p2p_collectives.uses_p2p = lambda device_type: False
