@@ -16,20 +16,20 @@ import dist_llm
 from dist_llm import compat
 
 PACKAGE = Path(dist_llm.__file__).parent
-COMPAT = {"compat.py", "engines/deepspeed_compat.py"}
+COMPAT_FILES = {"compat.py", "engines/deepspeed_compat.py"}
 
-# Private names of other libraries, and of the interpreter: not torch's, and stable for years.
-ALLOWED = {
+# (file, private name). These names belong to libraries other than torch, or to the interpreter, and rarely change.
+ALLOWED_NAMES = {
     ("text/build_tokenizer.py", "_pat_str"),  # tiktoken, which has no other way to read a vocabulary
     ("text/build_tokenizer.py", "_mergeable_ranks"),
     ("text/build_tokenizer.py", "_special_tokens"),
-    ("checkpoint/metadata.py", "_Unpickler"),  # pickle's, in Python
+    ("checkpoint/metadata.py", "_Unpickler"),  # of pickle: the class that is written in Python
     ("convert/deepspeed_files.py", "_Pickler"),
     ("io/resumable_file.py", "_Hash"),
 }
 ALLOWED_CALLS = {"os._exit", "sys._current_frames"}
 
-# Path -> the parameters by which the package calls it, in order.
+# Path of a function -> its first parameters, which the package passes.
 SIGNATURES = {
     "torch.distributed.tensor._utils:compute_local_shape_and_global_offset": ("global_shape", "mesh", "placements"),
     "torch.distributed.device_mesh:DeviceMesh._flatten": ("self", "mesh_dim_name"),
@@ -90,12 +90,12 @@ def test_deepspeed_has_each_private_function(path):
 def check_signature(path, names):
     """Check that a function begins with these parameters and requires no others."""
     function = resolve_name(path)
-    if tuple(inspect.signature(function).parameters) == ("args", "kwargs"):  # a decorator that does not tell
+    if tuple(inspect.signature(function).parameters) == ("args", "kwargs"):  # a decorator hides the parameters
         (function,) = (cell.cell_contents for cell in function.__closure__ if inspect.isfunction(cell.cell_contents))
     parameters = list(inspect.signature(function).parameters.values())
     assert tuple(parameter.name for parameter in parameters[: len(names)]) == names
-    more = [parameter for parameter in parameters[len(names) :] if parameter.default is inspect.Parameter.empty]
-    assert all(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in more), more
+    required = [parameter for parameter in parameters[len(names) :] if parameter.default is inspect.Parameter.empty]
+    assert all(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in required), required
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -105,7 +105,7 @@ def test_torch_has_each_operation(name):
     assert tuple(argument.name for argument in schema.arguments) == OPERATIONS[name]
 
 
-def test_torch_has_each_setting():
+def test_torch_has_each_private_setting():
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
@@ -142,7 +142,7 @@ def test_a_deepspeed_pipeline_schedule_has_an_optimizer_step():
 
 
 def list_defined_names(tree: ast.Module) -> set[str]:
-    """Names that a module defines itself: functions, classes, variables, and attributes of its objects."""
+    """Return the names of functions, classes, variables and attributes that a module defines."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -161,31 +161,32 @@ def is_private(name: str) -> bool:
 TORCH_HOOKS = {"_init_group"}  # private methods of torch's classes that a subclass of ours could override
 
 
-def find_private_uses(tree: ast.Module, own: set[str]) -> Iterator[str]:
-    """Yield each use of a private name that is not our own: imports of modules or names, attributes, operations."""
+def find_private_uses(tree: ast.Module, our_names: set[str]) -> Iterator[str]:
+    """Yield each import and each attribute with a private name that is not in `our_names`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if any(map(is_private, a.name.split("."))))
+            yield from (alias.name for alias in node.names if any(map(is_private, alias.name.split("."))))
         elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("dist_llm"):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name for name in names if any(map(is_private, name.split("."))))
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
             dotted = ast.unparse(node)
             if dotted.startswith("torch.ops.aten.") or dotted in ALLOWED_CALLS:
-                continue  # an operation by its name, as it stands in every graph
-            if node.attr not in own or dotted.removeprefix("super().") in TORCH_HOOKS:
+                continue  # the name of an operation in a graph is stable
+            if node.attr not in our_names or dotted.removeprefix("super().") in TORCH_HOOKS:
                 yield dotted
 
 
 def find_forbidden_uses(root: Path) -> list[str]:
+    """Return `file: name` for each use of a foreign private name outside of the compat files."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(root.rglob("*.py"))}
-    own = set().union(*map(list_defined_names, trees.values()))
+    our_names = set().union(*map(list_defined_names, trees.values()))
     return [
         f"{file}: {use}"
         for path, tree in trees.items()
-        if (file := str(path.relative_to(root))) not in COMPAT
-        for use in find_private_uses(tree, own)
-        if (file, use.rpartition(".")[2]) not in ALLOWED
+        if (file := str(path.relative_to(root))) not in COMPAT_FILES
+        for use in find_private_uses(tree, our_names)
+        if (file, use.rpartition(".")[2]) not in ALLOWED_NAMES
     ]
 
 
@@ -213,7 +214,7 @@ def test_a_private_use_is_detected(line, tmp_path):
 
 
 def test_our_own_private_names_are_allowed(tmp_path):
-    text = "import torch\nclass A:\n    def __init__(self):\n        self._a = torch.ops.aten._scaled_mm\n"
-    text += "def f(a):\n    return a._a\n"
-    (tmp_path / "planted.py").write_text(text, encoding="utf-8")
+    source = "import torch\nclass A:\n    def __init__(self):\n        self._a = torch.ops.aten._scaled_mm\n"
+    source += "def f(a):\n    return a._a\n"
+    (tmp_path / "planted.py").write_text(source, encoding="utf-8")
     assert find_forbidden_uses(tmp_path) == []

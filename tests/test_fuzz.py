@@ -1,7 +1,7 @@
-"""Every reader, on damaged or hostile files, reads them or raises a named error.
+"""Each reader of files either reads a damaged or hostile file or raises a UserError.
 
-Readers never leak other exceptions, hang, or allocate memory that a file only claims to need: the tests limit time and
-address space.
+A reader must not raise another exception, hang, or allocate memory for a size that a file only declares. The tests
+limit the time and the address space.
 """
 
 import base64
@@ -67,24 +67,24 @@ from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.training.resume import EarlierSteps
 from tests.text.test_token_files import build_megatron_index
 
-MARGIN_BYTES = 1 << 29  # of address space that a reader may use, for files of some kilobytes
-SECONDS = 60  # until a reader counts as hanging
+MAX_READER_BYTES = 1 << 29  # address space that a reader may use; the files have some kilobytes
+TIMEOUT_SECONDS = 60  # after this time a reader counts as hanging
 NUM_MUTATIONS, NUM_SLOW_MUTATIONS = 8, 400  # per reader
 
 MODEL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "head_dim": 4, "d_ff": 16, "vocab_size": 64,
          "vocab_multiple": 1, "max_seq_len": 16}  # fmt: skip
 GPT2 = {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu_tanh", "tie_embeddings": True}
 ROWS = [{"text": f"row {n} é\n", "n": n} for n in range(20)]
-BYTES = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
+BYTE_TOKENIZER = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
 
 
 class HangError(BaseException):
-    """Raised when a reader takes too long; not an `Exception`, which readers may catch."""
+    """A reader takes too long. The class is not an `Exception`, because readers may catch those."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Functions that write valid files into a folder and read all of their content."""
+    """Two functions of a folder: `write` writes valid files into it, and `read` reads all content of the files."""
 
     write: Callable[[Path], None]
     read: Callable[[Path], object]
@@ -101,7 +101,7 @@ def make_config(**model: Any) -> Config:
 
 
 def make_weights(config: Config, moments: Collection[str] = ()) -> DictWeights:
-    """Make random weights, with AdamW's state for the parameters in `moments`."""
+    """Return random weights, with the AdamW state of the parameters in `moments`."""
     tensors = {}
     for name, shape in hf_convert.model_shapes(config.model).items():
         tensors[f"model.{name}"] = torch.randn(shape)
@@ -119,16 +119,16 @@ def read_all(weights: Weights) -> None:
 # Corpora
 
 
-def write_corpus(directory: Path, prompts: bool = False) -> None:
+def write_corpus(directory: Path, has_prompts: bool = False) -> None:
     shards = {}
     for split in SPLITS:
-        with ShardWriter(directory, split, "uint16", 60, prompts) as writer:
+        with ShardWriter(directory, split, "uint16", max_tokens=60, has_prompts=has_prompts) as writer:
             for length in (20, 5, 30, 17, 40):
                 ids = np.append(np.arange(length - 1) % 256, 256)
-                writer.extend(ids, np.array([length]), np.array([length]), np.array([3]))
+                writer.extend(ids, ends=np.array([length]), text_bytes=np.array([length]), prompt_tokens=np.array([3]))
             shards[split] = writer.close()
-    BYTES.save(directory)
-    Manifest("uint16", 257, BYTES.sha256, ("text",), shards, prompts=prompts).save(directory)
+    BYTE_TOKENIZER.save(directory)
+    Manifest("uint16", 257, BYTE_TOKENIZER.sha256, ("text",), shards, prompts=has_prompts).save(directory)
 
 
 def read_corpus(directory: Path) -> None:
@@ -140,9 +140,9 @@ def read_corpus(directory: Path) -> None:
         corpus.compute_document_ids(starts, 16)
         corpus.compute_loss_mask(starts, 16)
         list(corpus.iter_documents(0, corpus.num_tokens))
-        for packed in (False, True):
-            windows = PackedWindows(corpus, Lengths(17, 16, 16), packed)
-            windows.read(np.arange(windows.count), False)
+        for is_packed in (False, True):
+            windows = PackedWindows(corpus, Lengths(window=17, stride=16, inputs=16), is_packed)
+            windows.read(np.arange(windows.num_windows), score_prompts=False)
 
 
 def write_megatron(directory: Path) -> None:
@@ -152,11 +152,13 @@ def write_megatron(directory: Path) -> None:
 
 
 def write_llmc(directory: Path) -> None:
-    header = np.array([20240520, 1, 70, *[0] * 253], "<i4")
+    header = np.array([20240520, 1, 70, *[0] * 253], "<i4")  # magic number, version, number of ids, zeros
     (directory / "x.bin").write_bytes(header.tobytes() + np.arange(70).astype("<u2").tobytes())
 
 
-def adopt_and_read(kind: str, name: str = "x.bin", **options: Any) -> Callable[[Path], None]:
+def make_adopt_and_read(kind: str, name: str = "x.bin", **options: Any) -> Callable[[Path], None]:
+    """Return a function that adopts the token file `name` of a folder and reads the corpus."""
+
     def read(directory: Path) -> None:
         out = directory / "out"
         files = str(directory / name)
@@ -185,13 +187,16 @@ def write_checkpoint(directory: Path) -> None:
         "data.json": data_history.dump_history((segment,)),
         "probe.json": b'{"format": "dist_llm probe 1", "loss": 1.5, "logits": [1.0, null], "precision": "fp32", '
         b'"weights": "fp32"}',
-        "tokenizer.json": BYTES.to_json_bytes(),
+        "tokenizer.json": BYTE_TOKENIZER.to_json_bytes(),
     }
     write_native(directory, make_weights(config, {"head.norm.weight"}), files)
 
 
 def read_checkpoint(directory: Path) -> None:
-    """Read all content, even after a problem in the manifest: who can change one file can change the manifest, too."""
+    """Read all files, also after an error in the manifest.
+
+    An attacker who changes a file can change its hash in the manifest too.
+    """
     folder = CheckpointFolder(directory)
     problems: list[UserError] = []
     for read in (
@@ -209,10 +214,10 @@ def read_checkpoint(directory: Path) -> None:
         except UserError as error:
             problems.append(error)
     if problems:
-        raise problems[-1]  # the first problems are those of hashes
+        raise problems[-1]  # the first problems are wrong hashes
 
 
-def write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
+def make_write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         config = make_config(**model)
         hf_convert.export_hf(make_weights(config), config, None, directory / "hf", family, shard_bytes=3000)
@@ -224,7 +229,7 @@ def write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
 
 
 def write_hf_bin(directory: Path, sharded: bool = True) -> None:
-    write_hf("gpt2", GPT2)(directory)
+    make_write_hf("gpt2", GPT2)(directory)
     weights = open_huggingface(directory)
     names = sorted(weights.shapes)
     names_by_file = {"a.bin": names[::2], "b.bin": names[1::2]} if sharded else {"pytorch_model.bin": names}
@@ -238,7 +243,7 @@ def write_hf_bin(directory: Path, sharded: bool = True) -> None:
 
 
 def write_legacy_bin(directory: Path) -> None:
-    """Write in the format of torch before version 1.6."""
+    """Write the weights in the format of torch before version 1.6."""
     write_hf_bin(directory, sharded=False)
     file = directory / "pytorch_model.bin"
     torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
@@ -262,7 +267,9 @@ def read_nanogpt(directory: Path) -> None:
     read_all(hf_convert.from_huggingface(weights, model, "nanogpt"))
 
 
-def write_ds(universal: bool, stage: int = 2) -> Callable[[Path], None]:
+def make_write_deepspeed(universal: bool, stage: int = 2) -> Callable[[Path], None]:
+    """Return a function that writes a universal or a ZeRO checkpoint of DeepSpeed."""
+
     def write(directory: Path) -> None:
         config = make_config()
         names = list(hf_convert.model_shapes(config.model))
@@ -271,7 +278,9 @@ def write_ds(universal: bool, stage: int = 2) -> Callable[[Path], None]:
             write_universal(directory, weights, step=3)
         else:
             settings = [{"lr": 0.1}]
-            write_deepspeed(directory, weights, stage, 2, groups=[names], settings=settings, step=3, shared={})
+            write_deepspeed(
+                directory, weights, stage, world_size=2, groups=[names], settings=settings, step=3, shared={}
+            )
 
     return write
 
@@ -283,7 +292,7 @@ def write_parquet(directory: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), directory / "x.parquet")
 
 
-def write_table(name: str, delimiter: str) -> Callable[[Path], None]:
+def make_write_table(name: str, delimiter: str) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         with (directory / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, ["text", "n"], delimiter=delimiter)
@@ -293,20 +302,20 @@ def write_table(name: str, delimiter: str) -> Callable[[Path], None]:
     return write
 
 
-def json_lines() -> bytes:
+def encode_json_lines() -> bytes:
     return b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 
 
-def write_bytes(name: str, content: Callable[[], bytes]) -> Callable[[Path], None]:
+def make_write_bytes(name: str, content: Callable[[], bytes]) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_bytes(content()) and None
 
 
 def read_text(directory: Path, **keys: Any) -> None:
     inputs = open_inputs([str(directory)], RowKeys(**keys))
-    tally = RowCounts(max_bad_rate=1.0)
-    for document in iter_documents(inputs, tally):
+    row_counts = RowCounts(max_bad_rate=1.0)
+    for document in iter_documents(inputs, row_counts):
         document.text.encode()
-    tally.check()
+    row_counts.check()
 
 
 def read_metrics(directory: Path) -> None:
@@ -314,13 +323,13 @@ def read_metrics(directory: Path) -> None:
     MetricsFile(directory / "metrics.jsonl", 3).close()
 
 
-def metrics() -> bytes:
+def encode_metrics() -> bytes:
     rows = [{"step": step, "loss": 5.0 / step, "lr": 1e-3} for step in range(1, 9)]
     return b"".join(json.dumps(row).encode() + b"\n" for row in [*rows[:4], {"step": 4, "event": "x"}, *rows[4:]])
 
 
 def write_metrics(directory: Path) -> None:
-    (directory / "metrics.jsonl").write_bytes(metrics())
+    (directory / "metrics.jsonl").write_bytes(encode_metrics())
     (directory / "config.yaml").write_text(dump(make_config()))
 
 
@@ -336,111 +345,131 @@ def write_yaml(directory: Path) -> None:
 
 
 def write_tiktoken(directory: Path) -> None:
-    rows = (base64.b64encode(bytes([byte])) + f" {byte}\n".encode() for byte in range(256))
-    (directory / "x.tiktoken").write_bytes(b"".join(rows))
+    lines = (base64.b64encode(bytes([byte])) + f" {byte}\n".encode() for byte in range(256))
+    (directory / "x.tiktoken").write_bytes(b"".join(lines))
 
 
-def read_tokenizer(name: str) -> Callable[[Path], object]:
+def make_read_tokenizer(name: str) -> Callable[[Path], object]:
     return lambda directory: build_tokenizer(str(directory / name), None, lambda: ()).encode("some text")
 
 
 def write_report(directory: Path) -> None:
-    table = InputFileCounts()
-    table.add("read", directory / "x.jsonl", 100)
-    Report({"source": ["x"]}, 10, 1, inputs=table, unreadable={"y": (3, "gone")}).save(directory)
+    file_counts = InputFileCounts()
+    file_counts.add("read", directory / "x.jsonl", 100)
+    Report({"source": ["x"]}, 10, 1, inputs=file_counts, unreadable={"y": (3, "gone")}).save(directory)
 
 
+# By the kind of the files. A name is part of the random seed of its mutations.
 READERS: dict[str, Reader] = {
     "corpus": Reader(write_corpus, read_corpus),
-    "corpus with prompts": Reader(lambda directory: write_corpus(directory, prompts=True), read_corpus),
-    "megatron": Reader(write_megatron, adopt_and_read("megatron")),
+    "corpus with prompts": Reader(lambda directory: write_corpus(directory, has_prompts=True), read_corpus),
+    "megatron": Reader(write_megatron, make_adopt_and_read("megatron")),
     "nanogpt bin": Reader(
-        lambda directory: np.arange(70).astype("<u2").tofile(directory / "x.bin"), adopt_and_read("bin", dtype="uint16")
+        lambda directory: np.arange(70).astype("<u2").tofile(directory / "x.bin"),
+        make_adopt_and_read("bin", dtype="uint16"),
     ),
     "npy": Reader(
-        lambda directory: np.save(directory / "x.npy", np.arange(70).astype("u2")), adopt_and_read("npy", "x.npy")
+        lambda directory: np.save(directory / "x.npy", np.arange(70).astype("u2")), make_adopt_and_read("npy", "x.npy")
     ),
-    "llmc": Reader(write_llmc, adopt_and_read("llmc")),
+    "llmc": Reader(write_llmc, make_adopt_and_read("llmc")),
     "checkpoint": Reader(write_checkpoint, read_checkpoint),
-    "safetensors": Reader(write_hf("llama", {}), read_hf),
-    "gpt2": Reader(write_hf("gpt2", GPT2), read_hf),
+    "safetensors": Reader(make_write_hf("llama", {}), read_hf),
+    "gpt2": Reader(make_write_hf("gpt2", GPT2), read_hf),
     "pytorch_model.bin": Reader(lambda directory: write_hf_bin(directory, sharded=False), read_hf),
     "pytorch_model.bin of many": Reader(write_hf_bin, read_hf),
     "pytorch_model.bin of old": Reader(write_legacy_bin, read_hf),
     "ckpt.pt": Reader(write_nanogpt, read_nanogpt),
-    "zero 1": Reader(write_ds(False, 1), lambda directory: read_all(open_deepspeed(directory))),
-    "zero 3": Reader(write_ds(False, 3), lambda directory: read_all(open_deepspeed(directory))),
-    "universal": Reader(write_ds(True), lambda directory: read_all(open_deepspeed(directory))),
+    "zero 1": Reader(
+        make_write_deepspeed(universal=False, stage=1), lambda directory: read_all(open_deepspeed(directory))
+    ),
+    "zero 3": Reader(
+        make_write_deepspeed(universal=False, stage=3), lambda directory: read_all(open_deepspeed(directory))
+    ),
+    "universal": Reader(make_write_deepspeed(universal=True), lambda directory: read_all(open_deepspeed(directory))),
     "yaml": Reader(write_yaml, read_yaml),
-    "json lines": Reader(write_bytes("x.jsonl", json_lines), read_text),
+    "json lines": Reader(make_write_bytes("x.jsonl", encode_json_lines), read_text),
     "parquet": Reader(write_parquet, read_text),
-    "csv": Reader(write_table("x.csv", ","), read_text),
-    "tsv": Reader(write_table("x.tsv", "\t"), read_text),
-    "text": Reader(write_bytes("x.txt", json_lines), lambda directory: read_text(directory, separator="row")),
-    "gz": Reader(write_bytes("x.jsonl.gz", lambda: gzip.compress(json_lines())), read_text),
-    "zst": Reader(write_bytes("x.jsonl.zst", lambda: zstandard.compress(json_lines())), read_text),
-    "xz": Reader(write_bytes("x.jsonl.xz", lambda: lzma.compress(json_lines())), read_text),
-    "bz2": Reader(write_bytes("x.jsonl.bz2", lambda: bz2.compress(json_lines())), read_text),
+    "csv": Reader(make_write_table("x.csv", ","), read_text),
+    "tsv": Reader(make_write_table("x.tsv", "\t"), read_text),
+    "text": Reader(
+        make_write_bytes("x.txt", encode_json_lines), lambda directory: read_text(directory, separator="row")
+    ),
+    "gz": Reader(make_write_bytes("x.jsonl.gz", lambda: gzip.compress(encode_json_lines())), read_text),
+    "zst": Reader(make_write_bytes("x.jsonl.zst", lambda: zstandard.compress(encode_json_lines())), read_text),
+    "xz": Reader(make_write_bytes("x.jsonl.xz", lambda: lzma.compress(encode_json_lines())), read_text),
+    "bz2": Reader(make_write_bytes("x.jsonl.bz2", lambda: bz2.compress(encode_json_lines())), read_text),
     "metrics": Reader(write_metrics, read_metrics),
-    "tokenizer.json": Reader(BYTES.save, lambda directory: Tokenizer.load(directory).encode("some text")),
-    "tiktoken": Reader(write_tiktoken, read_tokenizer("x.tiktoken")),
-    "tokenizer of hf": Reader(lambda directory: export_tokenizer(BYTES, directory), import_tokenizer),
+    "tokenizer.json": Reader(BYTE_TOKENIZER.save, lambda directory: Tokenizer.load(directory).encode("some text")),
+    "tiktoken": Reader(write_tiktoken, make_read_tokenizer("x.tiktoken")),
+    "tokenizer of hf": Reader(lambda directory: export_tokenizer(BYTE_TOKENIZER, directory), import_tokenizer),
     "prepare's report": Reader(write_report, Report.load),
 }
 
-CLAIMS = [-1, 0, 1, -(2**31), 2**31 - 1, 2**32 - 1, 10**15, 2**63 - 1, -(2**63)]
-VALUES = [None, True, -1, 0, 10**15, 2**64, -(10**400), 1e308, float("nan"), float("inf"), "", "x", "../x",
+SIZE_CLAIMS = [-1, 0, 1, -(2**31), 2**31 - 1, 2**32 - 1, 10**15, 2**63 - 1, -(2**63)]
+WRONG_VALUES = [None, True, -1, 0, 10**15, 2**64, -(10**400), 1e308, float("nan"), float("inf"), "", "x", "../x",
           "/etc/passwd", "a\0b", "\ud800", [], {}, [[]], {"a": 1}, 2.5]  # fmt: skip
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-    """Damage the content, or change sizes in it; in JSON also change the types of values."""
-    kinds = [_truncate, _extend, _flip, _flip, _swap, _claim, _claim, _replace_number, _replace_number, _splice]
+    """Damage the content, or change sizes in it. In JSON also change the types of values."""
+    mutations = [
+        _truncate,
+        _append_bytes,
+        _flip_bits,
+        _flip_bits,
+        _swap_halves,
+        _replace_binary_number,
+        _replace_binary_number,
+        _replace_number,
+        _replace_number,
+        _delete_or_repeat_range,
+    ]
     if content[:1] in (b"{", b"["):
-        kinds += [_replace_value] * 8
-    return rng.choice(kinds)(content, rng)
+        mutations += [_replace_value] * 8
+    return rng.choice(mutations)(content, rng)
 
 
 def _truncate(content: bytes, rng: random.Random) -> bytes:
     return content[: rng.choice([0, 1, len(content) - 1, rng.randrange(len(content) + 1)])]
 
 
-def _extend(content: bytes, rng: random.Random) -> bytes:
+def _append_bytes(content: bytes, rng: random.Random) -> bytes:
     return content + rng.choice([b"\0", bytes(8), rng.randbytes(100), content, b"[" * 100_000, b"{" * 100_000])
 
 
-def _flip(content: bytes, rng: random.Random) -> bytes:
+def _flip_bits(content: bytes, rng: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(rng.choice([1, 1, 3, 10]) if changed else 0):
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
-def _swap(content: bytes, rng: random.Random) -> bytes:
-    first, second = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    return content[second:] + content[first:second] + content[:first]
+def _swap_halves(content: bytes, rng: random.Random) -> bytes:
+    start, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    return content[end:] + content[start:end] + content[:start]
 
 
-def _splice(content: bytes, rng: random.Random) -> bytes:
-    """Delete or repeat a range."""
-    first, second = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-    return rng.choice([content[:first] + content[second:], content[:second] + content[first:]])
+def _delete_or_repeat_range(content: bytes, rng: random.Random) -> bytes:
+    start, end = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    return rng.choice([content[:start] + content[end:], content[:end] + content[start:]])
 
 
-def _claim(content: bytes, rng: random.Random) -> bytes:
+def _replace_binary_number(content: bytes, rng: random.Random) -> bytes:
     """Overwrite a binary number, mostly one in the header."""
-    claim = rng.choice(CLAIMS)
-    width = rng.choice([4, 8])
-    packed = struct.pack("<q", claim)[:width] if width == 8 or claim >= 0 else struct.pack("<i", max(claim, -(2**31)))
+    size = rng.choice(SIZE_CLAIMS)
+    num_bytes = rng.choice([4, 8])
+    packed = struct.pack("<q", size)[:num_bytes]
+    if num_bytes == 4 and size < 0:
+        packed = struct.pack("<i", max(size, -(2**31)))
     offset = rng.randrange(min(len(content), rng.choice([64, 64, len(content)])) + 1)
-    return content[:offset] + packed + content[offset + width :]
+    return content[:offset] + packed + content[offset + num_bytes :]
 
 
 def _replace_number(content: bytes, rng: random.Random) -> bytes:
     """Replace a decimal number by another number or by something else."""
     matches = list(re.finditer(rb"-?\d+(\.\d+)?", content))
     if not matches:
-        return _claim(content, rng)
+        return _replace_binary_number(content, rng)
     match = rng.choice(matches)
     value = rng.choice(
         [b"-1", b"0", b"1000000000000000", b"9" * 30, b"9" * 5000, b"1e999", b"null", b'"x"', b"[]", b""]
@@ -449,13 +478,13 @@ def _replace_number(content: bytes, rng: random.Random) -> bytes:
 
 
 def _replace_value(content: bytes, rng: random.Random) -> bytes:
-    """Change the type of a value, or delete or add a key, anywhere in a JSON file."""
+    """Change the type of a value in a JSON file, or delete or rename a key."""
     try:
-        raw = json.loads(content)
+        document = json.loads(content)
     except ValueError:
-        return _flip(content, rng)
+        return _flip_bits(content, rng)
     nodes: list[tuple[Any, Any]] = []
-    stack = [raw]
+    stack = [document]
     while stack:
         node = stack.pop()
         keys = list(node) if isinstance(node, dict) else range(len(node))
@@ -465,44 +494,47 @@ def _replace_value(content: bytes, rng: random.Random) -> bytes:
             if isinstance(node[key], dict | list):
                 stack.append(node[key])
     if not nodes:
-        return json.dumps(rng.choice(VALUES)).encode()
+        return json.dumps(rng.choice(WRONG_VALUES)).encode()
     node, key = rng.choice(nodes)
-    kind = rng.random()
-    if isinstance(node, dict) and kind < 0.2:
+    choice = rng.random()
+    if isinstance(node, dict) and choice < 0.2:
         del node[key]
-    elif isinstance(node, dict) and kind < 0.3:
+    elif isinstance(node, dict) and choice < 0.3:
         node[rng.choice(["x", "", "../x", "__class__"])] = node.pop(key)
     else:
-        node[key] = rng.choice(VALUES)
-    return json.dumps(raw).encode()
+        node[key] = rng.choice(WRONG_VALUES)
+    return json.dumps(document).encode()
 
 
 @contextmanager
-def limits() -> Iterator[None]:
-    """Limit the memory and the time of the block."""
+def limit_memory_and_time() -> Iterator[None]:
+    """Limit the address space and the time of the block."""
 
-    def hang(*_: object) -> None:
+    def raise_hang_error(*_: object) -> None:
         raise HangError
 
-    status = Path("/proc/self/statm").read_text().split()
+    num_pages = int(Path("/proc/self/statm").read_text().split()[0])
     old_limits = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (int(status[0]) * resource.getpagesize() + MARGIN_BYTES, old_limits[1]))
+    old_handler = signal.signal(signal.SIGALRM, raise_hang_error)
+    signal.alarm(TIMEOUT_SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (num_pages * resource.getpagesize() + MAX_READER_BYTES, old_limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, old_limits)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, old_handler)
 
 
 @pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Make the folder of a reader once, and check that the reader reads it without an error."""
+def get_valid_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from the name of a reader to a folder with valid files.
+
+    The function writes the folder once and checks that the reader reads it.
+    """
     folders: dict[str, Path] = {}
 
-    def make(name: str) -> Path:
+    def write_once(name: str) -> Path:
         if name not in folders:
             torch.manual_seed(0)
             folder = tmp_path_factory.mktemp("valid") / "folder"
@@ -514,35 +546,38 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             folders[name] = folder
         return folders[name]
 
-    return make
+    return write_once
 
 
-def fuzz(name: str, numbers: range, folder: Path, directory: Path) -> None:
+def read_mutations(name: str, mutation_ids: range, folder: Path, directory: Path) -> None:
+    """Damage a file in a copy of `folder` and read the copy, once for each mutation id."""
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    for number in numbers:
-        rng = random.Random(f"{name} {number}")
-        target = directory / str(number)
+    for mutation_id in mutation_ids:
+        rng = random.Random(f"{name} {mutation_id}")
+        target = directory / str(mutation_id)
         shutil.copytree(folder, target)
-        path = target / (files[number % len(files)] if number < len(files) else rng.choice(files))
+        path = target / (files[mutation_id % len(files)] if mutation_id < len(files) else rng.choice(files))
         content = path.read_bytes()
         path.write_bytes(mutate(content, rng))
         try:
-            with limits():
+            with limit_memory_and_time():
                 READERS[name].read(target)
         except UserError:
             pass
         except BaseException as error:
-            error.add_note(f"{name}, mutation {number}: {path}")
+            error.add_note(f"{name}, mutation {mutation_id}: {path}")
             raise
         shutil.rmtree(target)
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_files_are_read_or_raise_a_named_error(name: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
-    fuzz(name, range(NUM_MUTATIONS), valid(name), tmp_path)
+def test_damaged_files_are_read_or_raise_a_named_error(
+    name: str, get_valid_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    read_mutations(name, range(NUM_MUTATIONS), get_valid_folder(name), tmp_path)
 
 
-class Command:
+class ShellCommand:
     """An object whose pickle runs a shell command when it is loaded."""
 
     def __init__(self, file: Path) -> None:
@@ -566,24 +601,26 @@ class Command:
         ("universal", "fp32.pt"),
     ],
 )
-def test_reading_runs_no_command(name: str, file: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
-    folder, proof = tmp_path / "folder", tmp_path / "ran"
-    shutil.copytree(valid(name), folder)
+def test_reading_runs_no_command(name: str, file: str, get_valid_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder, marker = tmp_path / "folder", tmp_path / "ran"  # the command would write the marker
+    shutil.copytree(get_valid_folder(name), folder)
     path = next(folder.rglob(file))
     if file == ".metadata":
-        path.write_bytes(pickle.dumps(Command(proof)))
+        path.write_bytes(pickle.dumps(ShellCommand(marker)))
     elif file.endswith(".distcp"):
         content = io.BytesIO()
-        torch.save({"param": Command(proof)}, content)
+        torch.save({"param": ShellCommand(marker)}, content)
         path.write_bytes(content.getvalue() + path.read_bytes()[len(content.getvalue()) :])
     else:
-        torch.save({"param": torch.ones(2), "x": Command(proof)}, path)
+        torch.save({"param": torch.ones(2), "x": ShellCommand(marker)}, path)
     with pytest.raises(UserError):
         READERS[name].read(folder)
-    assert not proof.exists()
+    assert not marker.exists()
 
 
-def change(file: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+def make_replace(file: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+    """Return an edit of a folder that replaces `old` by `new` in a file."""
+
     def edit(directory: Path) -> None:
         content = (directory / file).read_bytes()
         assert old in content, content[:1000]
@@ -592,7 +629,9 @@ def change(file: str, old: bytes, new: bytes) -> Callable[[Path], None]:
     return edit
 
 
-def claim(file: str, offset: int, layout: str, value: int) -> Callable[[Path], None]:
+def make_claim(file: str, offset: int, layout: str, value: int) -> Callable[[Path], None]:
+    """Return an edit that overwrites the binary number at a byte offset. `layout` is its format in `struct`."""
+
     def edit(directory: Path) -> None:
         content = bytearray((directory / file).read_bytes())
         struct.pack_into(layout, content, offset, value)
@@ -601,12 +640,12 @@ def claim(file: str, offset: int, layout: str, value: int) -> Callable[[Path], N
     return edit
 
 
-def change_torch_file(file: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
-    """Return an edit of the content of a file of torch.save."""
+def make_torch_edit(file: str, edit_content: Callable[[Any], object]) -> Callable[[Path], None]:
+    """Return an edit of the object in a file of torch.save."""
 
     def edit(directory: Path) -> None:
         content = torch.load(directory / file, weights_only=True)
-        change(content)
+        edit_content(content)
         torch.save(content, directory / file)
 
     return edit
@@ -615,93 +654,136 @@ def change_torch_file(file: str, change: Callable[[Any], object]) -> Callable[[P
 def enlarge_tensor(directory: Path) -> None:
     """Claim 10**15 elements for a tensor in `.metadata`."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
-    entry = next(each for name, each in metadata.state_dict_metadata.items() if name.endswith("tokens.weight"))
+    entry = next(entry for name, entry in metadata.state_dict_metadata.items() if name.endswith("tokens.weight"))
     entry.size = torch.Size((10**12, 1000))
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def enlarge_tensor_consistently(directory: Path) -> None:
-    """Claim the same consistently in all fields of `.metadata`."""
+    """Claim 10**15 elements for a tensor, in all fields of `.metadata` that tell its size."""
     metadata = pickle.loads((directory / ".metadata").read_bytes())
     name = next(name for name in metadata.state_dict_metadata if name.endswith("tokens.weight"))
     entry = metadata.state_dict_metadata[name]
     entry.size = entry.chunks[0].sizes = torch.Size((10**12, 1000))
-    for index, stored in metadata.storage_data.items():
+    for index, storage in metadata.storage_data.items():
         if index.fqn == name:
-            stored.length = 10**16
+            storage.length = 10**16
     (directory / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
-OUTSIDE = b'"file": "../train-00000.bin"'
-ABSOLUTE = b'"file": "/etc/passwd"'
-HUGE = 10**15
-HOSTILE: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "tokens": ("corpus", change("manifest.json", b'"tokens": 55', b'"tokens": 1000000000000000'), "less than or equal"),
-    "documents": ("corpus", change("manifest.json", b'"documents": 3', b'"documents": 99999999999'), "truncated at"),
-    "offset": ("corpus", claim("train-00000.offsets", 16, "<Q", 2**63 + 5), "document offsets do not ascend within"),
-    "far offset": ("corpus", claim("train-00000.offsets", 16, "<Q", HUGE), "document offsets do not ascend within"),
-    "prompt": ("corpus with prompts", claim("train-00000.offsets", 8, "<Q", HUGE), "document offsets do not ascend"),
-    "shard outside": ("corpus", change("manifest.json", b'"file": "train-00000.bin"', OUTSIDE), "outside the corpus"),
-    "shard of root": ("corpus", change("manifest.json", b'"file": "train-00000.bin"', ABSOLUTE), "outside the corpus"),
-    "sequences": ("megatron", claim("x.idx", 18, "<Q", HUGE), "truncated: .* but 1000000000000000 sequences"),
-    "negative sequence": ("megatron", claim("x.idx", 38, "<i", -3), "byte 38: sequence 1 has -3 tokens"),
-    "safetensors header": ("safetensors", claim("model-00001-of-00003.safetensors", 0, "<Q", HUGE), "cannot be read"),
+# A YAML file whose aliases expand to 9**11 values.
+YAML_ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+FILE_OUTSIDE = b'"file": "../train-00000.bin"'
+ABSOLUTE_FILE = b'"file": "/etc/passwd"'
+HUGE_SIZE = 10**15
+# What the file claims: (reader, edit of the valid folder, pattern of the error)
+HOSTILE_EDITS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "tokens": (
+        "corpus",
+        make_replace("manifest.json", b'"tokens": 55', b'"tokens": 1000000000000000'),
+        "less than or equal",
+    ),
+    "documents": (
+        "corpus",
+        make_replace("manifest.json", b'"documents": 3', b'"documents": 99999999999'),
+        "truncated at",
+    ),
+    "offset": (
+        "corpus",
+        make_claim("train-00000.offsets", 16, "<Q", 2**63 + 5),
+        "document offsets do not ascend within",
+    ),
+    "far offset": (
+        "corpus",
+        make_claim("train-00000.offsets", 16, "<Q", HUGE_SIZE),
+        "document offsets do not ascend within",
+    ),
+    "prompt": (
+        "corpus with prompts",
+        make_claim("train-00000.offsets", 8, "<Q", HUGE_SIZE),
+        "document offsets do not ascend",
+    ),
+    "shard outside": (
+        "corpus",
+        make_replace("manifest.json", b'"file": "train-00000.bin"', FILE_OUTSIDE),
+        "outside the corpus",
+    ),
+    "shard of root": (
+        "corpus",
+        make_replace("manifest.json", b'"file": "train-00000.bin"', ABSOLUTE_FILE),
+        "outside the corpus",
+    ),
+    "sequences": ("megatron", make_claim("x.idx", 18, "<Q", HUGE_SIZE), "truncated: .* but 1000000000000000 sequences"),
+    "negative sequence": ("megatron", make_claim("x.idx", 38, "<i", -3), "byte 38: sequence 1 has -3 tokens"),
+    "safetensors header": (
+        "safetensors",
+        make_claim("model-00001-of-00003.safetensors", 0, "<Q", HUGE_SIZE),
+        "cannot be read",
+    ),
     "safetensors index": (
         "safetensors",
-        change("model.safetensors.index.json", b"model-00001-of", b"../model-00001-of"),
+        make_replace("model.safetensors.index.json", b"model-00001-of", b"../model-00001-of"),
         "names a file outside its directory",
     ),
     "torch index": (
         "pytorch_model.bin of many",
-        change("pytorch_model.bin.index.json", b'"a.bin"', b'"/etc/passwd"'),
+        make_replace("pytorch_model.bin.index.json", b'"a.bin"', b'"/etc/passwd"'),
         "names a file outside its directory",
     ),
     "layers": (
         "gpt2",
-        change("config.json", b'"n_layer": 1', b'"n_layer": 1000000000000000'),
+        make_replace("config.json", b'"n_layer": 1', b'"n_layer": 1000000000000000'),
         "not a number of layers",
     ),
-    "width": ("gpt2", change("config.json", b'"n_embd": 8', b'"n_embd": 1000000000000000'), "less than or equal"),
+    "width": ("gpt2", make_replace("config.json", b'"n_embd": 8', b'"n_embd": 1000000000000000'), "less than or equal"),
     "expanded tensor": (
         "ckpt.pt",
-        change_torch_file(
-            "ckpt.pt", lambda all: all["model"].update({"transformer.wpe.weight": torch.ones(1, 1).expand(HUGE, 8)})
+        make_torch_edit(
+            "ckpt.pt",
+            lambda content: content["model"].update({"transformer.wpe.weight": torch.ones(1, 1).expand(HUGE_SIZE, 8)}),
         ),
         "larger than the file",
     ),
     "sparse tensor": (
         "ckpt.pt",
-        change_torch_file("ckpt.pt", lambda all: all["model"].update(x=torch.ones(1).to_sparse())),
+        make_torch_edit("ckpt.pt", lambda content: content["model"].update(x=torch.ones(1).to_sparse())),
         "no plain tensor",
     ),
     "larger tensor": ("checkpoint", enlarge_tensor, "has shape .* but 512 elements in its chunks"),
     "longer tensor": ("checkpoint", enlarge_tensor_consistently, "but its tensors end at byte"),
-    "tag outside": ("zero 1", change("latest", b"global_step3", b"../x"), "does not name a directory beside it"),
+    "tag outside": ("zero 1", make_replace("latest", b"global_step3", b"../x"), "does not name a directory beside it"),
     "ranks": (
         "zero 1",
-        change_torch_file("global_step3/mp_rank_00_model_states.pt", lambda all: all.update(dp_world_size=HUGE)),
+        make_torch_edit(
+            "global_step3/mp_rank_00_model_states.pt", lambda content: content.update(dp_world_size=HUGE_SIZE)
+        ),
         "ranks saved it",
     ),
-    "aliases": ("yaml", lambda directory: (directory / "config.yaml").write_text(ALIASES), "more than 100,000 values"),
+    "aliases": (
+        "yaml",
+        lambda directory: (directory / "config.yaml").write_text(YAML_ALIASES),
+        "more than 100,000 values",
+    ),
     "nested": ("yaml", lambda directory: (directory / "config.yaml").write_text("[" * 9999), "nested too deeply"),
     "nested manifest": ("corpus", lambda directory: (directory / "manifest.json").write_text("[" * 99999), "as JSON"),
-    "id": ("tokenizer.json", change("tokenizer.json", b": 255", b": 1000000000000000"), "below 16777216"),
+    "id": ("tokenizer.json", make_replace("tokenizer.json", b": 255", b": 1000000000000000"), "below 16777216"),
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
-def test_huge_declared_sizes_are_rejected(case: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
-    name, edit, message = HOSTILE[case]
+@pytest.mark.parametrize("hostile_claim", HOSTILE_EDITS)
+def test_hostile_files_are_rejected(
+    hostile_claim: str, get_valid_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name, edit, message = HOSTILE_EDITS[hostile_claim]
     folder = tmp_path / "folder"
-    shutil.copytree(valid(name), folder)
+    shutil.copytree(get_valid_folder(name), folder)
     edit(folder)
-    with limits(), pytest.raises(UserError, match=message):
+    with limit_memory_and_time(), pytest.raises(UserError, match=message):
         READERS[name].read(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", READERS)
-def test_many_damaged_files(name: str, valid: Callable[[str], Path], tmp_path: Path) -> None:
-    fuzz(name, range(NUM_MUTATIONS, NUM_SLOW_MUTATIONS), valid(name), tmp_path)
+def test_many_damaged_files(name: str, get_valid_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    read_mutations(name, range(NUM_MUTATIONS, NUM_SLOW_MUTATIONS), get_valid_folder(name), tmp_path)

@@ -1,6 +1,6 @@
-"""Generation samples the right tokens and prints complete characters.
+"""Text generation: prompts, sampling, the KV cache and the decoding of tokens.
 
-The KV cache changes no token. `top_k`, `top_p` and `temperature` give the expected probabilities.
+The KV cache does not change the sampled tokens. `top_k`, `top_p` and `temperature` give the expected probabilities.
 """
 
 import itertools
@@ -21,8 +21,8 @@ from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.laws.law import make_config
 
-MAX_LENGTH = 24
-GREEDY = Sampling(max_tokens=12, temperature=0)
+MAX_SEQ_LEN = 24  # tokens
+GREEDY_SAMPLING = Sampling(max_tokens=12, temperature=0)
 EOT = 256  # the end-of-document token of the byte tokenizer
 VOCABULARY = ObjectiveVocabulary(EOT + 1, EOT)
 START, MASK, MODE_S = (VOCABULARY.special_id(name) for name in ("start", "mask", "S"))
@@ -31,40 +31,42 @@ CAUSAL_CONFIG = make_config(1, {})
 
 
 def build_small_model(**changes):
-    shape = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
-    config = ModelConfig(**shape, max_seq_len=MAX_LENGTH, init_std=0.5, **changes)
+    sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
+    config = ModelConfig(**sizes, max_seq_len=MAX_SEQ_LEN, init_std=0.5, **changes)
     model = build_model(config).eval()
     for name, parameter in model.named_parameters():
         rule = get_init_rule(name, parameter.shape, config)
-        init_param_(parameter.detach(), name, rule, 0, parameter.shape, (0,) * parameter.ndim)
+        init_param_(parameter.detach(), name, rule, seed=0, shape=parameter.shape, offset=(0,) * parameter.ndim)
     return model
 
 
 @pytest.mark.parametrize(
-    "sampling", [GREEDY, Sampling(max_tokens=12, top_k=5, top_p=0.9, seed=3), Sampling(max_tokens=12, seed=4)], ids=str
+    "sampling",
+    [GREEDY_SAMPLING, Sampling(max_tokens=12, top_k=5, top_p=0.9, seed=3), Sampling(max_tokens=12, seed=4)],
+    ids=str,
 )
 @pytest.mark.parametrize("positions", ["rope", "learned", "sinusoidal"])
 def test_cache_does_not_change_tokens(positions, sampling):
     model = build_small_model(positions=positions)
     prompt_ids = [3, 1, 4, 1, 5]
-    cached = list(generate_tokens(model, Prompt(ids=prompt_ids), sampling, MAX_LENGTH))
-    assert cached == list(generate_tokens(model, Prompt(ids=prompt_ids), sampling, MAX_LENGTH, use_cache=False))
-    assert len(set(cached)) > 1, "the output varies"
+    cached = list(generate_tokens(model, Prompt(ids=prompt_ids), sampling, MAX_SEQ_LEN))
+    assert cached == list(generate_tokens(model, Prompt(ids=prompt_ids), sampling, MAX_SEQ_LEN, use_cache=False))
+    assert len(set(cached)) > 1, "all tokens are equal, so the test cannot detect a wrong cache"
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "prefix"])
 @pytest.mark.parametrize("changes", [{"positions": "relative"}, {"qk_norm": True, "logit_cap": 3.0}], ids=str)
 def test_cache_does_not_change_tokens_of_other_architectures(changes, bidirectional):
     model, prompt = build_small_model(**changes), Prompt(ids=[3, 1, 4, 1, 5], bidirectional=bidirectional)
-    cached = list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH))
-    assert cached == list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH, use_cache=False))
+    cached = list(generate_tokens(model, prompt, GREEDY_SAMPLING, MAX_SEQ_LEN))
+    assert cached == list(generate_tokens(model, prompt, GREEDY_SAMPLING, MAX_SEQ_LEN, use_cache=False))
 
 
 def test_prompt_prefix_is_bidirectional():
     model = build_small_model(positions="learned")
     ids = [3, 1, 4, 1, 5]
     (token,) = generate_tokens(
-        model, Prompt(ids=ids, bidirectional=True), Sampling(max_tokens=1, temperature=0), MAX_LENGTH
+        model, Prompt(ids=ids, bidirectional=True), Sampling(max_tokens=1, temperature=0), MAX_SEQ_LEN
     )
     logits = model(torch.tensor([ids]), mask=FULL)
     assert token == int(logits[0, -1].argmax())
@@ -77,16 +79,16 @@ def test_encoder_runs_once_per_prompt(positions):
     prompt = Prompt(ids=[7], encoder_ids=[3, 1, 4, 1, 5])
     encoder_calls = []
     model.source_norm.register_forward_hook(lambda *hook_arguments: encoder_calls.append(1))
-    cached = list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH))
-    assert len(encoder_calls) == 1, "the encoder runs once"
-    assert cached == list(generate_tokens(model, prompt, GREEDY, MAX_LENGTH, use_cache=False))
-    assert cached != list(generate_tokens(model, Prompt(ids=[7], encoder_ids=[9, 9, 2]), GREEDY, MAX_LENGTH))
+    cached = list(generate_tokens(model, prompt, GREEDY_SAMPLING, MAX_SEQ_LEN))
+    assert len(encoder_calls) == 1
+    assert cached == list(generate_tokens(model, prompt, GREEDY_SAMPLING, MAX_SEQ_LEN, use_cache=False))
+    assert cached != list(generate_tokens(model, Prompt(ids=[7], encoder_ids=[9, 9, 2]), GREEDY_SAMPLING, MAX_SEQ_LEN))
 
 
 def encode_prompt_for(prompt="ab", architecture="decoder", **objective):
-    """Encode a prompt in the format of an objective."""
-    changes = {"architecture": architecture, "vocab_size": 0}
-    return encode_prompt(make_config(1, changes, objective=objective), byte_tokenizer(), prompt)
+    """Encode a prompt for a model that was trained with this objective."""
+    config = make_config(1, {"architecture": architecture, "vocab_size": 0}, objective=objective)
+    return encode_prompt(config, make_byte_tokenizer(), prompt)
 
 
 def test_prompts_of_a_decoder_have_the_format_of_training_examples():
@@ -115,20 +117,20 @@ def test_a_prompt_of_a_mixture_uses_the_component_that_predicts_the_next_token()
     assert prompt.ids == [MODE_S, *b"ab"]
 
 
-def test_special_tokens_print_their_names():
+def test_special_tokens_are_printed_by_name():
     assert generate_with_scripted_model([MASK, *b"x", EOT])[1] == ["<mask>", "x"]
 
 
 def test_cached_generation_reads_each_token_once():
-    model, lengths = build_small_model(), []
-    model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].shape[1]))
-    list(generate_tokens(model, Prompt(ids=[1, 2, 3]), GREEDY, MAX_LENGTH))
-    assert lengths == [3] + [1] * 11
+    model, tokens_per_call = build_small_model(), []
+    model.register_forward_pre_hook(lambda module, inputs: tokens_per_call.append(inputs[0].shape[1]))
+    list(generate_tokens(model, Prompt(ids=[1, 2, 3]), GREEDY_SAMPLING, MAX_SEQ_LEN))
+    assert tokens_per_call == [3] + [1] * 11
 
 
 def test_greedy_sampling_takes_the_most_likely_token():
     model, ids = build_small_model(), [3, 1, 4]
-    for token in generate_tokens(model, Prompt(ids=ids), GREEDY, MAX_LENGTH):
+    for token in generate_tokens(model, Prompt(ids=ids), GREEDY_SAMPLING, MAX_SEQ_LEN):
         assert token == int(model(torch.tensor([ids]))[0, -1].argmax())
         ids = [*ids, token]
 
@@ -136,7 +138,7 @@ def test_greedy_sampling_takes_the_most_likely_token():
 def test_seed_determines_the_tokens():
     model = build_small_model()
     runs = [
-        list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10, seed=seed), MAX_LENGTH))
+        list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10, seed=seed), MAX_SEQ_LEN))
         for seed in (0, 1, 2, 0)
     ]
     assert runs[0] == runs[3]
@@ -146,26 +148,25 @@ def test_seed_determines_the_tokens():
 def test_global_random_state_does_not_affect_sampling():
     model = build_small_model()
     torch.manual_seed(1)
-    tokens_of_first_state = list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10), MAX_LENGTH))
+    tokens_of_first_state = list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10), MAX_SEQ_LEN))
     torch.manual_seed(2)
-    assert list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10), MAX_LENGTH)) == tokens_of_first_state
+    assert list(generate_tokens(model, Prompt(ids=[1]), Sampling(max_tokens=10), MAX_SEQ_LEN)) == tokens_of_first_state
 
 
 @pytest.mark.parametrize(
-    ("prompt_length", "max_tokens", "max_length", "expected_length"),
-    [(3, 5, 24, 5), (3, 50, 24, 21), (23, 5, 24, 1), (3, 1, 24, 1)],
+    ("prompt_len", "max_tokens", "num_generated"),
+    [(3, 5, 5), (3, 50, MAX_SEQ_LEN - 3), (MAX_SEQ_LEN - 1, 5, 1), (3, 1, 1)],
 )
-def test_generation_ends_at_max_tokens_or_the_length_of_the_model(
-    prompt_length, max_tokens, max_length, expected_length
-):
-    prompt, sampling = Prompt(ids=[1] * prompt_length), Sampling(max_tokens=max_tokens)
-    assert len(list(generate_tokens(build_small_model(), prompt, sampling, max_length))) == expected_length
+def test_generation_ends_at_max_tokens_or_max_seq_len(prompt_len, max_tokens, num_generated):
+    prompt, sampling = Prompt(ids=[1] * prompt_len), Sampling(max_tokens=max_tokens)
+    assert len(list(generate_tokens(build_small_model(), prompt, sampling, MAX_SEQ_LEN))) == num_generated
 
 
-PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # ids by likelihood: 1, 3, 0, 2
+PROBABILITIES = torch.tensor([0.15, 0.5, 0.05, 0.3])  # the most likely id is 1, then 3, 0 and 2
 
 
-def draw_counts(sampling, num_draws=2000):
+def count_draws(sampling, num_draws=2000):
+    """Sample from PROBABILITIES and count the draws of each id."""
     generator = torch.Generator().manual_seed(0)
     return Counter(sample_token(PROBABILITIES.log(), sampling, generator) for _ in range(num_draws))
 
@@ -185,7 +186,7 @@ def test_top_k_keeps_the_k_most_likely_tokens(top_k, kept_ids):
     kept_probabilities = {token_id: float(PROBABILITIES[token_id]) for token_id in kept_ids}
     total = sum(kept_probabilities.values())
     expected = {token_id: probability / total for token_id, probability in kept_probabilities.items()}
-    assert_counts_match(draw_counts(Sampling(top_k=top_k)), expected)
+    assert_counts_match(count_draws(Sampling(top_k=top_k)), expected)
 
 
 @pytest.mark.parametrize(
@@ -204,18 +205,18 @@ def test_top_p_keeps_the_smallest_nucleus(top_p, kept_ids):
     kept_probabilities = {token_id: float(PROBABILITIES[token_id]) for token_id in kept_ids}
     total = sum(kept_probabilities.values())
     expected = {token_id: probability / total for token_id, probability in kept_probabilities.items()}
-    assert_counts_match(draw_counts(Sampling(top_p=top_p)), expected)
+    assert_counts_match(count_draws(Sampling(top_p=top_p)), expected)
 
 
 def test_top_p_1_keeps_all_tokens_despite_rounding(monkeypatch):
     num_candidates = []
 
-    def multinomial(probabilities_V, *arguments, **options):
+    def record_candidates(probabilities_V, *args, **kwargs):
         num_candidates.append(int((probabilities_V > 0).sum()))
         return torch.tensor([0])
 
-    monkeypatch.setattr(torch, "multinomial", multinomial)
-    logits = torch.full((1000,), -18.0)  # 1.5e-8 each: adding one to 1.0 in fp32 gives 1.0
+    monkeypatch.setattr(torch, "multinomial", record_candidates)
+    logits = torch.full((1000,), -18.0)  # a probability of 1.5e-8: in fp32 its sum with 1.0 is 1.0
     logits[0] = 0.0
     sample_token(logits, Sampling(top_p=1.0), torch.Generator())
     assert num_candidates == [1000]
@@ -223,59 +224,60 @@ def test_top_p_1_keeps_all_tokens_despite_rounding(monkeypatch):
 
 def test_top_p_applies_after_top_k():
     """The two most likely tokens have probabilities 5/8 and 3/8. So the first token alone exceeds one half."""
-    assert set(draw_counts(Sampling(top_k=2, top_p=0.6), 200)) == {1}
-    assert set(draw_counts(Sampling(top_p=0.6), 200)) == {1, 3}
+    assert set(count_draws(Sampling(top_k=2, top_p=0.6), num_draws=200)) == {1}
+    assert set(count_draws(Sampling(top_p=0.6), num_draws=200)) == {1, 3}
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_temperature_is_a_power_of_the_probabilities(temperature):
+def test_temperature_raises_the_probabilities_to_a_power(temperature):
     expected = PROBABILITIES ** (1 / temperature)
     expected = (expected / expected.sum()).tolist()
-    assert_counts_match(draw_counts(Sampling(temperature=temperature)), dict(enumerate(expected)))
+    assert_counts_match(count_draws(Sampling(temperature=temperature)), dict(enumerate(expected)))
 
 
 def test_temperature_zero_is_greedy():
-    assert set(draw_counts(Sampling(temperature=0), 20)) == {1}
+    assert set(count_draws(Sampling(temperature=0), num_draws=20)) == {1}
 
 
-def byte_tokenizer():
+def make_byte_tokenizer():
     return BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: EOT})
 
 
 class ScriptedModel(nn.Module):
-    """A model that returns the given ids for any input, and then `x` forever."""
+    """A model that predicts the given ids in their order, whatever its input is, and then `x` forever."""
 
     def __init__(self, ids):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.ids, self.input_ids, self.calls = [*ids], [], 0
+        self.ids, self.input_ids, self.num_calls = [*ids], [], 0
 
     def forward(self, tokens_BS, mask, cache):
         self.input_ids.append(tokens_BS[0].tolist())
-        token = self.ids[self.calls] if self.calls < len(self.ids) else ord("x")
-        self.calls += 1
+        token = self.ids[self.num_calls] if self.num_calls < len(self.ids) else ord("x")
+        self.num_calls += 1
         return nn.functional.one_hot(torch.tensor(token), EOT + 9).float().expand(*tokens_BS.shape, EOT + 9)
 
 
-def generate_with_scripted_model(ids, max_tokens=100, prompt="a", max_length=200, stop=True):
+def generate_with_scripted_model(ids, max_tokens=100, prompt="a", max_seq_len=200, stop=True):
     """Return the scripted model and the strings that it generates."""
     model = ScriptedModel(ids)
-    encoded_prompt = encode_prompt(CAUSAL_CONFIG, byte_tokenizer(), prompt)
+    encoded_prompt = encode_prompt(CAUSAL_CONFIG, make_byte_tokenizer(), prompt)
     sampling = Sampling(max_tokens=max_tokens, temperature=0)
-    strings = list(generate_text(model, byte_tokenizer(), encoded_prompt, sampling, max_length, stop))
+    strings = list(generate_text(model, make_byte_tokenizer(), encoded_prompt, sampling, max_seq_len, stop))
     return model, strings
 
 
 def test_generation_stops_at_the_end_of_document_token():
     model, strings = generate_with_scripted_model([*b"hi", EOT, *b"more"])
     assert strings == ["h", "i"]
-    assert model.calls == 3
+    assert model.num_calls == 3
 
 
-def test_a_sharded_model_continues_without_output():
+def test_generation_with_stop_false_continues_without_output():
+    """With a sharded model, all ranks must call the model equally often."""
     model, strings = generate_with_scripted_model([*b"hi", EOT, *b"more"], max_tokens=10, stop=False)
     assert strings == ["h", "i"]
-    assert model.calls == 10
+    assert model.num_calls == 10
 
 
 @pytest.mark.parametrize("word", ["é", "漢字", "a🙂b", "naïve — 漢"])
@@ -286,8 +288,8 @@ def test_yielded_characters_are_complete(word):
 
 def test_incomplete_character_becomes_a_replacement_character():
     word = "a漢".encode()
-    assert generate_with_scripted_model(word, max_tokens=3)[1] == ["a", "�"], "max_tokens cuts it"
-    assert generate_with_scripted_model([*word[:2], EOT])[1] == ["a", "�"], "the end-of-document token cuts it"
+    assert generate_with_scripted_model(word, max_tokens=3)[1] == ["a", "�"], "max_tokens ends inside a character"
+    assert generate_with_scripted_model([*word[:2], EOT])[1] == ["a", "�"], "the document ends inside a character"
 
 
 def test_invalid_bytes_become_replacement_characters():
@@ -306,23 +308,23 @@ def test_the_name_of_the_end_of_document_token_is_plain_text_in_a_prompt():
     assert generate_with_scripted_model([EOT], prompt=ENDOFTEXT)[0].input_ids == [[*ENDOFTEXT.encode()]]
 
 
-def test_too_long_prompt_is_rejected():
+def test_a_too_long_prompt_is_rejected():
     with pytest.raises(ConfigError, match="the prompt has 5 tokens, but the model takes at most 5; shorten it"):
-        generate_with_scripted_model([], prompt="abcde", max_length=5)
-    assert generate_with_scripted_model([*b"z"], prompt="abcd", max_length=5)[1] == ["z"]
+        generate_with_scripted_model([], prompt="abcde", max_seq_len=5)
+    assert generate_with_scripted_model([*b"z"], prompt="abcd", max_seq_len=5)[1] == ["z"]
 
 
 def test_text_is_yielded_while_it_is_sampled():
     model = ScriptedModel(b"abc")
     strings = generate_text(
         model,
-        byte_tokenizer(),
-        encode_prompt(CAUSAL_CONFIG, byte_tokenizer(), "p"),
+        make_byte_tokenizer(),
+        encode_prompt(CAUSAL_CONFIG, make_byte_tokenizer(), "p"),
         Sampling(max_tokens=50, temperature=0),
         100,
     )
     assert list(itertools.islice(strings, 2)) == ["a", "b"]
-    assert model.calls == 2
+    assert model.num_calls == 2
 
 
 @pytest.mark.parametrize(

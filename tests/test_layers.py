@@ -1,4 +1,4 @@
-"""Import rules: which package may import which other packages."""
+"""Import rules: which packages a package may import, and which packages may use ranks, the environment and disks."""
 
 import ast
 import re
@@ -41,11 +41,11 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 SAME_LEVEL_IMPORTS = {("training", "generation"), ("observe", "launch")}
 RANK_AWARE = {"compat", "sharded", "launch", "parallel", "checkpoint", "engines"}
 # The wrapper that reports an exception to torchrun; it starts no processes.
-ALLOWED = {("commands", "torch.distributed.elastic.multiprocessing.errors")}
+ALLOWED_RANK_MODULES = {("commands", "torch.distributed.elastic.multiprocessing.errors")}
 
 
 def iter_imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[str]:
-    """Yield each name that a module imports, also late imports; relative names become absolute."""
+    """Yield the absolute name of each import of a module, including imports inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -77,8 +77,8 @@ def find_violations(root: Path) -> list[str]:
             continue
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
-        names = set(iter_imports(tree, ("dist_llm", *relative.parts[:-1])))
-        dotted = names | set(iter_attributes(tree))
+        imported_names = set(iter_imports(tree, ("dist_llm", *relative.parts[:-1])))
+        used_names = imported_names | set(iter_attributes(tree))
         if path.stem == "utils":
             violations.append(f"{relative}: a module needs a name of its own")
         if len(source.splitlines()) > 5 and not ast.get_docstring(tree):
@@ -86,7 +86,7 @@ def find_violations(root: Path) -> list[str]:
         if package not in LEVEL:
             violations.append(f"{relative}: {package} has no place in the order of layers")
             continue
-        imported_packages = {name.split(".")[1] for name in names if name.startswith("dist_llm.")} - {
+        imported_packages = {name.split(".")[1] for name in imported_names if name.startswith("dist_llm.")} - {
             package,
             "__version__",
         }
@@ -95,28 +95,34 @@ def find_violations(root: Path) -> list[str]:
                 violations.append(f"{relative}: imports {imported_package}, which has no place in the order of layers")
             elif LEVEL[imported_package] >= LEVEL[package] and (package, imported_package) not in SAME_LEVEL_IMPORTS:
                 violations.append(f"{relative}: {package} may not import {imported_package}")
-        rank_names = {n for n in dotted if is_within(n, "torch.distributed")}
+        rank_names = {name for name in used_names if is_within(name, "torch.distributed")}
         rank_names -= {
-            n
-            for n in rank_names
-            for allowed_package, allowed_module in ALLOWED
-            if allowed_package == package and is_within(n, allowed_module)
+            name
+            for name in rank_names
+            for allowed_package, allowed_module in ALLOWED_RANK_MODULES
+            if allowed_package == package and is_within(name, allowed_module)
         }
         if rank_names and package not in RANK_AWARE:
             violations.append(f"{relative}: {package} knows of ranks through {min(rank_names)}")
         environment_names = {
-            n for n in dotted for reader in ("os.environ", "os.getenv", "os.putenv") if is_within(n, reader)
+            name
+            for name in used_names
+            for reader in ("os.environ", "os.getenv", "os.putenv")
+            if is_within(name, reader)
         }
         if environment_names and package != "launch":
             violations.append(f"{relative}: only launch reads the environment, not {package}")
         disk_names = {
-            n for n in dotted for module in ("os.fsync", "os.replace", "os.rename", "fcntl") if is_within(n, module)
+            name
+            for name in used_names
+            for module in ("os.fsync", "os.replace", "os.rename", "fcntl")
+            if is_within(name, module)
         }
         if disk_names and package != "io":
             violations.append(
                 f"{relative}: only io syncs files and locks them, not {package} through {min(disk_names)}"
             )
-        if package in {"errors", "io", "config"} and any(is_within(n, "torch") for n in dotted):
+        if package in {"errors", "io", "config"} and any(is_within(name, "torch") for name in used_names):
             violations.append(f"{relative}: {package} imports torch")
     return violations
 
@@ -163,13 +169,13 @@ def test_a_planted_violation_is_detected(file, statement, message, tmp_path):
     "module", ["errors", "config.load", "config.check", "training.settings", "launch.world", "data.shard", "cli"]
 )
 def test_config_errors_do_not_load_torch(module):
-    """Late imports keep --help and config errors fast."""
+    """The command line imports torch only when it is needed, so --help and config errors are fast."""
     code = f"import sys, dist_llm.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_the_package_declares_its_imports():
-    """A library that only tests need belongs to the extra `dev`."""
+def test_pyproject_declares_the_imported_libraries():
+    """Libraries that only tests need are in the extra `dev`."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared, optional = (
         {re.split("[^A-Za-z0-9_-]", requirement)[0].replace("pyyaml", "yaml") for requirement in lines}

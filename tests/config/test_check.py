@@ -1,5 +1,6 @@
-"""Rules across sections: each error gives a valid value; each derived value is filled in."""
+"""Rules across config sections, and the values that `resolve_config` derives. Each error says which value is valid."""
 
+import itertools
 import re
 
 import pytest
@@ -13,45 +14,47 @@ from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError
 from dist_llm.training.settings import read_config
 
-VOCAB = 300
+TOKENIZER_SIZE = 300  # token ids of the corpus
 KEYS = {row[0] for row in describe()}
 
 
 def make_config(**keys):
-    """Return a valid config with these keys changed (`__` stands for the dot)."""
-    raw = {
+    """Return a valid config with these keys changed. `__` stands for the dot of a key."""
+    sections = {
         "run": {"dir": "runs/x", "steps": 20},
         "model": {"d_model": 32, "n_layers": 2, "n_heads": 4},
         "data": {"path": "corpus", "seq_len": 8, "global_batch": 12},
     }
     for name, value in keys.items():
-        section, _, leaf = name.partition("__")
-        if leaf:
-            raw.setdefault(section, {})[leaf] = value
+        section, _, key = name.partition("__")
+        if key:
+            sections.setdefault(section, {})[key] = value
         else:
-            raw[section] = value
-    return UnresolvedConfig.model_validate(raw)
+            sections[section] = value
+    return UnresolvedConfig.model_validate(sections)
 
 
 def test_sizes_that_the_objective_implies_are_derived():
-    """The vocabulary has room for the objective's own ids, and max_seq_len for an encoder-decoder's longer sequence."""
+    """The vocabulary includes the ids of the objective. max_seq_len is the longer sequence of an encoder-decoder."""
     config = resolve_config(
-        make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, VOCAB
+        make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, TOKENIZER_SIZE
     )
-    size = all_lengths(config)[0]
-    assert config.model.vocab_size == VOCAB + len(SPECIALS) + size.spans
+    lengths = all_lengths(config)[0]
+    assert config.model.vocab_size == TOKENIZER_SIZE + len(SPECIALS) + lengths.spans
     assert config.model.n_encoder_layers == config.model.n_layers == 2
     assert config.model.max_seq_len == 64
-    assert resolve_config(make_config(), 1, VOCAB).model.vocab_size == VOCAB, "next tokens need no additional ids"
-    assert resolve_config(make_config(), 1, VOCAB).model.n_encoder_layers == 0
+    assert resolve_config(make_config(), 1, TOKENIZER_SIZE).model.vocab_size == TOKENIZER_SIZE, (
+        "causal needs no additional ids"
+    )
+    assert resolve_config(make_config(), 1, TOKENIZER_SIZE).model.n_encoder_layers == 0
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
-def test_a_valid_config_violates_no_rule(world):
-    assert check(make_config(), world, VOCAB) == []
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
+def test_a_valid_config_violates_no_rule(world_size):
+    assert check(make_config(), world_size, TOKENIZER_SIZE) == []
 
 
-RULES = [
+VIOLATIONS = [  # (changed keys, world size, key of the violation, pattern of the message)
     (
         {"parallel__activations_gib": 1.0, "parallel__recompute": "full"},
         1,
@@ -351,19 +354,21 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "world", "key", "message"), RULES, ids=[str(rule[0]) for rule in RULES])
-def test_a_violation_names_its_key_and_the_fix(change, world, key, message):
-    (violation,) = check(make_config(**change), world, VOCAB)
+@pytest.mark.parametrize(
+    ("changed_keys", "world_size", "key", "message"), VIOLATIONS, ids=[str(rule[0]) for rule in VIOLATIONS]
+)
+def test_a_violation_names_its_key_and_the_fix(changed_keys, world_size, key, message):
+    (violation,) = check(make_config(**changed_keys), world_size, TOKENIZER_SIZE)
     assert violation.keys[0] == key
     assert re.search(message, violation.message)
     for named_key in violation.keys:
-        section, _, leaf = named_key.partition(".")
-        leaf = leaf.split(".")[0]  # for a mixture's component: the key of the mixture
-        assert not leaf or f"{section}.{leaf}" in KEYS, "the key exists"
+        section, _, name = named_key.partition(".")
+        name = name.split(".")[0]  # of a component of a mixture: the key of the mixture
+        assert not name or f"{section}.{name}" in KEYS, f"{named_key} is not a key"
 
 
 @pytest.mark.parametrize(
-    "change",
+    "changed_keys",
     [
         {"model__n_heads": 5, "model__head_dim": 6},
         {"model__n_heads": 32, "model__positions": "learned"},
@@ -374,12 +379,12 @@ def test_a_violation_names_its_key_and_the_fix(change, world, key, message):
         {"schedule__warmup_steps": 1000},  # a trial of a long run may end inside its warmup
     ],
 )
-def test_unusual_but_valid_configs_pass(change):
-    assert check(make_config(**change), 1, VOCAB) == []
+def test_unusual_but_valid_configs_pass(changed_keys):
+    assert check(make_config(**changed_keys), 1, TOKENIZER_SIZE) == []
 
 
 @pytest.mark.parametrize(
-    ("change", "world"),
+    ("changed_keys", "world_size"),
     [
         ({"parallel__cp": 4}, 4),
         ({"parallel__tp": 4}, 4),
@@ -392,21 +397,24 @@ def test_unusual_but_valid_configs_pass(change):
         ({"parallel__pp": 2, "data__micro_batch": 1, "compile": True}, 2),
     ],
 )
-def test_valid_layouts_pass(change, world):
-    assert check(make_config(**change), world, VOCAB) == []
+def test_valid_layouts_pass(changed_keys, world_size):
+    assert check(make_config(**changed_keys), world_size, TOKENIZER_SIZE) == []
 
 
-@pytest.mark.parametrize(("torch", "refused"), [("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False)])
-def test_an_older_torch_cannot_split_backward(torch, refused, monkeypatch):
-    monkeypatch.setattr("dist_llm.config.check_layout.version", {"torch": torch}.get)
-    change = {"model__n_layers": 4, "data__micro_batch": 1, "parallel__pp": 2}
+@pytest.mark.parametrize(
+    ("torch_version", "is_refused"), [("2.11.0+cu130", True), ("2.12.1", True), ("2.13.0+cpu", False)]
+)
+def test_an_older_torch_cannot_split_backward(torch_version, is_refused, monkeypatch):
+    monkeypatch.setattr("dist_llm.config.check_layout.version", {"torch": torch_version}.get)
+    changed_keys = {"model__n_layers": 4, "data__micro_batch": 1, "parallel__pp": 2}
     for schedule in ("zbv", "interleaved_zero_bubble"):
-        violations = check(make_config(**change, parallel__pp_schedule=schedule), 2, VOCAB)
-        assert [re.search("torch .* to 2.13", each.message) is not None for each in violations] == [True] * refused
+        violations = check(make_config(**changed_keys, parallel__pp_schedule=schedule), 2, TOKENIZER_SIZE)
+        matches = [re.search("torch .* to 2.13", violation.message) is not None for violation in violations]
+        assert matches == [True] * is_refused
 
 
 def test_an_invalid_layout_is_one_violation_per_rule():
-    violations = check(make_config(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), 5, VOCAB)
+    violations = check(make_config(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), 5, TOKENIZER_SIZE)
     assert [violation.keys[0] for violation in violations] == [
         "parallel.dp_shard",
         "model.n_heads",
@@ -420,25 +428,26 @@ def test_an_invalid_layout_is_one_violation_per_rule():
 
 
 def test_the_suggested_batch_sizes_are_valid():
-    for batch in range(1, 40):
-        for micro in range(5):
-            for world in range(1, 5):
-                violations = check(make_config(data__global_batch=batch, data__micro_batch=micro), world, VOCAB)
-                assert bool(violations) == bool(batch % (world * max(micro, 1)))
-                for batch_size in violations[0].message.rpartition(": ")[2].split(" or ") if violations else ():
-                    assert (
-                        check(make_config(data__global_batch=int(batch_size), data__micro_batch=micro), world, VOCAB)
-                        == []
-                    )
+    for global_batch, micro_batch, world_size in itertools.product(range(1, 40), range(5), range(1, 5)):
+        config = make_config(data__global_batch=global_batch, data__micro_batch=micro_batch)
+        violations = check(config, world_size, TOKENIZER_SIZE)
+        assert bool(violations) == bool(global_batch % (world_size * max(micro_batch, 1)))
+        for batch_size in violations[0].message.rpartition(": ")[2].split(" or ") if violations else ():
+            suggested_config = make_config(data__global_batch=int(batch_size), data__micro_batch=micro_batch)
+            assert check(suggested_config, world_size, TOKENIZER_SIZE) == []
 
 
 def test_rules_of_several_sections_are_reported_together():
-    violations = check(make_config(model__n_kv_heads=3, data__global_batch=7, model__vocab_size=10), 2, VOCAB)
-    assert [v.keys[0] for v in violations] == ["model.n_kv_heads", "model.vocab_size", "data.global_batch"]
+    violations = check(make_config(model__n_kv_heads=3, data__global_batch=7, model__vocab_size=10), 2, TOKENIZER_SIZE)
+    assert [violation.keys[0] for violation in violations] == [
+        "model.n_kv_heads",
+        "model.vocab_size",
+        "data.global_batch",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("change", "d_ff"),
+    ("changed_keys", "d_ff"),
     [
         ({}, 128),  # 8/3 * 32 = 85.3, rounded up to a multiple of 64
         ({"model__d_model": 4096}, 10944),
@@ -447,20 +456,21 @@ def test_rules_of_several_sections_are_reported_together():
         ({"model__d_ff": 100}, 100),
     ],
 )
-def test_resolve_derives_d_ff(change, d_ff):
-    assert resolve_config(make_config(**change), 1, VOCAB).model.d_ff == d_ff
+def test_resolve_derives_d_ff(changed_keys, d_ff):
+    assert resolve_config(make_config(**changed_keys), 1, TOKENIZER_SIZE).model.d_ff == d_ff
 
 
-def test_resolve_derives_every_zero():
+def test_resolve_derives_all_missing_sizes():
     config = make_config(data__global_batch=12, parallel__dp_replicate=2)
-    model, data = (resolve_config(config, 6, VOCAB).model, resolve_config(config, 6, VOCAB).data)
-    assert (model.n_kv_heads, model.head_dim, model.vocab_size, model.max_seq_len) == (4, 8, VOCAB, 8)
-    assert data.micro_batch == 2
-    assert resolve_config(config, 6, VOCAB).parallel.dp_shard == 3
-    assert resolve_config(config, 6, VOCAB).schedule.decay_steps == 20
+    resolved = resolve_config(config, world_size=6, tokenizer_size=TOKENIZER_SIZE)
+    model = resolved.model
+    assert (model.n_kv_heads, model.head_dim, model.vocab_size, model.max_seq_len) == (4, 8, TOKENIZER_SIZE, 8)
+    assert resolved.data.micro_batch == 2
+    assert resolved.parallel.dp_shard == 3
+    assert resolved.schedule.decay_steps == 20
 
 
-def test_resolve_keeps_explicit_values_and_is_idempotent():
+def test_resolve_keeps_explicit_values():
     config = make_config(
         model__n_kv_heads=2,
         model__head_dim=16,
@@ -470,80 +480,87 @@ def test_resolve_keeps_explicit_values_and_is_idempotent():
         schedule__decay_steps=7,
         parallel__dp_shard=2,
     )
-    resolved = resolve_config(config, 2, VOCAB)
+    resolved = resolve_config(config, 2, TOKENIZER_SIZE)
     assert resolved.model.model_dump() == {**config.model.model_dump(), "d_ff": 128, "n_encoder_layers": 0}
     for section in ("data", "schedule", "parallel"):
         assert getattr(resolved, section).model_dump() == getattr(config, section).model_dump()
-    assert resolve_config(resolved, 2, VOCAB) == resolved
-    assert check(resolved, 2, VOCAB) == []
+    assert resolve_config(resolved, 2, TOKENIZER_SIZE) == resolved
+    assert check(resolved, 2, TOKENIZER_SIZE) == []
 
 
-def test_helpers():
+def test_round_up_gives_the_next_multiple():
     assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
+
+
+def test_format_divisors_shortens_long_lists():
     assert format_divisors(12) == "1, 2, 3, 4, 6, 12"
     assert format_divisors(5040).split(", ")[7:10] == ["8", "...", "1680"]
+
+
+def test_resolve_dp_shard_uses_the_remaining_ranks():
     assert resolve_dp_shard(make_config(parallel__dp_replicate=2).parallel, 8) == 4
     assert resolve_dp_shard(make_config(parallel__dp_replicate=4).parallel, 2) == 1
+
+
+def test_order_of_mesh_axes_is_stable():
     assert AXES == ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @pytest.fixture
-def corpus(tmp_path):
-    Manifest("uint16", VOCAB, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
+def corpus_directory(tmp_path):
+    """Write the manifest of a corpus of TOKENIZER_SIZE ids."""
+    Manifest("uint16", TOKENIZER_SIZE, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def read(corpus, tmp_path):
-    """Read a valid config over a corpus of VOCAB ids, with overrides."""
+def read_with_overrides(corpus_directory, tmp_path):
+    """Return a function that reads a valid config with overrides."""
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{dir: r, steps: 20}}\nmodel: {{d_model: 32, n_layers: 2, n_heads: 4}}\n"
-        f"data: {{path: '{corpus}', seq_len: 8, global_batch: 12}}\n"
+        f"data: {{path: '{corpus_directory}', seq_len: 8, global_batch: 12}}\n"
     )
-    return lambda *overrides, world=1: read_config(path, overrides, world)
+    return lambda *overrides, world_size=1: read_config(path, overrides, world_size)
 
 
-def test_read_config_takes_the_vocabulary_from_the_corpus(read):
-    assert read().model.vocab_size == VOCAB
+def test_read_config_takes_the_vocabulary_from_the_corpus(read_with_overrides):
+    assert read_with_overrides().model.vocab_size == TOKENIZER_SIZE
 
 
-def test_one_error_lists_schema_errors_and_rules_across_sections(read):
+def test_one_error_lists_schema_errors_and_rules_across_sections(read_with_overrides):
     with pytest.raises(ConfigError) as excinfo:
-        read("optim.lr=0", "log.evry=1", "model.n_kv_heads=3", "data.global_batch=7", world=2)
+        read_with_overrides("optim.lr=0", "log.evry=1", "model.n_kv_heads=3", "data.global_batch=7", world_size=2)
     message = str(excinfo.value)
     assert message.startswith("4 problems in the config:")
     for key in ("optim.lr:", "log.evry:", "model.n_kv_heads:", "data.global_batch:"):
         assert message.count(f"\n  {key}") == 1
 
 
-def test_a_missing_corpus_is_reported_with_other_problems(read, tmp_path):
+def test_a_missing_corpus_is_reported_with_other_problems(read_with_overrides, tmp_path):
     with pytest.raises(ConfigError) as excinfo:
-        read(f"data.path={tmp_path / 'nowhere'}", "model.n_kv_heads=3")
+        read_with_overrides(f"data.path={tmp_path / 'nowhere'}", "model.n_kv_heads=3")
     assert "data.path: " in str(excinfo.value)
     assert "not a prepared corpus" in str(excinfo.value)
     assert "model.n_kv_heads: " in str(excinfo.value)
 
 
-def test_a_redundant_rule_is_not_reported(read):
-    """micro_batch itself is invalid; the error that it does not divide global_batch would be redundant."""
+def test_a_consequence_of_another_error_is_not_reported(read_with_overrides):
+    """micro_batch is invalid. The check that it divides global_batch would add a second error for the same key."""
     with pytest.raises(ConfigError, match=r"^1 problem in the config:\n  data\.micro_batch: "):
-        read("data.micro_batch=-5", "data.global_batch=7", world=2)
+        read_with_overrides("data.micro_batch=-5", "data.global_batch=7", world_size=2)
 
 
 @pytest.mark.parametrize("override", ["run.steps=x", "model.d_model=x", "model.n_heads=x", "data.seq_len=0"])
-def test_an_invalid_required_number_neither_hides_nor_adds_violations(override, read):
+def test_an_invalid_required_number_neither_hides_nor_adds_violations(override, read_with_overrides):
     layout = ("parallel.tp=3", "model.n_kv_heads=0", "model.vocab_multiple=3", "parallel.sequence_parallel=false")
     with pytest.raises(ConfigError) as excinfo:
-        read(override, "data.global_batch=7", *layout, world=6)
+        read_with_overrides(override, "data.global_batch=7", *layout, world_size=6)
     problems = {line.split(":")[0].strip() for line in str(excinfo.value).splitlines()[1:-1]}
     assert problems >= {override.partition("=")[0], "data.global_batch"}
-    valid_keys = {
-        "model.n_heads",
-        "model.n_kv_heads",
-        "model.d_ff",
-    }  # keys that tp 3 violates if the other numbers are valid
-    assert problems <= {override.partition("=")[0], "data.global_batch"} | valid_keys
+    # Keys that tp 3 violates if the other numbers are valid.
+    keys_of_tp = {"model.n_heads", "model.n_kv_heads", "model.d_ff"}
+    assert problems <= {override.partition("=")[0], "data.global_batch"} | keys_of_tp
     if override.startswith("model.n_heads"):
         assert "model.n_kv_heads" not in problems
     if override.startswith("model.d_model"):

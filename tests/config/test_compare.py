@@ -1,4 +1,7 @@
-"""Every key of a model has a role, and a change of a key that affects the model's function is detected."""
+"""Each key of a model has a role. A change of a key that affects the function of the model is detected.
+
+The function of a model is the map from tokens and parameters to logits.
+"""
 
 from typing import Any
 
@@ -24,7 +27,7 @@ from dist_llm.models.build_model import build_model
 from tests.laws.law import make_config
 from tests.laws.layouts import T5
 
-# For each key another value than that of the law's model, and the keys that it needs to have an effect.
+# For each key of the model: a value that differs from that of make_config(1, {}), and the keys that give it an effect.
 OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "architecture": ("encoder", {}),
     "d_model": (64, {}),
@@ -72,31 +75,31 @@ def make_config_pair(key: str) -> tuple[Config, Config]:
 
 def test_every_key_has_a_role() -> None:
     assert set(MODEL_ROLES) == set(ModelConfig.model_fields) == set(OTHER_VALUES), "classify the new key of ModelConfig"
-    objective = {key for member in union_members(ObjectiveConfig).values() for key in member.model_fields}
-    assert set(OBJECTIVE_ROLES) == objective, "classify the new key of the objectives"
+    objective_keys = {key for member in union_members(ObjectiveConfig).values() for key in member.model_fields}
+    assert set(OBJECTIVE_ROLES) == objective_keys, "classify the new key of the objectives"
     assert set(REQUESTABLE) >= PART_KEYS
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
-def test_a_change_is_detected_according_to_the_keys_role(key: str) -> None:
+def test_a_change_is_reported_by_the_role_of_its_key(key: str) -> None:
     previous, current = make_config_pair(key)
-    function, other = function_differences(previous, current), other_differences(previous, current)
-    expected = function if MODEL_ROLES[key] != "training" else other
-    assert [(each.key, each.before, each.now) for each in expected] == [
+    of_function, of_training = function_differences(previous, current), other_differences(previous, current)
+    expected = of_function if MODEL_ROLES[key] != "training" else of_training
+    assert [(difference.key, difference.before, difference.now) for difference in expected] == [
         (f"model.{key}", getattr(previous.model, key), getattr(current.model, key))
     ]
-    assert len(function) + len(other) == 1
+    assert len(of_function) + len(of_training) == 1
     assert function_differences(previous, previous) == other_differences(previous, previous) == []
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
-def test_the_role_matches_the_models_behaviour(key: str) -> None:
-    """With the same parameters, two models have different logits exactly if the key affects the function."""
+def test_the_role_of_a_key_matches_the_logits(key: str) -> None:
+    """Two models with the same parameters have different logits if and only if the key affects the function."""
     previous, current = make_config_pair(key)
-    logits = [compute_logits(each) for each in (previous, current)]
-    same = logits[0].shape == logits[1].shape and torch.allclose(*logits, rtol=1e-5, atol=1e-6)
+    previous_logits, logits = compute_logits(previous), compute_logits(current)
+    is_same = previous_logits.shape == logits.shape and torch.allclose(previous_logits, logits, rtol=1e-5, atol=1e-6)
     # An encoder is the same module as a decoder; the batch contains the attention mask.
-    assert same == (MODEL_ROLES[key] == "training" or key in ("architecture", "max_seq_len"))
+    assert is_same == (MODEL_ROLES[key] == "training" or key in ("architecture", "max_seq_len"))
 
 
 @torch.no_grad()
@@ -104,20 +107,20 @@ def compute_logits(config: Config) -> torch.Tensor:
     """Return the logits of a model whose parameters depend only on their names and elements."""
     model = build_model(config.model).eval()
     for name, parameter in model.named_parameters():
-        numbers = torch.arange(parameter.numel()) + sum(map(ord, name))
-        parameter.copy_(torch.sin(numbers.double() * 0.7).float().reshape(parameter.shape) * 0.5)
+        element_ids = torch.arange(parameter.numel()) + sum(map(ord, name))
+        parameter.copy_(torch.sin(element_ids.double() * 0.7).float().reshape(parameter.shape) * 0.5)
         if "norm" in name and name.endswith("weight"):
             parameter.add_(1.0)
     ids = torch.arange(24).reshape(2, 12) * 7 % 129
-    extra = {"encoder_input": EncoderInput(ids.flip(1))} if config.model.architecture == "encoder_decoder" else {}
-    return model(ids, mask=CAUSAL, **extra)
+    if config.model.architecture == "encoder_decoder":
+        return model(ids, mask=CAUSAL, encoder_input=EncoderInput(ids.flip(1)))
+    return model(ids, mask=CAUSAL)
 
 
-def test_a_key_without_effect_is_no_difference() -> None:
+def test_a_change_without_effect_is_not_a_difference() -> None:
     previous = make_config(1, {"positions": "none"})
-    assert (
-        function_differences(previous, change_model(previous, rope_theta=5e5, max_seq_len=64, relative_buckets=8)) == []
-    )
+    changed = change_model(previous, rope_theta=5e5, max_seq_len=64, relative_buckets=8)
+    assert function_differences(previous, changed) == []
     explicit = change_model(previous, attention_scale=previous.model.head_dim**-0.5)
     assert function_differences(previous, explicit) == []
     biased = make_config(1, {"bias": True})
@@ -127,21 +130,20 @@ def test_a_key_without_effect_is_no_difference() -> None:
 
 def test_objectives_are_compared_by_their_effect_on_the_function() -> None:
     previous = make_config(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
-    rate = previous.model_copy(update={"objective": previous.objective.model_copy(update={"noise_density": 0.5})})
-    assert function_differences(previous, rate) == []
+    denser = previous.model_copy(update={"objective": previous.objective.model_copy(update={"noise_density": 0.5})})
+    assert function_differences(previous, denser) == []
     for key, value in (("name", "prefix"), ("mode", "X"), ("see_prefix", False)):
-        other = previous.model_copy(update={"objective": previous.objective.model_copy(update={key: value})})
-        assert [each.key for each in function_differences(previous, other)] == ["objective"]
-        assert resume_differences(previous, other) == [], "data.json and data.on_change cover it"
+        changed = previous.model_copy(update={"objective": previous.objective.model_copy(update={key: value})})
+        assert [difference.key for difference in function_differences(previous, changed)] == ["objective"]
+        assert resume_differences(previous, changed) == [], "the data history handles changed objectives"
 
 
 def test_a_resume_cannot_change_vocabulary_padding_or_the_mask() -> None:
     previous = make_config(1, {})
-    assert [each.key for each in resume_differences(previous, change_model(previous, vocab_multiple=64))] == [
-        "model.vocab_multiple"
-    ]
+    padded = change_model(previous, vocab_multiple=64)
+    assert [difference.key for difference in resume_differences(previous, padded)] == ["model.vocab_multiple"]
     assert resume_differences(previous, change_model(previous, vocab_multiple=2)) != []
     masked = previous.model_copy(update={"data": previous.data.model_copy(update={"document_mask": True})})
-    assert [each.key for each in resume_differences(previous, masked)] == ["data.document_mask"]
-    new = masked.model_copy(update={"data": masked.data.model_copy(update={"on_change": "new_segment"})})
-    assert resume_differences(previous, new) == []
+    assert [difference.key for difference in resume_differences(previous, masked)] == ["data.document_mask"]
+    new_segment = masked.model_copy(update={"data": masked.data.model_copy(update={"on_change": "new_segment"})})
+    assert resume_differences(previous, new_segment) == []

@@ -1,4 +1,4 @@
-"""Every key has an effect: a run reads it, or a config in which no code reads it is refused."""
+"""Each key has an effect. A run reads the key, or a config in which no code reads the key is refused."""
 
 import json
 import re
@@ -47,14 +47,14 @@ WITHOUT_EFFECT = [
 
 @pytest.mark.parametrize(("keys", "key", "message"), WITHOUT_EFFECT, ids=[key for _, key, _ in WITHOUT_EFFECT])
 def test_a_key_without_effect_is_refused(keys: dict[str, Any], key: str, message: str) -> None:
-    violations = [each for each in check(make_config(**keys), 1, 300) if each.keys[0] == key]
+    violations = [violation for violation in check(make_config(**keys), 1, 300) if violation.keys[0] == key]
     assert len(violations) == 1
     assert message in violations[0].message
 
 
-def test_every_rule_has_a_case() -> None:
-    cases = {key for _, key, _ in WITHOUT_EFFECT}
-    assert cases >= {key for key, _, _ in RULES}
+def test_every_rule_is_tested() -> None:
+    tested_keys = {key for _, key, _ in WITHOUT_EFFECT}
+    assert tested_keys >= {key for key, _, _ in RULES}
 
 
 # Keys that need several ranks, another engine, a GPU or an error. Other tests show their effects.
@@ -103,16 +103,16 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-def all_sections(section: type[Section] = Section) -> Iterator[type[Section]]:
+def iter_sections(section: type[Section] = Section) -> Iterator[type[Section]]:
     """Yield all classes of sections."""
     for child in section.__subclasses__():
         if child.__module__.startswith("dist_llm."):
             yield child
-            yield from all_sections(child)
+            yield from iter_sections(child)
 
 
-def key_of(section: type[Section], name: str) -> str:
-    """`Section.field`, with the class that declares the field first: members of a union share it."""
+def qualify_key(section: type[Section], name: str) -> str:
+    """Return `Section.field`. `Section` is the base class that declares the field: members of a union share it."""
     return next(f"{kind.__name__}.{name}" for kind in reversed(section.__mro__) if name in get_fields(kind))
 
 
@@ -120,11 +120,11 @@ def get_fields(kind: type) -> Iterable[str]:
     return kind.model_fields if issubclass(kind, BaseModel) and kind is not BaseModel else ()
 
 
-def all_keys() -> set[str]:
-    """The keys that hold values, not sections."""
+def list_keys() -> set[str]:
+    """Return the keys whose values are not sections."""
     return {
-        key_of(section, name)
-        for section in all_sections()
+        qualify_key(section, name)
+        for section in iter_sections()
         for name, field in section.model_fields.items()
         if not re.search(r"dist_llm\.config\.\w+\.\w", str(field.annotation))
     }
@@ -133,31 +133,31 @@ def all_keys() -> set[str]:
 def test_a_run_reads_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
-    reads: set[str] = set()
+    read_keys: set[str] = set()
     read_attribute = Section.__getattribute__
 
-    def record(self: Section, name: str) -> Any:
+    def record_and_read(self: Section, name: str) -> Any:
         if not name.startswith("_") and name in type(self).model_fields:
-            reads.add(key_of(type(self), name))
+            read_keys.add(qualify_key(type(self), name))
         return read_attribute(self, name)
 
-    for number, sections in enumerate(RUNS):
-        raw: dict[str, Any] = {
-            "run": {"dir": f"run{number}", "steps": 2},
+    for index, changed_sections in enumerate(RUNS):
+        sections: dict[str, Any] = {
+            "run": {"dir": f"run{index}", "steps": 2},
             "model": {"d_model": 8, "n_layers": 1, "n_heads": 2},
             "data": {"path": ".", "seq_len": 16, "global_batch": 2},
             "log": {"peak_tflops": 1.0},
         }
-        for name, value in sections.items():
-            raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
-        Path("config.yaml").write_text(json.dumps(raw))
-        read_config(Path("config.yaml"), [], 1)  # violates no rule
+        for name, value in changed_sections.items():
+            sections[name] = {**sections.get(name, {}), **value} if isinstance(value, dict) else value
+        Path("config.yaml").write_text(json.dumps(sections))
+        read_config(Path("config.yaml"), [], 1)  # raises an error if the config violates a rule
         lengths.cache_clear()
         with monkeypatch.context() as patch_context:
             patch_context.setattr(settings, "check", lambda *rest: [])  # reading a key in a rule is not an effect
-            patch_context.setattr(Section, "__getattribute__", record)
+            patch_context.setattr(Section, "__getattribute__", record_and_read)
             train(read_config(Path("config.yaml"), [], 1), World())
-    unread = all_keys() - reads
+    unread = list_keys() - read_keys
     assert not unread - READ_ELSEWHERE, f"keys that no run reads: {sorted(unread - READ_ELSEWHERE)}"
 
 

@@ -1,4 +1,7 @@
-"""Third-party engines: unsupported settings and contradictions are refused, and our config gives DeepSpeed's JSON."""
+"""Config of third-party engines. Unsupported and contradictory settings are refused.
+
+The config gives the JSON config of DeepSpeed.
+"""
 
 import json
 from pathlib import Path
@@ -22,12 +25,13 @@ DATA = {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2}
 
 def make_config(**sections: Any) -> UnresolvedConfig:
     model = {"d_model": 32, "n_layers": 2, "n_heads": 4}
-    raw = {"run": {"dir": "runs/x", "steps": 20}, "model": model, "data": DATA}
-    return UnresolvedConfig.model_validate({**raw, **sections})
+    defaults = {"run": {"dir": "runs/x", "steps": 20}, "model": model, "data": DATA}
+    return UnresolvedConfig.model_validate({**defaults, **sections})
 
 
-def find_problems(ranks: int = 2, **sections: Any) -> str:
-    return "\n".join(map(str, check(make_config(**sections), ranks, 300)))
+def find_problems(world_size: int = 2, **sections: Any) -> str:
+    """Return the violations of the config, one a line."""
+    return "\n".join(map(str, check(make_config(**sections), world_size, 300)))
 
 
 REFUSED = [
@@ -134,10 +138,11 @@ def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "engine: deepspeed is not installed; pip install 'dist-llm[deepspeed]'" in find_problems(engine="deepspeed")
 
 
-def problems_with_json(content: Any, path: Path, **sections: Any) -> str:
-    (path / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
-    zero = {"config": str(path / "ds.json"), **sections.pop("deepspeed", {})}
-    return find_problems(engine="deepspeed", deepspeed=zero, **sections)
+def find_problems_of_json(content: Any, directory: Path, **sections: Any) -> str:
+    """Return the violations of a config that names a DeepSpeed JSON file of this content."""
+    (directory / "ds.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    deepspeed_section = {"config": str(directory / "ds.json"), **sections.pop("deepspeed", {})}
+    return find_problems(engine="deepspeed", deepspeed=deepspeed_section, **sections)
 
 
 CONTRADICTIONS = [
@@ -183,17 +188,17 @@ CONTRADICTIONS = [
 
 @pytest.mark.parametrize(("content", "message"), CONTRADICTIONS, ids=[message for _, message in CONTRADICTIONS])
 def test_a_contradicting_json_is_refused_with_both_values(content: Any, message: str, tmp_path: Path) -> None:
-    assert message in problems_with_json(content, tmp_path)
+    assert message in find_problems_of_json(content, tmp_path)
 
 
 @pytest.mark.parametrize("content", [{"wall_clock_breakdown": True}, {"flops_profiler": {"enabled": True}}], ids=str)
 def test_timers_are_refused_only_in_pipelines(content: Any, tmp_path: Path) -> None:
-    assert not problems_with_json(content, tmp_path)
+    assert not find_problems_of_json(content, tmp_path)
     pipeline = {"deepspeed": {"stage": 1}, "parallel": {"pp": 2}}
-    assert "pipelines do not support it" in problems_with_json(content, tmp_path, **pipeline)
+    assert "pipelines do not support it" in find_problems_of_json(content, tmp_path, **pipeline)
 
 
-def test_a_json_may_add_agreeing_auto_and_other_keys(tmp_path: Path) -> None:
+def test_a_json_that_does_not_contradict_the_config_is_accepted(tmp_path: Path) -> None:
     content = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": 2,
@@ -203,7 +208,7 @@ def test_a_json_may_add_agreeing_auto_and_other_keys(tmp_path: Path) -> None:
         "fp16": {"enabled": "auto"},
         "wall_clock_breakdown": True,
     }
-    assert not problems_with_json(content, tmp_path)
+    assert not find_problems_of_json(content, tmp_path)
     config = make_config(engine="deepspeed", deepspeed={"config": str(tmp_path / "ds.json")})
     deepspeed_config = deepspeed_json(resolve_config(config, 2, 300), 2)
     assert deepspeed_config["train_batch_size"] == 12
@@ -211,7 +216,7 @@ def test_a_json_may_add_agreeing_auto_and_other_keys(tmp_path: Path) -> None:
     assert deepspeed_config["zero_optimization"]["stage"] == 2
     assert deepspeed_config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert deepspeed_config["wall_clock_breakdown"] is True
-    assert "optimizer" not in deepspeed_config, "the optimizer is passed as an object"
+    assert "optimizer" not in deepspeed_config, "the optimizer is configured twice: we pass it as an object"
     assert deepspeed_config["fp16"] == {"enabled": False}
 
 
@@ -220,11 +225,11 @@ def test_bf16_gradients_are_reduced_in_fp32() -> None:
     assert deepspeed_json(config, 2)["communication_data_type"] == "fp32"
     assert deepspeed_json(config, 2)["bf16"] == {"enabled": True}
     assert deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, (
-        "by default stage 2 accumulates in bf16"
+        "stage 2 accumulates in bf16, its default"
     )
 
 
-LAUNCHED = [
+CONTRADICTING_VARIABLES = [  # of accelerate launch
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "precision: needs ACCELERATE_MIXED_PRECISION=no, but accelerate was"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate.plugin: needs ACCELERATE_USE_DEEPSPEED=false"),
     ({"ACCELERATE_USE_FSDP": "true"}, "accelerate.plugin: needs ACCELERATE_USE_FSDP=false"),
@@ -232,7 +237,9 @@ LAUNCHED = [
 ]
 
 
-@pytest.mark.parametrize(("environ", "message"), LAUNCHED, ids=[message for _, message in LAUNCHED])
+@pytest.mark.parametrize(
+    ("environ", "message"), CONTRADICTING_VARIABLES, ids=[message for _, message in CONTRADICTING_VARIABLES]
+)
 def test_contradicting_variables_of_accelerate_launch_are_refused(environ: dict[str, str], message: str) -> None:
     config = resolve_config(make_config(engine="accelerate"), 2, 300)
     assert message in str(next(check_accelerate(config, CPU, environ)))

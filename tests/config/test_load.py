@@ -1,4 +1,4 @@
-"""YAML and overrides become a config, or one error that lists every violation with its key and a fix."""
+"""load_config turns YAML and overrides into a config. One error lists all violations with their keys and a fix."""
 
 import dataclasses
 import typing
@@ -31,46 +31,46 @@ KEYS = [row[0] for row in describe()]
 
 
 @pytest.fixture
-def write(tmp_path):
-    """Return a function: write a config, given as text or as nested dicts, and return its path."""
+def write_config(tmp_path):
+    """Return a function that writes a config, given as text or as nested dicts, and returns its path."""
 
-    def write(content, name="config.yaml"):
+    def write_content(content, name="config.yaml"):
         path = tmp_path / name
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
         return path
 
-    return write
+    return write_content
 
 
 @pytest.fixture
-def load(write):
-    """Return a function: load MINIMAL with overrides; return (config, violations as text)."""
+def load_minimal(write_config):
+    """Return a function that loads MINIMAL with overrides and returns (config, violations as text)."""
 
-    def load(*overrides):
-        config, violations = load_config(write(MINIMAL), overrides)
+    def load_with_overrides(*overrides):
+        config, violations = load_config(write_config(MINIMAL), overrides)
         return config, [str(violation) for violation in violations]
 
-    return load
+    return load_with_overrides
 
 
-def test_the_minimal_config_has_the_defaults(load):
-    config, violations = load()
+def test_the_minimal_config_has_the_defaults(load_minimal):
+    config, violations = load_minimal()
     assert violations == []
     assert config == UnresolvedConfig.model_validate(MINIMAL)
     assert (config.run.steps, config.optim.lr, config.schedule.name) == (20, 3e-4, "cosine")
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_an_unknown_key_names_its_path_and_the_nearest(section, load):
-    """Each key of each section with one additional letter."""
+def test_an_unknown_key_names_its_path_and_the_nearest(section, load_minimal):
+    """The test adds a letter to each key of the section."""
     for key in [key for key in KEYS if key.startswith(section + ".") and "*" not in key]:
         misspelled_key = key + "x"
-        config, violations = load(f"{misspelled_key}=1")
+        config, violations = load_minimal(f"{misspelled_key}=1")
         assert len(violations) == 1
         assert violations[0].startswith(f"{misspelled_key}: unknown key; did you mean {section}.")
         # Another short key (`lr`, `tp`) may be as near.
         assert len(key.split(".")[1]) < 4 or f"did you mean {key}?" in violations[0]
-        assert config is not None, "the other keys can still be checked"
+        assert config is not None, "there is no config with the other keys"
 
 
 @pytest.mark.parametrize(
@@ -92,25 +92,25 @@ def test_an_unknown_key_names_its_path_and_the_nearest(section, load):
         ("run.zzz=3", "run.zzz: unknown key; valid here: dir, steps, seed, hang_seconds, network"),
     ],
 )
-def test_a_key_in_the_wrong_section_is_located(override, complaint, load):
-    assert load(override)[1] == [complaint]
+def test_a_key_in_the_wrong_section_is_located(override, complaint, load_minimal):
+    assert load_minimal(override)[1] == [complaint]
 
 
 def test_every_alias_is_a_valid_key():
     assert set(ALIASES.values()) <= {*KEYS, *UnresolvedConfig.model_fields}
-    assert not set(ALIASES) & {key.rpartition(".")[2] for key in KEYS}, "a valid key is no alias"
+    assert not set(ALIASES) & {key.rpartition(".")[2] for key in KEYS}, "a valid key is also an alias"
 
 
-def test_valid_keys_are_listed_once(load):
-    (complaint,) = load("zzz=1")[1]
+def test_valid_keys_are_listed_once(load_minimal):
+    (complaint,) = load_minimal("zzz=1")[1]
     listed = complaint.removeprefix("zzz: unknown key; valid here: ").split(", ")
     assert sorted(listed) == sorted({*UnresolvedConfig.model_fields, "base"})
 
 
 @pytest.mark.parametrize("override", ["base=other.yaml", "base.deep=3"])
-def test_a_base_on_the_command_line_is_refused(override, load):
+def test_a_base_on_the_command_line_is_refused(override, load_minimal):
     with pytest.raises(ConfigError, match=rf"^override '{override}': base is only for files"):
-        load(override)
+        load_minimal(override)
 
 
 @pytest.mark.parametrize(
@@ -142,41 +142,43 @@ def test_a_base_on_the_command_line_is_refused(override, load):
         "data.order=shufle",
     ],
 )
-def test_types_and_ranges_are_strict(override, load):
-    _, violations = load(override)
+def test_types_and_ranges_are_strict(override, load_minimal):
+    _, violations = load_minimal(override)
     key, _, value = override.partition("=")
     assert len(violations) == 1
     assert violations[0].startswith(f"{key}")
-    assert repr(yaml.safe_load(value)) in violations[0], "the message shows the value"
+    assert repr(yaml.safe_load(value)) in violations[0], "the message lacks the value"
 
 
 @pytest.mark.parametrize("name", ["order", "verify"])
-def test_an_invalid_choice_lists_the_valid_ones(name, load):
-    _, (violation,) = load(f"data.{name}=neither")
+def test_an_invalid_choice_lists_the_valid_ones(name, load_minimal):
+    _, (violation,) = load_minimal(f"data.{name}=neither")
     for choice in typing.get_args(UnresolvedConfig.model_fields["data"].annotation.model_fields[name].annotation):
         assert repr(choice) in violation
 
 
-def test_all_violations_are_reported_at_once(load):
-    config, violations = load("optim.lr=0", "log.evry=3", "nonsense=1", "compile=1")
+def test_all_violations_are_reported_at_once(load_minimal):
+    config, violations = load_minimal("optim.lr=0", "log.evry=3", "nonsense=1", "compile=1")
     assert sorted(violation.split(":")[0] for violation in violations) == [
         "compile",
         "log.evry",
         "nonsense",
         "optim.lr",
     ]
-    assert config == UnresolvedConfig.model_validate(MINIMAL), "the config without the invalid keys"
+    assert config == UnresolvedConfig.model_validate(MINIMAL), "the config has invalid keys"
 
 
-def test_missing_keys_are_reported_without_a_config(write):
-    config, violations = load_config(write({"run": {"dir": "x"}, "model": MINIMAL["model"]}))
+def test_missing_keys_are_reported_without_a_config(write_config):
+    config, violations = load_config(write_config({"run": {"dir": "x"}, "model": MINIMAL["model"]}))
     assert config is None
     assert [str(violation) for violation in violations] == ["run.steps: must be set", "data: must be set"]
 
 
 @pytest.mark.parametrize("content", [{}, {"run": {"dir": "x"}}])
-def test_missing_keys_are_reported_once_beside_other_errors(content, write):
-    _, violations = load_config(write({**MINIMAL, "data": {}, **content}), ["optim.lr=0", "log.evry=3", "run.steps=x"])
+def test_missing_keys_are_reported_once_beside_other_errors(content, write_config):
+    _, violations = load_config(
+        write_config({**MINIMAL, "data": {}, **content}), ["optim.lr=0", "log.evry=3", "run.steps=x"]
+    )
     assert sorted(violation.keys[0] for violation in violations) == [
         "data.global_batch",
         "data.seq_len",
@@ -188,14 +190,14 @@ def test_missing_keys_are_reported_once_beside_other_errors(content, write):
 
 @pytest.mark.parametrize("key", ["run.steps", "model.d_model", "model.n_layers", "data.seq_len", "data.global_batch"])
 @pytest.mark.parametrize("override", ["{}=x", "{}=0", "{}=null"])
-def test_an_invalid_required_number_is_one_violation(key, override, load):
-    config, (violation,) = load(override.format(key), "optim.clip=3.0")
+def test_an_invalid_required_number_is_one_violation(key, override, load_minimal):
+    config, (violation,) = load_minimal(override.format(key), "optim.clip=3.0")
     assert violation.startswith(f"{key}: input should be ")
     assert config.optim.clip == 3.0
 
 
-def test_refuse_lists_every_violation(load, write):
-    _, violations = load_config(write(MINIMAL), ["optim.lr=0", "log.evry=3"])
+def test_raise_violations_lists_every_violation(load_minimal, write_config):
+    _, violations = load_config(write_config(MINIMAL), ["optim.lr=0", "log.evry=3"])
     with pytest.raises(ConfigError, match=r"^2 problems in the config:\n  .*optim\.lr.*\n  .*log\.evry"):
         raise_violations(sorted(violations, key=str, reverse=True))
     with pytest.raises(ConfigError, match=r"^1 problem in the config:"):
@@ -223,33 +225,35 @@ def test_refuse_lists_every_violation(load, write):
         ("eval.sample_prompt='def '", "eval.sample_prompt", "def "),
     ],
 )
-def test_an_override_is_yaml(override, key, value, load):
-    config, violations = load(override)
+def test_an_override_is_yaml(override, key, value, load_minimal):
+    config, violations = load_minimal(override)
     value_of_key = config
     for attribute in key.split("."):
         value_of_key = getattr(value_of_key, attribute)
     assert (violations, value_of_key, type(value_of_key)) == ([], value, type(value))
 
 
-def test_null_is_refused_where_nothing_can_be_derived(load):
-    assert load("log.every=null")[1] == ["log.every: input should be a valid integer, found None"]
+def test_null_is_refused_where_nothing_can_be_derived(load_minimal):
+    assert load_minimal("log.every=null")[1] == ["log.every: input should be a valid integer, found None"]
 
 
 @pytest.mark.parametrize("value", ["off", "null", "false", "0"])
-def test_off_switches_a_feature_off(load, value):
-    config, violations = load(f"checkpoint.every={value}", f"optim.clip={value}", f"model.logit_cap={value}")
+def test_off_disables_a_feature(load_minimal, value):
+    config, violations = load_minimal(f"checkpoint.every={value}", f"optim.clip={value}", f"model.logit_cap={value}")
     assert violations == []
     assert (config.checkpoint.every, config.optim.clip, config.model.logit_cap) == (None, None, None)
 
 
-def test_null_and_off_are_not_interchangeable(load):
-    assert load("model.head_dim=off")[1] == ["model.head_dim: input should be a valid integer, found False"]
-    assert load("checkpoint.every=true")[1] == ["checkpoint.every: input should be a valid integer, found True"]
-    assert load("model.head_dim=-1")[1] == ["model.head_dim: input should be greater than or equal to 1, found -1"]
+def test_null_and_off_are_not_interchangeable(load_minimal):
+    assert load_minimal("model.head_dim=off")[1] == ["model.head_dim: input should be a valid integer, found False"]
+    assert load_minimal("checkpoint.every=true")[1] == ["checkpoint.every: input should be a valid integer, found True"]
+    assert load_minimal("model.head_dim=-1")[1] == [
+        "model.head_dim: input should be greater than or equal to 1, found -1"
+    ]
 
 
-def test_an_outdated_zero_is_accepted_with_a_message(load, caplog):
-    config, violations = load("model.d_ff=0", "optim.clip=0.0", "parallel.dp_shard=-1", "data.prefetch=0")
+def test_an_outdated_zero_is_accepted_with_a_message(load_minimal, caplog):
+    config, violations = load_minimal("model.d_ff=0", "optim.clip=0.0", "parallel.dp_shard=-1", "data.prefetch=0")
     assert violations == []
     assert (config.model.d_ff, config.optim.clip, config.parallel.dp_shard) == (None, None, None)
     assert caplog.messages == [
@@ -259,46 +263,46 @@ def test_an_outdated_zero_is_accepted_with_a_message(load, caplog):
     ]
 
 
-def test_an_outdated_zero_in_a_list_is_reported(load, caplog):
-    load("data.sources=[{name: a, path: a, weight: 0}, {name: b, path: b}]")
+def test_an_outdated_zero_in_a_list_is_reported(load_minimal, caplog):
+    load_minimal("data.sources=[{name: a, path: a, weight: 0}, {name: b, path: b}]")
     assert [message.split(":")[0] for message in caplog.messages] == ["data.sources.0.weight"]
 
 
-def test_later_overrides_win(load):
-    config, _ = load("run.steps=1", "run.steps=2")
+def test_later_overrides_win(load_minimal):
+    config, _ = load_minimal("run.steps=1", "run.steps=2")
     assert config.run.steps == 2
 
 
 @pytest.mark.parametrize("override", ["run.steps", "=3", "run.steps.deep=3", "run.steps=[1,", "compile.deep.er=3"])
-def test_a_malformed_override_is_quoted(override, load):
+def test_a_malformed_override_is_quoted(override, load_minimal):
     if override.startswith("compile"):
         with pytest.raises(ConfigError, match="'compile' is a value, not a section"):
-            load("compile=true", override)
+            load_minimal("compile=true", override)
         return
     with pytest.raises(ConfigError) as excinfo:
-        load(override)
+        load_minimal(override)
     assert str(excinfo.value).startswith(f"override '{override}'")
 
 
-def test_bases_merge_key_by_key(write, tmp_path):
+def test_bases_merge_key_by_key(write_config, tmp_path):
     (tmp_path / "deep").mkdir()
-    write({**MINIMAL, "optim": {"lr": 1.0, "clip": 2.0}}, "deep/ground.yaml")
-    write({"base": "ground.yaml", "optim": {"lr": 3.0}, "compile": True}, "deep/base.yaml")
-    top = write({"base": "deep/base.yaml", "run": {"steps": 5}, "compile": False})
+    write_config({**MINIMAL, "optim": {"lr": 1.0, "clip": 2.0}}, "deep/ground.yaml")
+    write_config({"base": "ground.yaml", "optim": {"lr": 3.0}, "compile": True}, "deep/base.yaml")
+    top_config = write_config({"base": "deep/base.yaml", "run": {"steps": 5}, "compile": False})
 
-    config, violations = load_config(top, ["optim.eps=0.5"])
+    config, violations = load_config(top_config, ["optim.eps=0.5"])
 
     assert violations == []
-    assert (config.run.dir, config.run.steps) == ("runs/x", 5), "the top file takes precedence for each key"
+    assert (config.run.dir, config.run.steps) == ("runs/x", 5), "a base takes precedence over the file that names it"
     assert (config.optim.lr, config.optim.clip, config.optim.eps) == (3.0, 2.0, 0.5)
     assert config.compile is False
 
 
-def test_circular_bases_are_reported(write):
-    first = write({"base": "b.yaml"}, "a.yaml")
-    write({"base": "a.yaml"}, "b.yaml")
+def test_circular_bases_are_reported(write_config):
+    config_a = write_config({"base": "b.yaml"}, "a.yaml")
+    write_config({"base": "a.yaml"}, "b.yaml")
     with pytest.raises(ConfigError, match=r"leads back to itself: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
-        load_config(first)
+        load_config(config_a)
 
 
 @pytest.mark.parametrize(
@@ -319,9 +323,9 @@ def test_circular_bases_are_reported(write):
         ("run: !!bool x\n", r"config\.yaml: not valid YAML"),
     ],
 )
-def test_an_invalid_file_is_reported(content, complaint, write):
+def test_an_invalid_file_is_reported(content, complaint, write_config):
     with pytest.raises(ConfigError, match=complaint):
-        load_config(write(content))
+        load_config(write_config(content))
 
 
 def test_bytes_that_are_not_utf8_are_reported(tmp_path):
@@ -340,13 +344,13 @@ def test_overrides_alone_can_be_a_config():
     assert load_config(None, overrides) == (UnresolvedConfig.model_validate(MINIMAL), [])
 
 
-def test_a_dumped_config_loads_as_the_same_config(load, write):
-    config, _ = load("optim.lr=1e-7", "optim.eps=1e-20", "compile=true", "eval.sample_prompt='a: \"b\"\\n'")
-    assert load_config(write(dump(config), "dumped.yaml")) == (config, [])
+def test_a_dumped_config_loads_as_the_same_config(load_minimal, write_config):
+    config, _ = load_minimal("optim.lr=1e-7", "optim.eps=1e-20", "compile=true", "eval.sample_prompt='a: \"b\"\\n'")
+    assert load_config(write_config(dump(config), "dumped.yaml")) == (config, [])
 
 
 def test_describe_covers_every_key_with_a_description():
-    rows = {name: rest for name, *rest in describe()}
+    columns_by_key = {name: columns for name, *columns in describe()}
     expected_keys = {"base", "model.from"}
     expected_keys |= {f"data.sources.*.{name}" for name in SourceConfig.model_fields}
     expected_keys |= {f"data.stages.*.{name}" for name in StageConfig.model_fields}
@@ -357,16 +361,16 @@ def test_describe_covers_every_key_with_a_description():
             expected_keys |= {f"{name}.{inner}" for member in members.values() for inner in member.model_fields}
         else:
             expected_keys.add(name)
-    assert set(rows) == expected_keys
-    assert len(list(describe())) == len(rows), "each key once"
-    for name, (kind, default, description) in rows.items():
+    assert set(columns_by_key) == expected_keys
+    assert len(list(describe())) == len(columns_by_key), "a key is described twice"
+    for name, (kind, default, description) in columns_by_key.items():
         assert kind, name
         assert default, name
         assert len(description) > 5, name
-    assert rows["run.steps"][:2] == ["int", "required"]
-    assert rows["data.order"][:2] == ["shuffle | random", "shuffle"]
-    assert rows["optim.lr"][:2] == ["float", "0.0003"]
-    assert rows["compile"][:2] == ["bool", "false"]
+    assert columns_by_key["run.steps"][:2] == ["int", "required"]
+    assert columns_by_key["data.order"][:2] == ["shuffle | random", "shuffle"]
+    assert columns_by_key["optim.lr"][:2] == ["float", "0.0003"]
+    assert columns_by_key["compile"][:2] == ["bool", "false"]
 
 
 def test_the_description_of_decay_steps_names_the_schedules_that_have_it():
@@ -376,10 +380,10 @@ def test_the_description_of_decay_steps_names_the_schedules_that_have_it():
         assert (name in description) == ("decay_steps" in schedule.model_fields), name
         if "decay_steps" in schedule.model_fields:
             rate = learning_rate(AdamWConfig(lr=1.0), schedule(decay_steps=10), 10)
-            assert rate == pytest.approx(0.1), "the minimum is reached at that step"
+            assert rate == pytest.approx(0.1), "the learning rate is not the minimum at decay_steps"
 
 
-def test_wsd_without_a_decay_drops_at_once():
+def test_wsd_with_decay_fraction_0_drops_in_one_step():
     schedule = WSDConfig(decay_steps=10, decay_fraction=0.0)
     assert [learning_rate(AdamWConfig(lr=1.0), schedule, step) for step in (9, 10, 11)] == pytest.approx([1, 1, 0.1])
     description = WSDConfig.model_fields["decay_fraction"].description
@@ -388,24 +392,23 @@ def test_wsd_without_a_decay_drops_at_once():
 
 @pytest.mark.parametrize("text", ["3e-4", "1E5", ".5e3", "-2e3", "+1e0", "3.e2"])
 def test_exponents_are_floats_as_in_yaml_1_2(text):
-    assert parse_yaml(text, "here") == float(text)
+    assert parse_yaml(text, "location") == float(text)
 
 
 @pytest.mark.parametrize("text", ["1e", "e5", "3e-4x", "0x1e5z"])
 def test_text_that_resembles_an_exponent_stays_text(text):
-    assert parse_yaml(text, "here") == text
+    assert parse_yaml(text, "location") == text
 
 
-def test_a_config_is_frozen(load):
-    config, _ = load()
+def test_a_config_is_frozen(load_minimal):
+    config, _ = load_minimal()
     with pytest.raises(ValueError, match="frozen"):
         config.run.steps = 3
     with pytest.raises(ValueError, match="frozen"):
         config.compile = True
 
 
-def test_violations_are_values():
-    """Rules compare and hash violations."""
+def test_violations_compare_by_value():
     from dist_llm.config.load import Violation
 
     assert Violation(("a.b", "c"), "wrong") == Violation(("a.b", "c"), "wrong")

@@ -12,7 +12,7 @@ from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError
 from dist_llm.training.settings import read_config
 
-VOCAB = 300
+TOKENIZER_SIZE = 300  # token ids of the corpus
 
 
 def make_config(model=(), data=(), **parallel):
@@ -27,30 +27,30 @@ def make_config(model=(), data=(), **parallel):
     )
 
 
-def layout_line(config, world):
-    """Return the line of layouts in the user's error, or None."""
-    lines = "\n".join(map(str, check(config, world, VOCAB))).splitlines()
+def find_layout_line(config, world_size):
+    """Return the line of valid layouts in the error message, or None."""
+    lines = "\n".join(map(str, check(config, world_size, TOKENIZER_SIZE))).splitlines()
     layout_lines = [line for line in lines if "valid layouts" in line]
     assert len(layout_lines) <= 1
     return layout_lines[0].strip() if layout_lines else None
 
 
 @pytest.mark.parametrize(
-    ("config", "world", "line"),
+    ("config", "world_size", "line"),
     [
-        # n_kv_heads 4 with tp 8: tp 4 is valid, and dp_shard, which is null, uses the other ranks
+        # tp 8 does not divide n_kv_heads 4, but tp 4 does. dp_shard is null, so it uses the other ranks.
         (make_config(tp=8), 8, "8 ranks: dp_shard 2 x tp 4; dp_shard 4 x tp 2; dp_shard 8"),
-        # doubling one axis uses all ranks; the data axes come first
+        # dp_shard 4 uses half of the ranks. Each suggestion doubles one axis; the data axes come first.
         (make_config(dp_shard=4), 8, "8 ranks: dp_shard 8; dp_replicate 2 x dp_shard 4; dp_shard 4 x tp 2"),
         (make_config(pp=3), 4, "4 ranks: pp 4; pp 2 x dp_shard 2; dp_shard 4"),
-        (make_config(cp=5), 5, None),  # batch, heads and length are not multiples of 5, and there are only 4 blocks
+        (make_config(cp=5), 5, None),  # the batch, heads and length are not multiples of 5, and there are only 4 blocks
         (make_config(tp=2), 1, "1 rank: dp_shard 1"),
         (make_config(data={"global_batch": 2}), 8, "8 ranks: dp_shard 2 x tp 4; "),
     ],
     ids=lambda value: "" if isinstance(value, UnresolvedConfig) else str(value),
 )
-def test_the_line_lists_the_nearest_layouts(config, world, line):
-    actual = layout_line(config, world)
+def test_the_error_lists_the_nearest_layouts(config, world_size, line):
+    actual = find_layout_line(config, world_size)
     if line is None:
         assert actual is None
     else:
@@ -58,24 +58,25 @@ def test_the_line_lists_the_nearest_layouts(config, world, line):
         assert actual.startswith("parallel: valid layouts of " + line)
 
 
-def test_no_line_if_the_layout_is_valid():
-    assert layout_line(make_config(), 8) is None
-    assert check(make_config(model={"n_kv_heads": 3}), 1, VOCAB)
-    assert layout_line(make_config(model={"n_kv_heads": 3}), 1) is None
+def test_the_error_lists_no_layouts_if_the_layout_is_valid():
+    assert find_layout_line(make_config(), 8) is None
+    assert check(make_config(model={"n_kv_heads": 3}), 1, TOKENIZER_SIZE)
+    assert find_layout_line(make_config(model={"n_kv_heads": 3}), 1) is None
 
 
-def all_layouts(world):
-    sizes = [size for size in range(1, world + 1) if world % size == 0]
-    return [each for each in itertools.product(sizes, repeat=len(AXES)) if math.prod(each) == world]
+def list_layouts(world_size):
+    """Return all tuples of axis sizes whose product is `world_size`."""
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    return [layout for layout in itertools.product(sizes, repeat=len(AXES)) if math.prod(layout) == world_size]
 
 
 def count_changed_axes(layout, config):
-    """Count the axes of another size than in the config; dp_shard -1 is not counted."""
+    """Count the axes whose size differs from that in the config. An axis that is null in the config is not counted."""
     sizes = {axis: getattr(config.parallel, axis) for axis in AXES}
     return sum(layout[axis] != size for axis, size in sizes.items() if size)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 6, 8, 12])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6, 8, 12])
 @pytest.mark.parametrize(
     "parallel", [{}, {"tp": 8}, {"pp": 8}, {"pp": 2, "tp": 3}, {"cp": 5}, {"dp_shard": 7}], ids=str
 )
@@ -84,33 +85,33 @@ def count_changed_axes(layout, config):
     [{}, {"data": {"global_batch": 6}}, {"model": {"n_kv_heads": 1}}, {"data": {"seq_len": 6, "micro_batch": 2}}],
     ids=str,
 )
-def test_suggested_layouts_are_valid_and_nearest(sections, parallel, world):
+def test_suggested_layouts_are_valid_and_nearest(sections, parallel, world_size):
     config = make_config(**sections, **parallel)
-    fitting = []
-    for sizes in all_layouts(world):
+    valid_layouts = []
+    for sizes in list_layouts(world_size):
         layout = dict(zip(AXES, sizes, strict=True))
-        if check(make_config(**sections, **layout), world, VOCAB) == []:
-            fitting.append(layout)
-    suggested = nearest_layouts(config, world, VOCAB)
-    assert len(suggested) == min(3, len(fitting))
-    assert all(layout in fitting for layout in suggested)
+        if check(make_config(**sections, **layout), world_size, TOKENIZER_SIZE) == []:
+            valid_layouts.append(layout)
+    suggested = nearest_layouts(config, world_size, TOKENIZER_SIZE)
+    assert len(suggested) == min(3, len(valid_layouts))
+    assert all(layout in valid_layouts for layout in suggested)
     assert [count_changed_axes(layout, config) for layout in suggested] == sorted(
-        count_changed_axes(each, config) for each in fitting
+        count_changed_axes(layout, config) for layout in valid_layouts
     )[:3]
 
 
 def test_other_layout_settings_are_kept():
-    """7 tokens do not divide over tensor ranks, which is valid without sequence parallelism."""
+    """A sequence of 7 tokens does not divide over tp ranks. Without sequence parallelism this is valid."""
     odd_length = {"data": {"seq_len": 7}}
-    assert layout_line(make_config(tp=8, **odd_length), 4) == "parallel: valid layouts of 4 ranks: dp_shard 4; " + (
-        "dp_replicate 2 x dp_shard 2; pp 2 x dp_shard 2"
-    )
-    line = layout_line(make_config(tp=8, sequence_parallel=False, **odd_length), 4)
+    assert find_layout_line(
+        make_config(tp=8, **odd_length), 4
+    ) == "parallel: valid layouts of 4 ranks: dp_shard 4; " + ("dp_replicate 2 x dp_shard 2; pp 2 x dp_shard 2")
+    line = find_layout_line(make_config(tp=8, sequence_parallel=False, **odd_length), 4)
     assert line == "parallel: valid layouts of 4 ranks: tp 4; dp_shard 2 x tp 2; dp_shard 4"
 
 
-def test_the_line_follows_the_problems(tmp_path):
-    Manifest("uint16", VOCAB, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
+def test_the_layouts_follow_the_problems(tmp_path):
+    Manifest("uint16", TOKENIZER_SIZE, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{dir: r, steps: 20}}\nmodel: {{d_model: 32, n_layers: 4, n_heads: 8, n_kv_heads: 4}}\n"
@@ -119,7 +120,7 @@ def test_the_line_follows_the_problems(tmp_path):
     with pytest.raises(ConfigError) as excinfo:
         read_config(path, ["parallel.tp=16", "model.n_kv_heads=3"], 8)
     lines = str(excinfo.value).splitlines()
-    assert lines[0] == "4 problems in the config:", "the line of layouts is not counted as a problem"
+    assert lines[0] == "4 problems in the config:", "the line of layouts is counted as a problem"
     assert len(lines) == 1 + 4 + 1 + 1
     assert lines[-2] == (
         "  parallel: valid layouts of 8 ranks: dp_shard 8; dp_replicate 2 x dp_shard 4; dp_shard 4 x cp 2"

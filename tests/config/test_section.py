@@ -1,4 +1,7 @@
-"""Unions of sections: the keys of each member, errors on keys of other members, and configs saved by 0.1.0."""
+"""Unions of config sections: `name` selects the member class, and keys of other members are refused.
+
+Configs that version 0.1.0 saved have the keys of all members. They can still be read.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -45,41 +48,51 @@ MISPLACED = [
 ]
 
 
-@pytest.mark.parametrize(("section", "keys", "key", "message"), MISPLACED, ids=[case[2] for case in MISPLACED])
+@pytest.mark.parametrize(("section", "keys", "key", "message"), MISPLACED, ids=[key for _, _, key, _ in MISPLACED])
 def test_a_key_of_another_member_is_refused(section: str, keys: dict[str, Any], key: str, message: str) -> None:
     config, violations = load_config({**RUN, section: keys})
     assert [violation.keys[0] for violation in violations] == [f"{section}.{key}"]
     assert message in violations[0].message
-    assert config is not None, "the other keys can be checked"
+    assert config is not None, "there is no config with the other keys"
 
 
-def test_every_key_that_not_all_members_have_is_tried() -> None:
-    tried = {(section, key.rpartition(".")[2]) for section, _, key, _ in MISPLACED}
+def test_every_key_of_some_members_is_tested() -> None:
+    tested_keys = {(section, key.rpartition(".")[2]) for section, _, key, _ in MISPLACED}
     for section, annotation in UNIONS.items():
         members = union_members(annotation).values()
         for name in {name for member in members for name in member.model_fields}:
             if not all(name in member.model_fields for member in members):
-                alike = {"beta2", "eps", "implementation", "on_extend", "whole_words", "noise_density", "fim_spm_rate"}
-                assert (section, name) in tried or name in alike, f"{section}.{name}"
+                untested_names = {
+                    "beta2",
+                    "eps",
+                    "implementation",
+                    "on_extend",
+                    "whole_words",
+                    "noise_density",
+                    "fim_spm_rate",
+                }
+                assert (section, name) in tested_keys or name in untested_names, f"{section}.{name}"
 
 
 def test_a_wrong_name_lists_the_members() -> None:
     _, violations = load_config({**RUN, "optim": {"name": "adam", "lr": 1e-3}})
-    assert [str(each) for each in violations] == ["optim.name: input should be 'adamw', 'muon', 'sgd', found 'adam'"]
+    assert [str(violation) for violation in violations] == [
+        "optim.name: input should be 'adamw', 'muon', 'sgd', found 'adam'"
+    ]
     _, violations = load_config({**RUN, "objective": {"mixture": [{"name": "causal"}, {"name": "spam"}]}})
     assert violations[0].keys == ("objective.mixture.1.name",)
 
 
 def test_an_unknown_key_and_a_wrong_value_keep_their_location() -> None:
     _, violations = load_config({**RUN, "optim": {"name": "muon", "leerning_rate": 1.0, "beta1": 2.0, "lr": "fast"}})
-    assert {each.keys[0] for each in violations} == {"optim.leerning_rate", "optim.beta1", "optim.lr"}
+    assert {violation.keys[0] for violation in violations} == {"optim.leerning_rate", "optim.beta1", "optim.lr"}
     _, violations = load_config({**RUN, "objective": {"mixture": [{"name": "span", "noise_density": 2.0}]}})
     assert violations[0].keys == ("objective.mixture.0.noise_density",)
     _, violations = load_config({**RUN, "schedule": 3})
     assert violations[0].keys == ("schedule",)
 
 
-def test_a_section_is_of_the_class_of_its_name() -> None:
+def test_the_name_of_a_section_selects_its_class() -> None:
     config, violations = load_config(
         {**RUN, "optim": {"name": "muon"}, "objective": {"mixture": [{"name": "span", "mode": "R"}, {}]}}
     )
@@ -92,7 +105,7 @@ def test_a_section_is_of_the_class_of_its_name() -> None:
     assert parse_saved(dump(resolved), "config.yaml") == resolved
 
 
-# As version 0.1.0 saved them: all sizes, and 0 instead of null.
+# Version 0.1.0 saved all sizes, and 0 instead of null.
 SAVED_SIZES = {
     "model": {
         **{
@@ -110,7 +123,7 @@ SAVED_SIZES = {
     "parallel": {"dp_shard": 1, "activations_gib": 0.0},
 }
 # The keys of all members of a union, with values that version 0.1.0 accepted and did not use.
-SAVED = {
+SAVED_UNIONS = {
     "optim": {
         **{"name": "sgd", "lr": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-8, "moments": "fp32"},
         **{"muon_momentum": 0.95, "momentum": 0.9, "weight_decay": 0.1, "decay_embeddings": False, "clip": 1.0},
@@ -126,7 +139,7 @@ SAVED = {
 
 def test_a_config_of_0_1_0_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**RUN, **SAVED_SIZES, **SAVED}))
+    path.write_text(yaml.safe_dump({**RUN, **SAVED_SIZES, **SAVED_UNIONS}))
     config = parse_saved(path.read_text(), "config.yaml")
     assert load_config(path)[1] == []
     assert load_saved(tmp_path) == config
@@ -142,10 +155,10 @@ def test_saved_keys_of_another_version_are_ignored() -> None:
 
 
 def test_the_help_names_the_members_that_have_a_key() -> None:
-    rows = {row[0]: row for row in describe()}
-    assert rows["optim.name"][1] == "adamw | muon | sgd"
-    assert rows["optim.muon_momentum"][3] == "muon: Nesterov momentum"
-    assert rows["schedule.name"][2] == "cosine", "the default member's"
-    assert rows["optim.lr"][3] == "peak learning rate"
-    assert rows["objective.mixture"][2] == "none"
-    assert rows["objective.mode"][3].startswith("prefix, span: ")
+    row_by_key = {row[0]: row for row in describe()}
+    assert row_by_key["optim.name"][1] == "adamw | muon | sgd"
+    assert row_by_key["optim.muon_momentum"][3] == "muon: Nesterov momentum"
+    assert row_by_key["schedule.name"][2] == "cosine"
+    assert row_by_key["optim.lr"][3] == "peak learning rate"
+    assert row_by_key["objective.mixture"][2] == "none"
+    assert row_by_key["objective.mode"][3].startswith("prefix, span: ")

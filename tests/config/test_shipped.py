@@ -1,4 +1,4 @@
-"""Configs of the package: found by name, from any directory."""
+"""The configs of the package are found by their names, from any directory."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ def test_every_config_of_the_package_has_a_name() -> None:
 
 
 @pytest.mark.parametrize("name", shipped_names())
-def test_a_name_is_the_file_of_the_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_loads_the_file_of_the_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config(Path(name)) == load_config(DIRECTORY / f"{name}.yaml")
 
 
-def test_a_file_comes_before_a_config_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_takes_precedence_over_a_config_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("demo").write_text("run: {steps: 7}")
     assert find_config(Path("demo")) == Path("demo")
@@ -38,7 +38,7 @@ def test_a_base_may_be_a_config_of_the_package(tmp_path: Path) -> None:
     assert config == demo.model_copy(update={"run": demo.run.model_copy(update={"steps": 12345})})
 
 
-def test_an_unknown_name_lists_what_there_is() -> None:
+def test_the_error_for_an_unknown_name_lists_the_names() -> None:
     with pytest.raises(ConfigError, match=r"dmeo: is neither a file nor a config of the package; .* demo, "):
         load_config(Path("dmeo"))
     with pytest.raises(ConfigError, match=r"dmeo.yaml: cannot be read"):

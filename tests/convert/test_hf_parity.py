@@ -1,4 +1,7 @@
-"""Our models and those of Hugging Face compute the same logits and losses from the same weights."""
+"""Our models and those of Hugging Face compute the same logits and losses from the same weights.
+
+S is the sequence length of the decoder and T that of the encoder.
+"""
 
 from itertools import pairwise
 
@@ -14,13 +17,13 @@ from tests.convert.families import ENCODER_DECODERS, FAMILIES, SINGLE_STACKS, VO
 pytest.importorskip("transformers")
 
 
-def make_random_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+def make_random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def make_lengths_mask(rows: int, length: int) -> Tensor:
-    """Return 1 for text and 0 for padding at the end; rows have all lengths from 1 to `length`."""
-    ends = torch.linspace(1, length, rows).long()
+def make_padding_mask(batch: int, length: int) -> Tensor:
+    """Return 1 for text and 0 for padding at the end. The text lengths rise from 1 to `length`."""
+    ends = torch.linspace(1, length, batch).long()
     return (torch.arange(length) < ends[:, None]).long()
 
 
@@ -28,26 +31,26 @@ def make_lengths_mask(rows: int, length: int) -> Tensor:
 @torch.no_grad()
 def test_single_stack_logits_match_with_and_without_padding(family: str) -> None:
     hf, native, config = build_models(family)
-    ids, mask = make_random_tokens(4, S), make_lengths_mask(4, S)
-    causal = config.architecture == "decoder"
-    full = native(ids, mask=AttentionMask(causal))
-    torch.testing.assert_close(full, hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    ids, mask = make_random_tokens(4, S), make_padding_mask(4, S)
+    is_causal = config.architecture == "decoder"
+    unpadded = native(ids, mask=AttentionMask(is_causal))
+    torch.testing.assert_close(unpadded, hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
-    padded = native(ids, mask=AttentionMask(causal, documents_BT=mask - 1))
+    padded = native(ids, mask=AttentionMask(is_causal, documents_BT=mask - 1))
     expected = hf(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(padded[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-4)
 
     labels = torch.where(mask == 1, ids, IGNORE_INDEX)
-    targets = labels if not causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE_INDEX)), dim=1)
-    loss = native(ids, targets, AttentionMask(causal, documents_BT=mask - 1)).sum() / (targets != IGNORE_INDEX).sum()
-    want_loss = hf(input_ids=ids, attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(loss, want_loss, rtol=1e-4, atol=1e-4)
+    targets = labels if not is_causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE_INDEX)), dim=1)
+    loss = native(ids, targets, AttentionMask(is_causal, documents_BT=mask - 1)).sum() / (targets != IGNORE_INDEX).sum()
+    expected_loss = hf(input_ids=ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", SINGLE_STACKS)
 @torch.no_grad()
-def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
-    """Three documents in one row equal the Hugging Face model's logits of each document alone."""
+def test_packed_documents_give_the_logits_of_separate_documents(family: str) -> None:
+    """We pack three documents into a sequence. The Hugging Face model gets each document in its own sequence."""
     hf, native, config = build_models(family)
     edges = [0, 3, 4, S]
     ids = make_random_tokens(2, S)
@@ -64,7 +67,7 @@ def test_single_stack_packed_documents_match_separate_ones(family: str) -> None:
 @torch.no_grad()
 def test_encoder_decoder_logits_match(family: str) -> None:
     hf, native, _ = build_models(family)
-    source, inputs, mask = make_random_tokens(4, T), make_random_tokens(4, S, 1), make_lengths_mask(4, T)
+    source, inputs, mask = make_random_tokens(4, T), make_random_tokens(4, S, 1), make_padding_mask(4, T)
     actual = native(inputs, encoder_input=EncoderInput(source))
     expected = hf(input_ids=source, decoder_input_ids=inputs).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
@@ -77,8 +80,8 @@ def test_encoder_decoder_logits_match(family: str) -> None:
     loss = native(
         inputs, targets_BS=targets, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1))
     )
-    want_loss = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
-    torch.testing.assert_close(loss.sum() / targets.numel(), want_loss, rtol=1e-4, atol=1e-4)
+    expected_loss = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
+    torch.testing.assert_close(loss.sum() / targets.numel(), expected_loss, rtol=1e-4, atol=1e-4)
 
     cut_T, cut_S = 5, 7  # two documents, in both stacks
     documents_T = (torch.arange(T) >= cut_T).long().expand(4, T)
@@ -91,34 +94,34 @@ def test_encoder_decoder_logits_match(family: str) -> None:
         positions_BS=positions_S,
         encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=documents_T), positions_T),
     )
-    first = hf(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
-    second = hf(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits
-    torch.testing.assert_close(packed, torch.cat((first, second), dim=1), rtol=1e-4, atol=1e-4)
+    first_logits = hf(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
+    second_logits = hf(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits
+    torch.testing.assert_close(packed, torch.cat((first_logits, second_logits), dim=1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
     hf, native, config = build_models(family)
-    table = tensor_mappings(family, config)
+    mappings = tensor_mappings(family, config)
     names = dict(native.named_parameters())
-    assert sorted(pair.native for pair in table) == sorted(names)
-    used = {pair.hf for pair in table} | {pair.plus_row for pair in table if pair.plus_row}
+    assert sorted(mapping.native for mapping in mappings) == sorted(names)
+    used = {mapping.hf for mapping in mappings} | {mapping.plus_row for mapping in mappings if mapping.plus_row}
     parameters = dict(hf.named_parameters(remove_duplicate=False))
     assert used <= parameters.keys()
     used_pointers = {parameters[name].data_ptr() for name in used}
     assert all(tensor.data_ptr() in used_pointers for tensor in parameters.values()), (
-        "the other tensors are tied to used ones"
+        "a tensor is neither mapped nor tied to a mapped tensor"
     )
-    for pair in table:
-        shape = names[pair.native].shape
-        actual = to_native(pair, hf.state_dict()).shape
+    for mapping in mappings:
+        shape = names[mapping.native].shape
+        actual = to_native(mapping, hf.state_dict()).shape
         assert actual == (shape if actual[0] != VOCAB else (VOCAB, *shape[1:])), (
-            "shapes differ only in vocabulary padding"
+            "shapes differ in more than the padding of the vocabulary"
         )
 
 
 def test_wrong_rotary_pairing_is_detected() -> None:
-    """With Meta's rotary pairing for Hugging Face's weights, as after a missing permutation, the logits differ."""
+    """The logits differ if the weights have the rotary layout of Meta, which Hugging Face permutes."""
     hf, native, _ = build_models("llama")
     with torch.no_grad():
         for block in native.blocks.values():

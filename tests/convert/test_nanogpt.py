@@ -29,7 +29,7 @@ from dist_llm.text.export import export_bin
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 from tests.tools import command
 
-SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 257}
+MODEL_ARGS = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 257}
 
 
 class LayerNorm(nn.Module):
@@ -45,28 +45,33 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal self-attention. `args` are the model_args of nanoGPT."""
+
     def __init__(self, args: Any) -> None:
         super().__init__()
-        self.heads = args["n_head"]
+        self.num_heads = args["n_head"]
         self.c_attn = nn.Linear(args["n_embd"], 3 * args["n_embd"], bias=args["bias"])
         self.c_proj = nn.Linear(args["n_embd"], args["n_embd"], bias=args["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, length, width = x.shape
+        batch, length, width = x.shape
         q, k, v = (
-            tensor.view(rows, length, self.heads, -1).transpose(1, 2) for tensor in self.c_attn(x).split(width, dim=2)
+            tensor.view(batch, length, self.num_heads, -1).transpose(1, 2)
+            for tensor in self.c_attn(x).split(width, dim=2)
         )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(rows, length, width))
+        return self.c_proj(y.transpose(1, 2).reshape(batch, length, width))
 
 
 class Block(nn.Module):
+    """Attention and MLP, each after a layer norm."""
+
     def __init__(self, args: Any) -> None:
         super().__init__()
         width, bias = args["n_embd"], args["bias"]
         self.ln_1, self.attn, self.ln_2 = LayerNorm(width, bias), Attention(args), LayerNorm(width, bias)
-        linear = {"c_fc": nn.Linear(width, 4 * width, bias=bias), "c_proj": nn.Linear(4 * width, width, bias=bias)}
-        self.mlp = nn.ModuleDict(linear)
+        linears = {"c_fc": nn.Linear(width, 4 * width, bias=bias), "c_proj": nn.Linear(4 * width, width, bias=bias)}
+        self.mlp = nn.ModuleDict(linears)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -74,6 +79,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """The model of nanoGPT, with the parameter names of nanoGPT."""
+
     def __init__(self, **args: Any) -> None:
         super().__init__()
         self.transformer = nn.ModuleDict(
@@ -93,8 +100,8 @@ class GPT(nn.Module):
             x = block(x)
         return self.lm_head(self.transformer["ln_f"](x))
 
-    def optimizer(self) -> torch.optim.AdamW:
-        """As in configure_optimizers: weight decay applies to matrices and not to vectors."""
+    def build_optimizer(self) -> torch.optim.AdamW:
+        """Return the optimizer of configure_optimizers in nanoGPT: weight decay applies only to matrices."""
         parameters = list(self.parameters())
         groups = [
             {"params": [tensor for tensor in parameters if tensor.dim() >= 2], "weight_decay": 0.1},
@@ -105,7 +112,7 @@ class GPT(nn.Module):
 
 def build_nanogpt_model(bias: bool) -> GPT:
     torch.manual_seed(0)
-    model = GPT(**SIZES, bias=bias, dropout=0.0).eval()
+    model = GPT(**MODEL_ARGS, bias=bias, dropout=0.0).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -113,13 +120,17 @@ def build_nanogpt_model(bias: bool) -> GPT:
 
 
 def save_nanogpt_checkpoint(model: GPT, bias: bool, file: Path) -> None:
-    """As nanoGPT's train.py with torch.compile, including the mask that it stores without flash attention."""
+    """Save a checkpoint as train.py of nanoGPT does with torch.compile.
+
+    It includes the causal mask, which nanoGPT stores if it runs without flash attention.
+    """
     tensors = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"_orig_mod.transformer.h.{n}.attn.bias": torch.ones(16, 16).tril()[None, None] for n in range(2)}
+    causal_mask = torch.ones(16, 16).tril()[None, None]
+    tensors |= {f"_orig_mod.transformer.h.{layer}.attn.bias": causal_mask for layer in range(2)}
     content = {
         "model": tensors,
-        "optimizer": model.optimizer().state_dict(),
-        "model_args": {**SIZES, "bias": bias, "dropout": 0.0},
+        "optimizer": model.build_optimizer().state_dict(),
+        "model_args": {**MODEL_ARGS, "bias": bias, "dropout": 0.0},
         "iter_num": 7,
         "best_val_loss": torch.tensor(2.5),
         "config": {"out_dir": "out", "learning_rate": 6e-4},
@@ -127,15 +138,15 @@ def save_nanogpt_checkpoint(model: GPT, bias: bool, file: Path) -> None:
     torch.save(content, file)
 
 
-def write_bins(directory: Path) -> dict[str, np.ndarray]:
-    """As nanoGPT's prepare.py: uint16, with the end-of-text token after each document."""
+def write_bin_files(directory: Path) -> dict[str, np.ndarray]:
+    """Write uint16 ids with id 256 after each document, as prepare.py of nanoGPT does. Return the ids by file name."""
     rng = np.random.default_rng(0)
-    written = {}
-    for name, documents in (("train.bin", 20), ("val.bin", 5)):
-        documents_ids = [np.append(rng.integers(0, 256, rng.integers(10, 60)), 256) for _ in range(documents)]
-        written[name] = np.concatenate(documents_ids).astype(np.uint16)
-        written[name].tofile(directory / name)
-    return written
+    ids_by_file = {}
+    for name, num_documents in (("train.bin", 20), ("val.bin", 5)):
+        documents = [np.append(rng.integers(0, 256, rng.integers(10, 60)), 256) for _ in range(num_documents)]
+        ids_by_file[name] = np.concatenate(documents).astype(np.uint16)
+        ids_by_file[name].tofile(directory / name)
+    return ids_by_file
 
 
 def adopt_bin_files(directory: Path) -> Path:
@@ -146,9 +157,11 @@ def adopt_bin_files(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_round_trip_keeps_weights_losses_and_corpus(
+    bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_convert = command("convert")
-    nanogpt_model, written = build_nanogpt_model(bias), write_bins(tmp_path)
+    nanogpt_model, ids_by_file = build_nanogpt_model(bias), write_bin_files(tmp_path)
     corpus = adopt_bin_files(tmp_path)
     save_nanogpt_checkpoint(nanogpt_model, bias, tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native", "--tokenizer", corpus) == 0
@@ -162,7 +175,7 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
 
     # The held-out loss of val.bin in the windows that nanoGPT would use.
     result = evaluate_checkpoint(str(tmp_path / "native"), str(corpus), "heldout", EvaluationOptions(), World())
-    tokens = torch.from_numpy(written["val.bin"].astype(np.int64))
+    tokens = torch.from_numpy(ids_by_file["val.bin"].astype(np.int64))
     losses = [
         F.cross_entropy(nanogpt_model(tokens[None, start : start + 16][:, : len(tokens) - 1 - start])[0],
                         tokens[start + 1 : start + 17], reduction="sum")
@@ -174,21 +187,21 @@ def test_nanogpt_round_trip(bias: bool, tmp_path: Path, capsys: pytest.CaptureFi
 
     assert run_convert("to-nanogpt", tmp_path / "native", tmp_path / "back.pt") == 0
     exported = torch.load(tmp_path / "back.pt", weights_only=True)
-    before = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert exported.keys() == before.keys()
-    assert exported["model_args"] == before["model_args"]
+    original = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert exported.keys() == original.keys()
+    assert exported["model_args"] == original["model_args"]
     nanogpt_copy = GPT(**exported["model_args"])
     nanogpt_copy.load_state_dict(exported["model"])  # strict
-    assert list(exported["model"]) == list(nanogpt_copy.state_dict()), "in nanoGPT's order"
+    assert list(exported["model"]) == list(nanogpt_copy.state_dict()), "the tensors are not in the order of nanoGPT"
     for name, tensor in nanogpt_model.state_dict().items():
         assert torch.equal(exported["model"][name], tensor), name
-    optimizer = nanogpt_copy.optimizer()
+    optimizer = nanogpt_copy.build_optimizer()
     optimizer.load_state_dict(exported["optimizer"])
     F.cross_entropy(nanogpt_copy(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
     optimizer.step()
 
-    assert export_bin(corpus, tmp_path / "bins") == {name: len(ids) for name, ids in written.items()}
-    for name in written:
+    assert export_bin(corpus, tmp_path / "bins") == {name: len(ids) for name, ids in ids_by_file.items()}
+    for name in ids_by_file:
         assert (tmp_path / "bins" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
@@ -197,12 +210,12 @@ def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
     save_nanogpt_checkpoint(build_nanogpt_model(True), True, tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
     config, weights = load_saved(tmp_path / "native"), None
-    for change in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
-        other = config.model_copy(update={"model": config.model.model_copy(update=change)})
+    for changed_keys in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
+        changed_config = config.model_copy(update={"model": config.model.model_copy(update=changed_keys)})
         with pytest.raises(
-            CheckpointError, match=f"nanoGPT does not support this model: it has .*{next(iter(change))}"
+            CheckpointError, match=f"nanoGPT does not support this model: it has .*{next(iter(changed_keys))}"
         ):
-            to_nanogpt(weights, other)  # type: ignore[arg-type]
+            to_nanogpt(weights, changed_config)  # type: ignore[arg-type]
     content = load_torch(tmp_path / "ckpt.pt")
     content["model_args"]["n_head"] = 5
     torch.save(content, tmp_path / "odd.pt")
@@ -210,7 +223,7 @@ def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_corpus_with_too_many_ids_is_not_exported(tmp_path: Path) -> None:
-    write_bins(tmp_path)
+    write_bin_files(tmp_path)
     corpus = adopt_bin_files(tmp_path)
     path = corpus / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100_000}))

@@ -1,4 +1,4 @@
-"""Tiny corpora, written directly with the shard writer."""
+"""Fixtures that write tiny corpora with ShardWriter."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,13 @@ from dist_llm.data.shard import Manifest, ShardWriter, select_token_dtype
 
 @pytest.fixture
 def make_corpus(tmp_path):
-    """Return a function: write documents of these sizes, one per shard -> (directory, all tokens as one stream)."""
+    """Return a function that writes random documents of the given sizes in tokens, with one document per shard.
+
+    The function returns the directory of the corpus and all its tokens as one array.
+    """
     directories = []
 
-    def make(sizes, vocab_size=300, seed=0):
+    def write_documents(sizes, vocab_size=300, seed=0):
         directory = tmp_path / f"corpus{len(directories)}"
         directory.mkdir()
         directories.append(directory)
@@ -21,18 +24,18 @@ def make_corpus(tmp_path):
         dtype = select_token_dtype(vocab_size)
         writer = ShardWriter(directory, "train", dtype, max_tokens=1)  # one document per shard
         for document in documents:
-            writer.add(document, text_bytes=3 * len(document))
+            writer.add(document, text_bytes=3 * len(document))  # the size of the text is arbitrary
         Manifest(dtype, vocab_size, "none", ("random",), {"train": writer.close(), "heldout": ()}).save(directory)
         return directory, np.concatenate(documents)
 
-    return make
+    return write_documents
 
 
 @pytest.fixture
-def counting(tmp_path):
-    """Return a function that makes a corpus of `num_tokens` tokens whose token at position i is i."""
+def make_counting_corpus(tmp_path):
+    """Return a function that writes a corpus of `num_tokens` tokens. Its token at position i is i."""
 
-    def make(num_tokens, split="train"):
+    def write_counting_corpus(num_tokens, split="train"):
         writer = ShardWriter(tmp_path, split, "uint32", max_tokens=7)
         for start in range(0, num_tokens, 5):
             writer.add(np.arange(start, min(start + 5, num_tokens)), text_bytes=5)
@@ -40,4 +43,4 @@ def counting(tmp_path):
         Manifest("uint32", max(num_tokens, 1), "none", ("range",), shards).save(tmp_path)
         return Corpus(tmp_path, split)
 
-    return make
+    return write_counting_corpus

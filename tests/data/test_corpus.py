@@ -1,4 +1,4 @@
-"""Read shards as one stream; name the damaged shard and byte."""
+"""Corpus reads its shards as one stream of tokens. An error names the damaged shard and byte."""
 
 import errno
 import json
@@ -15,46 +15,53 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import MANIFEST_FILE, Manifest, Shard, ShardWriter, select_token_dtype
 from dist_llm.errors import DataError
 
-S = 8
-SHARDS = ([3 * S], [2 * S, S], [2 * S - 1, 2 * S + 1], [S, 1, 1, 2 * S], [4 * S + 1, 1], [1] * (2 * S + 1))
+S = 8  # sequence length in tokens
+DOCUMENT_SIZES = (  # in tokens; each document is one shard
+    [3 * S],
+    [2 * S, S],
+    [2 * S - 1, 2 * S + 1],
+    [S, 1, 1, 2 * S],
+    [4 * S + 1, 1],
+    [1] * (2 * S + 1),
+)
 
 
-@pytest.mark.parametrize("sizes", SHARDS, ids=str)
+@pytest.mark.parametrize("sizes", DOCUMENT_SIZES, ids=str)
 @pytest.mark.parametrize("vocab_size", [300, 1 << 16, (1 << 16) + 1])
 def test_read_returns_any_window_across_shards(sizes, vocab_size, make_corpus):
     directory, stream = make_corpus(sizes, vocab_size=vocab_size)
     corpus = Corpus(directory)
     assert corpus.num_tokens == len(stream)
-    for length in (1, S, S + 1, len(stream)):
-        starts = np.arange(len(stream) - length + 1)
-        expected = np.lib.stride_tricks.sliding_window_view(stream, length)
-        assert np.array_equal(corpus.read(starts, length), expected)
-        assert np.array_equal(Corpus(directory).read(starts[::-1], length), expected[::-1])
+    for window_tokens in (1, S, S + 1, len(stream)):
+        starts = np.arange(len(stream) - window_tokens + 1)
+        expected = np.lib.stride_tricks.sliding_window_view(stream, window_tokens)
+        assert np.array_equal(corpus.read(starts, window_tokens), expected)
+        assert np.array_equal(Corpus(directory).read(starts[::-1], window_tokens), expected[::-1])
 
 
 @pytest.mark.parametrize(
-    ("tokens", "windows"), [(0, -1), (1, 0), (S, 0), (S + 1, 1), (2 * S, 1), (2 * S + 1, 2), (3 * S, 2)]
+    ("num_tokens", "num_windows"), [(0, 0), (1, 0), (S, 0), (S + 1, 1), (2 * S, 1), (2 * S + 1, 2), (3 * S, 2)]
 )
-def test_count_windows_leaves_room_for_the_next_token(tokens, windows, counting):
-    corpus = counting(tokens)
-    assert corpus.count_windows(S + 1, S) == max(windows, 0)
-    if windows > 0:
-        rows = corpus.read(np.arange(windows) * S, S + 1)
-        assert np.array_equal(rows[:, 1:].ravel(), np.arange(1, windows * S + 1)), "each token is a target once"
+def test_count_windows_leaves_room_for_the_next_token(num_tokens, num_windows, make_counting_corpus):
+    corpus = make_counting_corpus(num_tokens)
+    assert corpus.count_windows(S + 1, S) == num_windows
+    if num_windows > 0:
+        windows = corpus.read(np.arange(num_windows) * S, S + 1)
+        assert np.array_equal(windows[:, 1:].ravel(), np.arange(1, num_windows * S + 1)), "a token is not a target once"
 
 
 def test_select_token_dtype_fits_all_ids():
-    assert [select_token_dtype(n) for n in (1, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
+    assert [select_token_dtype(vocab_size) for vocab_size in (1, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
 
 
 def test_writer_does_not_split_a_document_across_shards(tmp_path):
     writer = ShardWriter(tmp_path, "train", "uint16", max_tokens=10)
-    documents = [np.full(n, n) for n in (4, 6, 1, 12, 3)]
+    documents = [np.full(size, size) for size in (4, 6, 1, 12, 3)]
     for document in documents:
         writer.add(document, text_bytes=len(document))
     shards = writer.close()
     assert [(shard.tokens, shard.documents, shard.text_bytes) for shard in shards] == [
-        (10, 2, 10),
+        (10, 2, 10),  # the documents of 4 and 6 tokens
         (1, 1, 1),
         (12, 1, 12),
         (3, 1, 3),
@@ -66,6 +73,7 @@ def test_writer_does_not_split_a_document_across_shards(tmp_path):
 
 
 def write_and_close(directory, files, error=None):
+    """Write a document, raise `error` if it is set, and close the writer. Append its open files to `files`."""
     with ShardWriter(directory, "train", "uint16", max_tokens=10) as writer:
         writer.add(np.arange(4), text_bytes=4)
         files += writer._open_files
@@ -91,7 +99,7 @@ def test_writer_closes_its_files_if_the_disk_is_full(tmp_path):
 
 
 def test_manifest_round_trip(tmp_path):
-    shard = Shard("train-00000.bin", 10, 2, 33, "ab")
+    shard = Shard("train-00000.bin", tokens=10, documents=2, text_bytes=33, sha256="ab")
     manifest = Manifest("uint32", 70_000, "cd", ("x", "y"), {"train": (shard, shard), "heldout": ()}, bad_rows=3)
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
@@ -104,14 +112,14 @@ def test_manifest_round_trip(tmp_path):
 
 
 @pytest.fixture
-def damaged(make_corpus):
-    """A corpus of three shards to damage: its directory, its second shard and a function that reads all tokens."""
+def corpus_to_damage(make_corpus):
+    """Write a corpus of three shards. Return its directory, its second shard and a function that reads all tokens."""
     directory, stream = make_corpus([20, 30, 20])
     return directory, directory / "train-00001.bin", lambda: Corpus(directory).read(np.array([0]), len(stream))
 
 
-def test_read_rejects_an_id_outside_the_vocabulary_with_its_byte(damaged):
-    directory, shard, read = damaged
+def test_read_rejects_an_id_outside_the_vocabulary_with_its_byte(corpus_to_damage):
+    directory, shard, read = corpus_to_damage
     ids = np.fromfile(shard, "<u2")
     ids[7] = 300
     ids.tofile(shard)
@@ -119,11 +127,11 @@ def test_read_rejects_an_id_outside_the_vocabulary_with_its_byte(damaged):
         read()
     with pytest.raises(DataError, match=r"token 7 \(byte 14\)"):
         Corpus(directory).read(np.array([0, 25]), 5)
-    Corpus(directory).read(np.array([28]), 42)
+    Corpus(directory).read(np.array([28]), 42)  # begins after the bad token, so it succeeds
 
 
-def test_check_shard_sizes_rejects_a_wrong_size(damaged):
-    directory, shard, read = damaged
+def test_check_shard_sizes_rejects_a_wrong_size(corpus_to_damage):
+    directory, shard, read = corpus_to_damage
     Corpus(directory).check_shard_sizes()
     with shard.open("ab") as file:
         file.write(b"\0\0")
@@ -140,15 +148,15 @@ def test_check_shard_sizes_rejects_a_wrong_size(damaged):
             check()
 
 
-def test_check_shard_sizes_rejects_an_unreadable_shard(damaged, monkeypatch):
-    directory, shard, read = damaged
-    with monkeypatch.context() as rights:
-        rights.setattr(os, "access", lambda path, mode: path != shard)
+def test_check_shard_sizes_rejects_an_unreadable_shard(corpus_to_damage, monkeypatch):
+    directory, shard, read = corpus_to_damage
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: path != shard)
         for check in (read, Corpus(directory).check_shard_sizes):
             with pytest.raises(DataError, match=rf"{shard}: cannot be read: Permission denied. Give this user read"):
                 check()
-    with monkeypatch.context() as limit:
-        limit.setattr(mmap, "mmap", make_raiser(OSError(errno.EMFILE, "Too many open files")))
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", make_raiser(OSError(errno.EMFILE, "Too many open files")))
         with pytest.raises(DataError, match=r"bin: cannot be read: Too many open files. Raise the limit"):
             read()
     shard.unlink()
@@ -159,14 +167,16 @@ def test_check_shard_sizes_rejects_an_unreadable_shard(damaged, monkeypatch):
 
 
 def make_raiser(error):
-    def fail(*args, **kwargs):
+    """Return a function that raises `error` for any arguments."""
+
+    def raise_error(*args, **kwargs):
         raise error
 
-    return fail
+    return raise_error
 
 
-def test_verify_hash_rejects_a_changed_shard(damaged):
-    directory, shard, read = damaged
+def test_verify_hash_rejects_a_changed_shard(corpus_to_damage):
+    directory, shard, read = corpus_to_damage
     Corpus(directory, verify="hash")
     ids = np.fromfile(shard, "<u2")
     ids[3] ^= 1
@@ -188,8 +198,8 @@ def test_a_directory_without_manifest_is_rejected_with_the_prepare_command(tmp_p
         Corpus(tmp_path)
 
 
-MALFORMED = {
-    "no mapping": lambda fields: [],
+MALFORMED_MANIFESTS = {  # function from the fields of a valid manifest to those of a malformed one
+    "a list": lambda fields: [],
     "a number": lambda fields: 3,
     "no shards": lambda fields: {k: v for k, v in fields.items() if k != "shards"},
     "no heldout": lambda fields: {**fields, "shards": {"train": []}},
@@ -201,26 +211,26 @@ MALFORMED = {
     "a shard without fields": lambda fields: {**fields, "shards": {"train": [{}], "heldout": []}},
     "text for a number": lambda fields: {**fields, "vocab_size": "300"},
     "a negative number": lambda fields: {**fields, "vocab_size": -1},
-    "a type of ids that is none": lambda fields: {**fields, "dtype": "float32"},
-    "a source that is no list": lambda fields: {**fields, "source": "here"},
+    "an unsupported dtype": lambda fields: {**fields, "dtype": "float32"},
+    "a source that is not a list": lambda fields: {**fields, "source": "here"},
 }
 
 
-@pytest.mark.parametrize("damage", MALFORMED)
-def test_a_malformed_manifest_is_rejected(damage, make_corpus):
+@pytest.mark.parametrize("fault", MALFORMED_MANIFESTS)
+def test_a_malformed_manifest_is_rejected(fault, make_corpus):
     directory, _ = make_corpus([20])
     path = directory / MANIFEST_FILE
-    path.write_text(json.dumps(MALFORMED[damage](json.loads(path.read_text()))))
+    path.write_text(json.dumps(MALFORMED_MANIFESTS[fault](json.loads(path.read_text()))))
     with pytest.raises(DataError, match=rf"^{path}: .* Prepare the corpus again"):
         Manifest.load(directory)
 
 
 def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
-    """A sparse 10-GB shard: time and memory of start-up and of a batch do not depend on its size."""
-    size = 10 * 2**30
+    """Open a sparse shard of 10 GiB and load a batch in under 2 seconds and 50 MB."""
+    shard_bytes = 10 * 2**30
     with (tmp_path / "train-00000.bin").open("wb") as file:
-        file.truncate(size)
-    shard = Shard("train-00000.bin", size // 2, 1, size, "")
+        file.truncate(shard_bytes)
+    shard = Shard("train-00000.bin", tokens=shard_bytes // 2, documents=1, text_bytes=shard_bytes, sha256="")
     Manifest("uint16", 300, "", (), {"train": (shard,), "heldout": ()}).save(tmp_path)
     code = """if True:
         import resource, sys, time
@@ -229,15 +239,16 @@ def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
         from dist_llm.data.loader import build_loader
         from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
         from tests.laws.law import make_config
-        start_time, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for name in ("shuffle", "random"):
-            keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=name)
+        start_time, initial_kb = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for order_name in ("shuffle", "random"):
+            keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=order_name)
             config = make_config(1, {}, data=keys)
-            loader = build_loader(config, build_fresh_plan(config), ObjectiveVocabulary(300, 256), 0, 1, pin=False)
+            vocabulary = ObjectiveVocabulary(300, 256)
+            loader = build_loader(config, build_fresh_plan(config), vocabulary, dp_rank=0, dp_size=1, pin=False)
             assert loader.load_batches(10**12)[0].num_valid_tokens == 8 * 1024
             loader.close()
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        print(time.perf_counter() - start_time, grown)
+        grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - initial_kb
+        print(time.perf_counter() - start_time, grown_kb)
     """
     completed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=60)
     assert completed.returncode == 0, completed.stderr

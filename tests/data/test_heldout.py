@@ -1,4 +1,4 @@
-"""Evaluation scores each held-out target once, with equally many batches on each rank."""
+"""Evaluation scores each held-out target once. Each rank gets equally many batches."""
 
 import math
 
@@ -13,72 +13,81 @@ from dist_llm.objectives.examples import BatchLayout
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.evaluate import HeldoutData, evaluate, iter_heldout_batches
 
-SEQ = 8
-PLAIN = Objective(
-    ((CausalSpec(), Lengths(SEQ + 1, SEQ, SEQ)),),
-    ObjectiveVocabulary(99, 98),
-    BatchLayout(True, False, False, False),
-    SEQ,
-    0,
-    0,
+SEQ = 8  # sequence length in tokens
+VOCABULARY = ObjectiveVocabulary(num_tokenizer_ids=99, eot=98)
+CAUSAL_OBJECTIVE = Objective(
+    ((CausalSpec(), Lengths(window=SEQ + 1, stride=SEQ, inputs=SEQ)),),
+    VOCABULARY,
+    BatchLayout(causal=True, has_prefix=False, has_document_mask=False, has_encoder_padding=False),
+    inputs_len=SEQ,
+    encoder_len=0,
+    seed=0,
 )
-# No window, one short, one full, a tail of 1 and of SEQ - 1, more ranks than windows.
-TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
+# Sizes of a corpus in tokens. They give a short window, one full window, and more windows than ranks, with tails of
+# 0 to SEQ - 1 tokens.
+CORPUS_TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_tokens", CORPUS_TOKENS)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_each_target_is_scored_once_with_equal_batches_per_rank(num_tokens, micro_batch, ranks, counting):
-    corpus = counting(num_tokens, "heldout")
-    batches_by_rank = [
-        list(iter_heldout_batches(HeldoutData({"": corpus}, PLAIN, micro_batch), corpus, 0, rank, ranks))
-        for rank in range(ranks)
-    ]
-    assert len({tuple(len(batch.inputs_BS) for batch in batches) for batches in batches_by_rank}) == 1, (
-        "same batches, same rows"
-    )
-    scored = []
+def test_each_target_is_scored_once_with_equal_batches_per_rank(num_tokens, micro_batch, dp_size, make_counting_corpus):
+    corpus = make_counting_corpus(num_tokens, "heldout")
+    heldout = HeldoutData({"": corpus}, CAUSAL_OBJECTIVE, micro_batch)
+    batches_by_rank = [list(iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size)) for dp_rank in range(dp_size)]
+    batch_sizes_by_rank = {tuple(len(batch.inputs_BS) for batch in batches) for batches in batches_by_rank}
+    assert len(batch_sizes_by_rank) == 1, "ranks have different batch sizes"
+    scored_targets = []
     for batch in (batch for batches in batches_by_rank for batch in batches):
         assert batch.inputs_BS.shape == batch.targets_BS.shape
         assert batch.inputs_BS.shape[1] == SEQ
         assert len(batch.inputs_BS) <= micro_batch
         assert batch.inputs_BS.min() >= 0
-        counts = batch.targets_BS != IGNORE_INDEX
-        assert batch.num_valid_tokens == counts.sum()
-        assert torch.equal(batch.inputs_BS[counts] + 1, batch.targets_BS[counts]), "token i of the corpus is i"
-        scored += batch.targets_BS[counts].tolist()
-    assert sorted(scored) == list(range(1, num_tokens))
+        is_valid_BS = batch.targets_BS != IGNORE_INDEX
+        assert batch.num_valid_tokens == is_valid_BS.sum()
+        # Token i of the corpus is i.
+        assert torch.equal(batch.inputs_BS[is_valid_BS] + 1, batch.targets_BS[is_valid_BS])
+        scored_targets += batch.targets_BS[is_valid_BS].tolist()
+    assert sorted(scored_targets) == list(range(1, num_tokens))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, ranks, counting):
-    """Including the windows of a partial last batch."""
-    windows = 7
-    corpus = counting(windows * SEQ, "heldout")
-    components = ((MaskedSpec(mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
-    masked = Objective(components, ObjectiveVocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
-    scored = []
-    for rank in range(ranks):
-        for batch in iter_heldout_batches(HeldoutData({"": corpus}, masked, micro_batch), corpus, 0, rank, ranks):
-            rows = (batch.targets_BS != IGNORE_INDEX).any(1)
-            scored += (batch.targets_BS[rows].amax(1) // SEQ).tolist()
-    assert sorted(scored) == list(range(windows))
+def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, dp_size, make_counting_corpus):
+    """The last batch may be partial. Its windows are scored once too."""
+    num_windows = 7
+    corpus = make_counting_corpus(num_windows * SEQ, "heldout")
+    masked_objective = Objective(
+        ((MaskedSpec(mask_rate=0.9), Lengths(window=SEQ, stride=SEQ, inputs=SEQ + 1)),),
+        VOCABULARY,
+        BatchLayout(causal=False, has_prefix=True, has_document_mask=False, has_encoder_padding=False),
+        inputs_len=SEQ + 1,
+        encoder_len=0,
+        seed=0,
+    )
+    heldout = HeldoutData({"": corpus}, masked_objective, micro_batch)
+    scored_windows = []
+    for dp_rank in range(dp_size):
+        for batch in iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size):
+            has_target_B = (batch.targets_BS != IGNORE_INDEX).any(1)
+            scored_windows += (batch.targets_BS[has_target_B].amax(1) // SEQ).tolist()
+    assert sorted(scored_windows) == list(range(num_windows))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("limit", [1, 2, 3, 99])
-def test_limit_scores_the_first_windows(limit, ranks, counting):
-    corpus = counting(4 * SEQ + 1, "heldout")
-    heldout = HeldoutData({"": corpus}, PLAIN, 2, limit)
-    batches = [b for rank in range(ranks) for b in iter_heldout_batches(heldout, corpus, 0, rank, ranks)]
-    scored = sorted(target for b in batches for target in b.targets_BS[b.targets_BS != IGNORE_INDEX].tolist())
-    assert scored == list(range(1, min(limit, 4) * SEQ + 1))
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+@pytest.mark.parametrize("max_windows", [1, 2, 3, 99])
+def test_max_windows_scores_the_first_windows(max_windows, dp_size, make_counting_corpus):
+    corpus = make_counting_corpus(4 * SEQ + 1, "heldout")
+    heldout = HeldoutData({"": corpus}, CAUSAL_OBJECTIVE, micro_batch=2, max_windows=max_windows)
+    scored_targets = []
+    for dp_rank in range(dp_size):
+        for batch in iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size):
+            scored_targets += batch.targets_BS[batch.targets_BS != IGNORE_INDEX].tolist()
+    assert sorted(scored_targets) == list(range(1, min(max_windows, 4) * SEQ + 1))
 
 
-class CountingEngine:
-    """An engine whose loss of a target is its id."""
+class TargetSumEngine:
+    """An engine on one rank. The loss of a target is its token id."""
 
     dp_rank_and_size = (0, 1)
 
@@ -93,9 +102,10 @@ class CountingEngine:
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_results_are_per_token_and_per_byte(micro_batch, counting):
-    corpus = counting(11, "heldout")  # three documents of 5 "bytes" each: 15 bytes of text
-    result = evaluate(CountingEngine(), HeldoutData({"": corpus}, PLAIN, micro_batch))
+def test_results_are_per_token_and_per_byte(micro_batch, make_counting_corpus):
+    corpus = make_counting_corpus(11, "heldout")  # three documents; the manifest gives each 5 bytes of text
+    result = evaluate(TargetSumEngine(), HeldoutData({"": corpus}, CAUSAL_OBJECTIVE, micro_batch))
     assert (result.tokens, result.loss) == (10, sum(range(1, 11)) / 10)
+    # The mean loss is 5.5 nats per token. The corpus has 15 bytes per 11 tokens.
     assert result.bits_per_byte == pytest.approx(5.5 / math.log(2) / (15 / 11))
     assert result.perplexity == pytest.approx(math.exp(5.5))

@@ -1,4 +1,4 @@
-"""Any world size reads the same samples in the same order, with or without prefetch, from any step."""
+"""The loader reads the same samples in the same order with any number of ranks, with or without prefetch."""
 
 import threading
 from itertools import chain
@@ -22,196 +22,225 @@ from dist_llm.objectives.examples import BatchLayout
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.parallel.context_parallel import shard_sequences
 
-SEQ = 4
-BATCH = 24  # divisible by all world sizes below
-STEPS = 3
-WORLDS = (1, 2, 3, 4, 8)
-SIZE = Lengths(SEQ + 1, SEQ, SEQ)
-CAUSAL_ONLY = Objective(
-    ((CausalSpec(), SIZE),), ObjectiveVocabulary(1000, 999), BatchLayout(True, False, False, False), SEQ, 0, 3
+SEQ = 4  # sequence length in tokens
+BATCH = 24  # sequences of a step; divisible by all DP_SIZES
+EPOCH_STEPS = 3
+DP_SIZES = (1, 2, 3, 4, 8)
+SEED = 3
+LENGTHS = Lengths(window=SEQ + 1, stride=SEQ, inputs=SEQ)
+CAUSAL_OBJECTIVE = Objective(
+    ((CausalSpec(), LENGTHS),),
+    ObjectiveVocabulary(num_tokenizer_ids=1000, eot=999),
+    BatchLayout(causal=True, has_prefix=False, has_document_mask=False, has_encoder_padding=False),
+    inputs_len=SEQ,
+    encoder_len=0,
+    seed=SEED,
 )
 
 
 @pytest.fixture
-def corpus(counting):
-    return counting(SEQ * BATCH * STEPS + 1)  # exactly one epoch of STEPS steps
+def corpus(make_counting_corpus):
+    return make_counting_corpus(SEQ * BATCH * EPOCH_STEPS + 1)  # exactly one epoch
 
 
 def make_data_config(**changes):
     return DataConfig(**{"path": "", "seq_len": SEQ, "global_batch": BATCH, "micro_batch": 1, "prefetch": 0, **changes})
 
 
-def loader(corpus, rank=0, ranks=1, **changes):
+def make_loader(corpus, dp_rank=0, dp_size=1, **changes):
+    """Make the loader of a causal objective. `changes` are keys of the config section `data`."""
     data = make_data_config(**changes)
-    return Loader(make_plan(corpus, build_order(data, corpus, 3, SIZE)), CAUSAL_ONLY, data, rank, ranks, pin=False)
+    plan = make_plan(corpus, build_order(data, corpus, SEED, LENGTHS))
+    return Loader(plan, CAUSAL_OBJECTIVE, data, dp_rank, dp_size, pin=False)
 
 
 def make_plan(corpus, order):
     """Return a plan with one source and one objective."""
-    mixture = Mixture(3, (1,))
+    mixture = Mixture(SEED, quotas=(1,))
     return SamplePlan(
-        [DataSource("", corpus, (WindowStream(corpus, order, SEQ + 1),), mixture)], [MixtureStage(0, mixture, (0,))]
+        [DataSource("", corpus, (WindowStream(corpus, order, SEQ + 1),), mixture)],
+        [MixtureStage(first_sample=0, mixture=mixture, num_consumed=(0,))],
     )
 
 
-def first_tokens_of_step(loader, number):
+def read_first_tokens(loader, step):
     """Return the first token of each sequence of the step."""
-    return torch.cat([batch.inputs_BS[:, 0] for batch in loader.load_batches(number * BATCH)]).tolist()
+    return torch.cat([batch.inputs_BS[:, 0] for batch in loader.load_batches(step * BATCH)]).tolist()
 
 
 @pytest.mark.parametrize("order", ["shuffle", "random"])
-@pytest.mark.parametrize("ranks", WORLDS)
-def test_global_order_does_not_depend_on_the_world_size(ranks, order, corpus):
-    alone = loader(corpus, order=order)
-    loaders = [loader(corpus, rank, ranks, order=order) for rank in range(ranks)]
-    for number in range(2 * STEPS):
-        starts_by_rank = [first_tokens_of_step(rank_loader, number) for rank_loader in loaders]
-        assert {len(starts) for starts in starts_by_rank} == {BATCH // ranks}
-        assert list(chain(*starts_by_rank)) == first_tokens_of_step(alone, number)
+@pytest.mark.parametrize("dp_size", DP_SIZES)
+def test_global_order_does_not_depend_on_the_number_of_ranks(dp_size, order, corpus):
+    single_loader = make_loader(corpus, order=order)
+    loaders = [make_loader(corpus, dp_rank, dp_size, order=order) for dp_rank in range(dp_size)]
+    for step in range(2 * EPOCH_STEPS):
+        starts_by_rank = [read_first_tokens(loader, step) for loader in loaders]
+        assert {len(starts) for starts in starts_by_rank} == {BATCH // dp_size}
+        assert list(chain(*starts_by_rank)) == read_first_tokens(single_loader, step)
 
 
-@pytest.mark.parametrize("ranks", WORLDS)
-def test_ranks_partition_an_epoch(ranks, corpus):
-    starts_by_rank = [
-        [start for number in range(STEPS) for start in first_tokens_of_step(rank_loader, number)]
-        for rank_loader in (loader(corpus, rank, ranks) for rank in range(ranks))
-    ]
-    assert sorted(chain(*starts_by_rank)) == list(range(0, SEQ * BATCH * STEPS, SEQ))
+@pytest.mark.parametrize("dp_size", DP_SIZES)
+def test_ranks_partition_an_epoch(dp_size, corpus):
+    starts = []
+    for dp_rank in range(dp_size):
+        loader = make_loader(corpus, dp_rank, dp_size)
+        for step in range(EPOCH_STEPS):
+            starts += read_first_tokens(loader, step)
+    assert sorted(starts) == list(range(0, SEQ * BATCH * EPOCH_STEPS, SEQ))
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3, 12])
-def test_microbatches_keep_the_order_of_the_local_batch(micro, corpus):
-    cut, single = loader(corpus, 1, 2, micro_batch=micro), loader(corpus, 1, 2, micro_batch=12)
-    batches = cut.load_batches(0)
-    assert [len(batch.inputs_BS) for batch in batches] == [micro] * (12 // micro)
-    assert first_tokens_of_step(cut, 1) == first_tokens_of_step(single, 1)
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 12])
+def test_microbatches_keep_the_order_of_the_local_batch(micro_batch, corpus):
+    local_batch = BATCH // 2
+    micro_loader = make_loader(corpus, dp_rank=1, dp_size=2, micro_batch=micro_batch)
+    whole_loader = make_loader(corpus, dp_rank=1, dp_size=2, micro_batch=local_batch)
+    batches = micro_loader.load_batches(0)
+    assert [len(batch.inputs_BS) for batch in batches] == [micro_batch] * (local_batch // micro_batch)
+    assert read_first_tokens(micro_loader, 1) == read_first_tokens(whole_loader, 1)
 
 
 def test_targets_are_the_next_tokens(corpus):
-    (narrow,) = loader(corpus, micro_batch=BATCH).load_batches(0)
-    assert narrow.inputs_BS.numpy().dtype == corpus.dtype, "batches are copied to a device in the corpus's dtype"
-    batch = narrow.to(torch.device("cpu"))
+    (host_batch,) = make_loader(corpus, micro_batch=BATCH).load_batches(0)
+    assert host_batch.inputs_BS.numpy().dtype == corpus.dtype, "ids change their dtype before the copy to the device"
+    batch = host_batch.to(torch.device("cpu"))
     assert batch.inputs_BS.dtype == batch.targets_BS.dtype == torch.int64
     assert batch.inputs_BS.shape == (BATCH, SEQ)
-    assert torch.equal(batch.targets_BS, batch.inputs_BS + 1), "token i of the corpus is i"
+    assert torch.equal(batch.targets_BS, batch.inputs_BS + 1)  # token i of the corpus is i
     assert torch.equal(batch.inputs_BS[:, 1:], batch.targets_BS[:, :-1])
     assert (batch.mask, batch.num_valid_tokens) == (CAUSAL, BATCH * SEQ)
 
 
-def test_largest_uint32_ids_are_not_ignored_targets():
-    ids = np.full((2, SEQ + 1), IGNORE_INDEX, np.int16).view("<u2")  # 65436
-    batch = CAUSAL_ONLY(ids, np.arange(2))
-    shards = [shard_sequences(batch, rank, 2) for rank in range(2)]
+def test_an_id_with_the_bits_of_ignore_index_is_a_valid_target():
+    ids = np.full((2, SEQ + 1), IGNORE_INDEX, np.int16).view("<u2")  # -100 as int16 is 65436 as uint16
+    batch = CAUSAL_OBJECTIVE(ids, np.arange(2))
+    shards = [shard_sequences(batch, cp_rank, cp_size=2) for cp_rank in range(2)]
     assert sum(shard.num_valid_tokens for shard in shards) == batch.num_valid_tokens == 2 * SEQ
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 5])
 def test_prefetch_does_not_change_batches(prefetch, corpus):
-    ahead, plain = loader(corpus, prefetch=prefetch), loader(corpus)
+    prefetching_loader, plain_loader = make_loader(corpus, prefetch=prefetch), make_loader(corpus)
     try:
-        for number in (0, 1, 2, 7, 8, 3):  # in order, after a jump, and backwards
-            assert first_tokens_of_step(ahead, number) == first_tokens_of_step(plain, number)
+        for step in (0, 1, 2, 7, 8, 3):  # in order, after a jump, and backwards
+            assert read_first_tokens(prefetching_loader, step) == read_first_tokens(plain_loader, step)
     finally:
-        ahead.close()
+        prefetching_loader.close()
 
 
 @pytest.mark.parametrize("order", ["shuffle", "random"])
 def test_a_step_may_start_at_any_sample(order, corpus, monkeypatch):
-    """Samples are located for several steps at a time: a step outside them is located again."""
+    """The loader locates the samples of several steps at a time. For a step outside them it locates samples again."""
     monkeypatch.setattr("dist_llm.data.loader.LOOKUP_SAMPLES", 2 * BATCH)
-    single_loader = loader(corpus, order=order, micro_batch=BATCH)
-    for first in (0, BATCH, 2 * BATCH, 3, BATCH + 3, BATCH, 10**9, 0):
-        expected = corpus.read(single_loader.streams[0].order.locate_windows(np.arange(first, first + BATCH)), SEQ)
-        assert np.array_equal(single_loader.load_batches(first)[0].inputs_BS, expected)
+    single_loader = make_loader(corpus, order=order, micro_batch=BATCH)
+    for first_sample in (0, BATCH, 2 * BATCH, 3, BATCH + 3, BATCH, 10**9, 0):
+        samples = np.arange(first_sample, first_sample + BATCH)
+        expected = corpus.read(single_loader.streams[0].order.locate_windows(samples), SEQ)
+        assert np.array_equal(single_loader.load_batches(first_sample)[0].inputs_BS, expected)
 
 
 def test_prefetch_builds_each_step_once(corpus, monkeypatch):
     first_samples = []
-    ahead = loader(corpus, rank=1, ranks=2, prefetch=2)
-    build_batches = ahead._build_batches
-    monkeypatch.setattr(ahead, "_build_batches", lambda first: first_samples.append(first) or build_batches(first))
-    for number in range(5):
-        first_tokens_of_step(ahead, number)
-    ahead.close()
-    assert first_samples[:5] == [number * BATCH for number in range(5)]
-    assert len(set(first_samples)) == len(first_samples) <= 7
+    loader = make_loader(corpus, dp_rank=1, dp_size=2, prefetch=2)
+    build_batches = loader._build_batches
+
+    def record_and_build(first_sample):
+        first_samples.append(first_sample)
+        return build_batches(first_sample)
+
+    monkeypatch.setattr(loader, "_build_batches", record_and_build)
+    for step in range(5):
+        read_first_tokens(loader, step)
+    loader.close()
+    assert first_samples[:5] == [step * BATCH for step in range(5)]
+    assert len(set(first_samples)) == len(first_samples) <= 5 + 2  # steps read, and steps prefetched
 
 
 def test_close_stops_the_prefetch_thread(corpus):
-    ahead = loader(corpus, prefetch=2)
-    first_tokens_of_step(ahead, 0)
+    loader = make_loader(corpus, prefetch=2)
+    read_first_tokens(loader, 0)
     assert any(thread.name.startswith("loader") for thread in threading.enumerate())
-    ahead.close()
+    loader.close()
     assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
 
 
-@pytest.mark.parametrize("number", [1, STEPS, 10**9])
-def test_resume_reads_only_the_next_step(number, corpus, monkeypatch):
-    reads = []
+@pytest.mark.parametrize("step", [1, EPOCH_STEPS, 10**9])
+def test_resume_reads_only_the_next_step(step, corpus, monkeypatch):
+    windows_per_read = []
     read = corpus.read
-    monkeypatch.setattr(corpus, "read", lambda starts, length: reads.append(len(starts)) or read(starts, length))
-    first_tokens = first_tokens_of_step(loader(corpus), number)
-    assert reads == [BATCH]
-    uninterrupted = loader(corpus)
-    if number < 10:
-        assert first_tokens == [first_tokens_of_step(uninterrupted, n) for n in range(number + 1)][-1]
+
+    def record_and_read(starts, num_tokens):
+        windows_per_read.append(len(starts))
+        return read(starts, num_tokens)
+
+    monkeypatch.setattr(corpus, "read", record_and_read)
+    first_tokens = read_first_tokens(make_loader(corpus), step)
+    assert windows_per_read == [BATCH]
+    uninterrupted = make_loader(corpus)
+    if step < 10:  # few enough steps to read them all
+        assert first_tokens == [read_first_tokens(uninterrupted, n) for n in range(step + 1)][-1]
 
 
-def test_a_prefetch_error_is_raised_at_its_step(make_corpus):
+def test_an_error_of_the_prefetch_thread_is_raised(make_corpus):
     from dist_llm.data.corpus import Corpus
 
-    directory, _ = make_corpus([SEQ * BATCH * STEPS + 1])
+    directory, _ = make_corpus([SEQ * BATCH * EPOCH_STEPS + 1])
     path = directory / "train-00000.bin"
     ids = np.fromfile(path, "<u2")
     data = make_data_config(prefetch=2)
     corpus = Corpus(directory)
-    order = build_order(data, corpus, 3, SIZE)
-    ids[order.locate_windows(np.array([2 * BATCH]))] = 999  # an input of step 2 only, or a target of its neighbour
+    order = build_order(data, corpus, SEED, LENGTHS)
+    # The corpus has 300 ids. The bad id is an input of step 2, and maybe a target of the preceding window.
+    ids[order.locate_windows(np.array([2 * BATCH]))] = 999
     ids.tofile(path)
-    ahead = Loader(make_plan(corpus, order), CAUSAL_ONLY, data, 0, 1, pin=False)
+    loader = Loader(make_plan(corpus, order), CAUSAL_OBJECTIVE, data, dp_rank=0, dp_size=1, pin=False)
     try:
         with pytest.raises(DataError, match="is 999"):
-            list(map(ahead.load_batches, range(0, 3 * BATCH, BATCH)))
+            list(map(loader.load_batches, range(0, 3 * BATCH, BATCH)))
     finally:
-        ahead.close()
+        loader.close()
 
 
 def test_build_order_follows_the_config(corpus):
-    num_windows = BATCH * STEPS
-    assert build_order(make_data_config(order="shuffle"), corpus, 3, SIZE) == ShuffledOrder(3, num_windows, SEQ)
-    assert build_order(make_data_config(order="random"), corpus, 3, SIZE) == RandomOrder(3, num_windows * SEQ + 1 - SEQ)
+    num_windows = BATCH * EPOCH_STEPS
+    assert build_order(make_data_config(order="shuffle"), corpus, SEED, LENGTHS) == ShuffledOrder(
+        SEED, num_windows, stride=SEQ
+    )
+    random_order = build_order(make_data_config(order="random"), corpus, SEED, LENGTHS)
+    assert random_order == RandomOrder(SEED, num_offsets=num_windows * SEQ + 1 - SEQ)
 
 
-def test_random_order_reaches_both_ends(counting):
-    corpus = counting(SEQ + 3)
-    order = build_order(make_data_config(order="random"), corpus, 0, SIZE)
-    rows = corpus.read(order.locate_windows(np.arange(200)), SEQ + 1)
-    assert (rows.min(), rows.max()) == (0, SEQ + 2)
+def test_random_order_reaches_both_ends_of_the_corpus(make_counting_corpus):
+    corpus = make_counting_corpus(SEQ + 3)
+    order = build_order(make_data_config(order="random"), corpus, 0, LENGTHS)
+    windows = corpus.read(order.locate_windows(np.arange(200)), SEQ + 1)
+    assert (windows.min(), windows.max()) == (0, SEQ + 2)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, SEQ])
+@pytest.mark.parametrize("num_tokens", [0, 1, SEQ])
 @pytest.mark.parametrize("order", ["shuffle", "random"])
-def test_a_corpus_shorter_than_a_window_is_rejected(tokens, order, counting):
-    corpus = counting(tokens)
-    hint = r"lower seq_len \(to make it \d+ or fewer\) or prepare more text" if tokens > 1 else "prepare more text"
-    message = f"{tokens} train tokens are too few for a window of 5, which data.seq_len 4 needs; {hint}$"
+def test_a_corpus_shorter_than_a_window_is_rejected(num_tokens, order, make_counting_corpus):
+    corpus = make_counting_corpus(num_tokens)
+    hint = r"lower seq_len \(to make it \d+ or fewer\) or prepare more text" if num_tokens > 1 else "prepare more text"
+    message = f"{num_tokens} train tokens are too few for a window of 5, which data.seq_len 4 needs; {hint}$"
     with pytest.raises(DataError, match=message):
-        build_order(make_data_config(order=order), corpus, 0, SIZE)
+        build_order(make_data_config(order=order), corpus, 0, LENGTHS)
 
 
-def test_the_shortest_corpus_has_one_window(counting):
-    corpus = counting(SEQ + 1)
+def test_the_shortest_corpus_has_one_window(make_counting_corpus):
+    corpus = make_counting_corpus(SEQ + 1)
     for order in ("shuffle", "random"):
-        assert (
-            build_order(make_data_config(order=order), corpus, 0, SIZE).locate_windows(np.arange(4)).tolist() == [0] * 4
-        )
+        built_order = build_order(make_data_config(order=order), corpus, 0, LENGTHS)
+        assert built_order.locate_windows(np.arange(4)).tolist() == [0] * 4
 
 
 def test_load_batches_of_rank_does_not_advance_the_loader(corpus):
-    local, other = (loader(corpus, rank, 3, prefetch=1) for rank in (0, 2))
-    before = local.load_batches(0)
-    remote_inputs = torch.cat([batch.inputs_BS for batch in local.load_batches_of_rank(2, BATCH)])
-    assert torch.equal(remote_inputs, torch.cat([batch.inputs_BS for batch in other.load_batches(BATCH)]))
-    assert torch.equal(before[0].inputs_BS, local.load_batches(0)[0].inputs_BS)
-    assert local.advance_steps(5, 2) == 5 + 2 * BATCH
-    local.close(), other.close()
+    loader_0, loader_2 = (make_loader(corpus, dp_rank, dp_size=3, prefetch=1) for dp_rank in (0, 2))
+    before = loader_0.load_batches(0)
+    inputs_of_rank_2 = torch.cat([batch.inputs_BS for batch in loader_0.load_batches_of_rank(2, BATCH)])
+    assert torch.equal(inputs_of_rank_2, torch.cat([batch.inputs_BS for batch in loader_2.load_batches(BATCH)]))
+    assert torch.equal(before[0].inputs_BS, loader_0.load_batches(0)[0].inputs_BS)
+    loader_0.close(), loader_2.close()
+
+
+def test_advance_steps_adds_whole_batches(corpus):
+    assert make_loader(corpus).advance_steps(first_sample=5, num_steps=2) == 5 + 2 * BATCH

@@ -1,4 +1,4 @@
-"""Orders map sample n to the offset of its window. The offset depends only on the seed and n.
+"""An order maps sample n to the offset of its window. The offset depends only on the seed and n.
 
 A shuffled order visits each window once per epoch. A random order draws offsets uniformly.
 """
@@ -14,20 +14,20 @@ from dist_llm.data.order import RandomOrder, ShuffledOrder, permute, splitmix64
 KEYS = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
 
 
-def range_uint64(size):
+def make_range(size):
     return np.arange(size, dtype=np.uint64)
 
 
 @pytest.mark.parametrize("key", KEYS.tolist())
 def test_permute_is_a_bijection_of_every_small_size(key):
     for size in range(1, 301):
-        permuted = permute(range_uint64(size), size, np.uint64(key))
-        assert np.array_equal(np.sort(permuted), range_uint64(size)), size
+        permuted = permute(make_range(size), size, np.uint64(key))
+        assert np.array_equal(np.sort(permuted), make_range(size)), size
 
 
 @pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 99_991])
 def test_permute_is_a_bijection_of_large_sizes(size):
-    assert len(np.unique(permute(range_uint64(size), size, np.uint64(7)))) == size
+    assert len(np.unique(permute(make_range(size), size, np.uint64(7)))) == size
 
 
 def test_permute_stays_inside_sizes_too_large_to_list():
@@ -36,31 +36,31 @@ def test_permute_stays_inside_sizes_too_large_to_list():
         permuted = permute(sampled, size, np.uint64(3))
         assert permuted.max() < size
         assert len(np.unique(permuted)) == len(np.unique(sampled))
-        assert permuted.max() > size // 2, "not only the low numbers"
+        assert permuted.max() > size // 2, "the upper half is never reached"
 
 
 def test_permute_accepts_one_key_per_element():
     size = 101
-    index = np.tile(range_uint64(size), len(KEYS))
-    at_once = permute(index, size, np.repeat(KEYS, size))
-    key_by_key = np.concatenate([permute(range_uint64(size), size, key) for key in KEYS])
-    assert np.array_equal(at_once, key_by_key)
-    assert np.array_equal(index, np.tile(range_uint64(size), len(KEYS))), "the argument is not modified"
+    elements = np.tile(make_range(size), len(KEYS))
+    permuted_at_once = permute(elements, size, np.repeat(KEYS, size))
+    permuted_key_by_key = np.concatenate([permute(make_range(size), size, key) for key in KEYS])
+    assert np.array_equal(permuted_at_once, permuted_key_by_key)
+    assert np.array_equal(elements, np.tile(make_range(size), len(KEYS))), "permute changed its argument"
 
 
 def test_keys_give_unrelated_permutations():
     size = 1000
-    permutations = [permute(range_uint64(size), size, key) for key in KEYS]
+    permutations = [permute(make_range(size), size, key) for key in KEYS]
     for index, permutation in enumerate(permutations):
         # On average, a random permutation has 1 fixed point and 2 pairs of neighbours that stay neighbours.
-        assert (permutation == range_uint64(size)).sum() < 10
+        assert (permutation == make_range(size)).sum() < 10
         assert (np.abs(np.diff(permutation.astype(np.int64))) == 1).sum() < 15
         for earlier in permutations[:index]:
             assert (permutation == earlier).sum() < 10
 
 
 def test_splitmix64_matches_the_reference():
-    """The reference implementation by Vigna gives these first three outputs for state 0."""
+    """These are the first three outputs of the reference implementation (Vigna) from state 0."""
     gamma = np.uint64(0x9E3779B97F4A7C15)
     states = np.arange(3, dtype=np.uint64) * gamma
     assert [hex(word) for word in splitmix64(states).tolist()] == [
@@ -80,7 +80,7 @@ def test_a_shuffled_order_visits_every_window_once_per_epoch(num_windows):
         assert all((epoch != earlier).mean() > 0.9 for i, epoch in enumerate(epochs) for earlier in epochs[:i])
 
 
-ORDERS = {
+ORDERS = {  # name: function from a seed to an order
     "shuffle": lambda seed: ShuffledOrder(seed, num_windows=100, stride=3),
     "random": lambda seed: RandomOrder(seed, num_offsets=100),
 }
@@ -88,31 +88,32 @@ ORDERS = {
 
 @pytest.mark.parametrize("kind", ORDERS)
 @settings(deadline=None)  # the machine may be busy
-@given(seed=st.integers(0, 2**40), first=st.integers(0, 2**40), length=st.integers(1, 30), data=st.data())
-def test_locate_windows_depends_only_on_seed_and_sample_number(kind, seed, first, length, data):
-    """The offsets are equal however a range is split or sorted, so a longer run starts like a shorter one."""
-    numbers = np.arange(first, first + length)
-    offsets = ORDERS[kind](seed).locate_windows(numbers)
-    cut = data.draw(st.integers(0, length))
-    piece_offsets = [ORDERS[kind](seed).locate_windows(piece) for piece in (numbers[:cut], numbers[cut:])]
-    assert np.array_equal(offsets, np.concatenate(piece_offsets))
-    assert np.array_equal(offsets[::-1], ORDERS[kind](seed).locate_windows(numbers[::-1]))
+@given(seed=st.integers(0, 2**40), first_sample=st.integers(0, 2**40), num_samples=st.integers(1, 30), data=st.data())
+def test_locate_windows_depends_only_on_seed_and_sample_number(kind, seed, first_sample, num_samples, data):
+    """The offsets do not depend on how samples are split or sorted. So a longer run starts like a shorter one."""
+    samples = np.arange(first_sample, first_sample + num_samples)
+    offsets = ORDERS[kind](seed).locate_windows(samples)
+    split_index = data.draw(st.integers(0, num_samples))
+    halves = samples[:split_index], samples[split_index:]
+    offsets_of_halves = [ORDERS[kind](seed).locate_windows(half) for half in halves]
+    assert np.array_equal(offsets, np.concatenate(offsets_of_halves))
+    assert np.array_equal(offsets[::-1], ORDERS[kind](seed).locate_windows(samples[::-1]))
 
 
 @pytest.mark.parametrize("kind", ORDERS)
-def test_seeds_differ(kind):
-    largest = RunConfig.model_fields["seed"].metadata[-1].le  # pydantic's upper bound of the key run.seed
-    seeds = [*range(20), largest - 1, largest]
-    draws = [tuple(ORDERS[kind](seed).locate_windows(np.arange(50))) for seed in seeds]
-    assert len(set(draws)) == len(seeds)
+def test_seeds_give_different_orders(kind):
+    max_seed = RunConfig.model_fields["seed"].metadata[-1].le  # pydantic's upper bound of the key run.seed
+    seeds = [*range(20), max_seed - 1, max_seed]
+    orders = [tuple(ORDERS[kind](seed).locate_windows(np.arange(50))) for seed in seeds]
+    assert len(set(orders)) == len(seeds)
 
 
-def test_a_random_order_is_in_range_and_roughly_uniform():
-    drawn = RandomOrder(seed=1, num_offsets=50).locate_windows(np.arange(50_000))
-    assert (drawn.min(), drawn.max()) == (0, 49)
-    counts = np.bincount(drawn, minlength=50)
+def test_a_random_order_is_roughly_uniform():
+    offsets = RandomOrder(seed=1, num_offsets=50).locate_windows(np.arange(50_000))
+    assert (offsets.min(), offsets.max()) == (0, 49)
+    counts = np.bincount(offsets, minlength=50)
     chi_squared = ((counts - 1000) ** 2 / 1000).sum()
-    assert chi_squared < 99, "49 degrees of freedom: 0.003 % chance of more than 99"
-    repeats = (np.diff(drawn) == 0).sum()
-    assert 850 < repeats < 1150, "successive draws are independent"
+    assert chi_squared < 99  # with 49 degrees of freedom, the chance of more than 99 is 0.003 %
+    num_repeats = (np.diff(offsets) == 0).sum()
+    assert 850 < num_repeats < 1150, "successive offsets are not independent"
     assert RandomOrder(seed=1, num_offsets=1).locate_windows(np.arange(5)).tolist() == [0] * 5

@@ -1,4 +1,7 @@
-"""Remote files are fetched completely or not at all, and once, with any number of readers and after any kill."""
+"""A remote file is fetched completely or not at all.
+
+Readers that share a cache fetch it once, and a killed download leaves no incomplete file.
+"""
 
 import hashlib
 import os
@@ -36,21 +39,21 @@ TOKENIZER = b'{"some": "tokenizer"}'
 
 
 class FileServer:
-    """An HTTP server of files in memory. `requested_paths` are in order; `script` lists the fault of each answer."""
+    """An HTTP server of files in memory, which can send faulty answers."""
 
     def __init__(self):
-        self.files, self.requested_paths, self.script = {}, [], []
-        self.pause, self.shard_requested, self.closing = (
-            0.0,
-            threading.Event(),
-            threading.Event(),
-        )  # `pause`: seconds in the middle of a shard
+        self.files = {}  # path: content
+        self.requested_paths = []  # in order
+        self.planned_faults = []  # of the next answers: "busy" (HTTP 503), "cut" (half the content), "damage" or ""
+        self.pause_seconds = 0.0  # in the middle of each file except JSON
+        self.shard_requested, self.closing = threading.Event(), threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 server.requested_paths.append(self.path)
-                content, fault = server.files.get(self.path), server.script.pop(0) if server.script else ""
+                content = server.files.get(self.path)
+                fault = server.planned_faults.pop(0) if server.planned_faults else ""
                 status = 404 if content is None else 503 if fault == "busy" else 200
                 self.send_response(status)
                 content = content if status == 200 else b""
@@ -61,9 +64,9 @@ class FileServer:
                 self.wfile.write(content[: len(content) // 2])
                 self.wfile.flush()
                 if not self.path.endswith(".json"):
-                    pause = server.pause
+                    pause_seconds = server.pause_seconds  # a test may change it after the next line
                     server.shard_requested.set()
-                    server.closing.wait(pause)
+                    server.closing.wait(pause_seconds)
                 if fault != "cut":
                     with suppress(ConnectionError):  # the client was killed
                         self.wfile.write(content[len(content) // 2 :])
@@ -92,7 +95,7 @@ def server():
 
 @pytest.fixture
 def retry_pauses(monkeypatch):
-    """Replace `sleep`, and return the pauses that retries asked for."""
+    """Replace `sleep`. Return the list of the seconds that retries would have slept."""
     pauses = []
     monkeypatch.setattr(urls.time, "sleep", pauses.append)
     return pauses
@@ -100,8 +103,8 @@ def retry_pauses(monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A local corpus of three shards, and its token stream."""
-    directory = tmp_path / "here"
+    """Write a local corpus of three shards. Return its directory and all its tokens as one array."""
+    directory = tmp_path / "local"
     directory.mkdir()
     documents = [np.random.default_rng(seed).integers(0, 300, 20 + seed) for seed in range(3)]
     writer = ShardWriter(directory, "train", "uint16", max_tokens=1)
@@ -114,12 +117,13 @@ def corpus(tmp_path):
 
 
 def serve(server, directory):
+    """Add the files of the directory to the server and return their URL."""
     server.files.update({f"/c/{path.name}": path.read_bytes() for path in directory.iterdir()})
     return f"{server.url}/c"
 
 
 def put_in_memory(directory):
-    """Copy the corpus to a memory: URL and return it."""
+    """Copy the corpus to a memory: URL and return the URL."""
     fsspec.filesystem("memory").put(str(directory) + "/", "/c/", recursive=True)
     return "memory://c"
 
@@ -128,7 +132,7 @@ def open_corpus(url, cache, split="train"):
     return Corpus.from_config(DataConfig(path=url, cache=str(cache), seq_len=4, global_batch=4, micro_batch=4), split)
 
 
-def digest(content):
+def compute_digest(content):
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
@@ -143,7 +147,7 @@ def test_is_remote_and_as_path():
 
 
 @pytest.mark.parametrize("scheme", ["http", "memory", "file", "path"])
-def test_a_corpus_is_the_same_at_any_url(scheme, server, corpus, tmp_path):
+def test_a_corpus_can_be_read_from_any_kind_of_url(scheme, server, corpus, tmp_path):
     directory, stream = corpus
     cache = tmp_path / "cache"
     url = {"http": lambda: serve(server, directory) + "/", "memory": lambda: put_in_memory(directory)}.get(
@@ -157,9 +161,9 @@ def test_a_corpus_is_the_same_at_any_url(scheme, server, corpus, tmp_path):
         assert [name.rsplit("/")[-1] for name in list_files(cache)] == ["manifest.json", "tokenizer.json", "url"]
     assert np.array_equal(opened_corpus.read(np.array([0, 15]), 20), [stream[:20], stream[15:35]])
     assert np.array_equal(opened_corpus.read(np.array([0]), len(stream))[0], stream)
-    assert [opened_corpus.get_document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [opened_corpus.get_document_offsets(shard_index).tolist() for shard_index in range(3)] == [[0]] * 3
     if scheme in ("file", "path"):
-        assert not cache.exists(), "local files are not copied"
+        assert not cache.exists(), "local files were copied to the cache"
 
 
 def test_shards_are_fetched_once_on_first_use(server, corpus, tmp_path):
@@ -173,7 +177,7 @@ def test_shards_are_fetched_once_on_first_use(server, corpus, tmp_path):
     assert server.requested_paths[3:] == ["/c/train-00000.bin"]
     reopened = open_corpus(f"{server.url}/c", cache)
     reopened.read(np.array([0, 25]), 4)
-    assert server.requested_paths[4:] == ["/c/manifest.json"], "a second run fetches the manifest only"
+    assert server.requested_paths[4:] == ["/c/manifest.json"], "a second run fetches more than the manifest"
     server.files["/c/manifest.json"] = server.files["/c/manifest.json"].replace(b"random", b"another")
     assert open_corpus(f"{server.url}/c", cache).directory != reopened.directory
 
@@ -198,11 +202,17 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     directory, stream = corpus
     serve(server, directory)
     shards = list(Manifest.load(directory).shards["train"])
-    content = b"header" + (directory / "train-00002.bin").read_bytes()
+    content = b"header" + (directory / "train-00002.bin").read_bytes()  # 6 bytes, and 22 tokens
     server.files["/elsewhere"] = content
     shards[1] = Shard(**{**vars(shards[1]), "file": f"{server.url}/c/train-00001.bin"})
     shards[2] = Shard(
-        f"{server.url}/elsewhere", 22, 1, 22, digest(content).removeprefix("sha256:"), 6, "train-00002.offsets"
+        f"{server.url}/elsewhere",
+        tokens=22,
+        documents=1,
+        text_bytes=22,
+        sha256=compute_digest(content).removeprefix("sha256:"),
+        skip_bytes=6,
+        offsets="train-00002.offsets",
     )
     for name in ("train-00001.bin", "train-00001.offsets", "train-00002.bin"):
         (directory / name).unlink()
@@ -210,7 +220,7 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     opened_corpus = Corpus(directory, cache=str(tmp_path / "cache"))
     opened_corpus.check_shard_sizes()
     assert np.array_equal(opened_corpus.read(np.array([0]), len(stream))[0], stream)
-    assert [opened_corpus.get_document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [opened_corpus.get_document_offsets(shard_index).tolist() for shard_index in range(3)] == [[0]] * 3
 
 
 def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
@@ -219,7 +229,8 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
     for location in (str(directory), serve(server, directory)):
         keys = {"path": location, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
         config = make_config(1, {}, data=keys)
-        loader = build_loader(config, build_fresh_plan(config), ObjectiveVocabulary(300, 256), 0, 1, pin=False)
+        vocabulary = ObjectiveVocabulary(300, 256)
+        loader = build_loader(config, build_fresh_plan(config), vocabulary, dp_rank=0, dp_size=1, pin=False)
         batches.append(loader.load_batches(0)[0].inputs_BS)
         loader.close()
     assert batches[0].equal(batches[1])
@@ -231,8 +242,8 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
 @pytest.mark.parametrize("fault", ["busy", "cut", "damage"])
 def test_transient_errors_are_retried(fault, server, tmp_path, retry_pauses):
     server.files["/x"] = content = os.urandom(1000)
-    server.script = [fault, fault]
-    target = fetch(f"{server.url}/x", tmp_path / "deep" / "x", 1000, digest(content))
+    server.planned_faults = [fault, fault]
+    target = fetch(f"{server.url}/x", tmp_path / "deep" / "x", 1000, compute_digest(content))
     assert target.read_bytes() == content
     assert (len(server.requested_paths), retry_pauses) == (3, [1.0, 2.0])
     assert list_files(tmp_path) == ["deep/x"]
@@ -248,10 +259,10 @@ def test_transient_errors_are_retried(fault, server, tmp_path, retry_pauses):
 )
 def test_persistent_errors_end_with_a_hint(fault, message, server, tmp_path, retry_pauses):
     server.files["/x"] = content = os.urandom(1000)
-    server.script = [fault] * 99
+    server.planned_faults = [fault] * 99
     target = tmp_path / "x"
     with pytest.raises(DataError, match=rf"{server.url}/x: .*{message}.* copy the file by other means to {target}"):
-        fetch(f"{server.url}/x", target, 1000, digest(content))
+        fetch(f"{server.url}/x", target, 1000, compute_digest(content))
     assert len(server.requested_paths) == 4
     assert list_files(tmp_path) == []
 
@@ -280,21 +291,21 @@ def test_permanent_errors_are_not_retried(url, message, server, tmp_path, retry_
 
 def test_error_of_an_unreachable_corpus_names_the_local_mirror(server, corpus, tmp_path, retry_pauses):
     cache, url = tmp_path / "cache", serve(server, corpus[0])
-    before = open_corpus(url, cache)
-    before.read(np.array([0]), 60)
-    shutil.copytree(before.directory, killed := Path(f"{before.directory}.killed.partial"))
-    os.utime(killed / "url", (2**32, 2**32))  # newer, but incomplete
+    mirrored_corpus = open_corpus(url, cache)
+    mirrored_corpus.read(np.array([0]), 60)
+    partial_mirror = Path(f"{mirrored_corpus.directory}.killed.partial")
+    shutil.copytree(mirrored_corpus.directory, partial_mirror)
+    os.utime(partial_mirror / "url", (2**32, 2**32))  # newer than the complete mirror
     server.close()
     with pytest.raises(
-        DataError, match=rf"{url}/manifest.json: .* in 4 tries.* set data.path to .*: {before.directory}$"
+        DataError, match=rf"{url}/manifest.json: .* in 4 tries.* set data.path to .*: {mirrored_corpus.directory}$"
     ):
         open_corpus(url, cache)
-    assert np.array_equal(
-        open_corpus(str(before.directory), cache).read(np.array([0]), 60), before.read(np.array([0]), 60)
-    )
+    reopened = open_corpus(str(mirrored_corpus.directory), cache)
+    assert np.array_equal(reopened.read(np.array([0]), 60), mirrored_corpus.read(np.array([0]), 60))
     with pytest.raises(DataError, match=r"manifest.json: .* copy the corpus to a disk and set data.path"):
         open_corpus(url, tmp_path / "empty")
-    server.__init__()  # for the fixture to close
+    server.__init__()  # the fixture closes the server
 
 
 def test_a_url_without_a_corpus_is_rejected(server, tmp_path):
@@ -304,8 +315,8 @@ def test_a_url_without_a_corpus_is_rejected(server, tmp_path):
     assert list_files(tmp_path) == []
 
 
-def test_a_failed_mirror_leaves_nothing_behind(server, corpus, tmp_path, retry_pauses):
-    """The tokenizer is missing: no directory remains that the next run would use as the corpus."""
+def test_a_failed_mirror_leaves_no_files(server, corpus, tmp_path, retry_pauses):
+    """The tokenizer is missing. The next run must not find an incomplete mirror."""
     url = serve(server, corpus[0])
     tokenizer = server.files.pop("/c/tokenizer.json")
     with pytest.raises(DataError, match=r"tokenizer.json: cannot be fetched: HTTP status 404"):
@@ -329,68 +340,74 @@ def test_an_unwritable_cache_is_rejected(server, corpus, tmp_path):
 
 def test_only_abandoned_partial_files_are_removed(server, tmp_path):
     server.files["/x"] = b"content"
-    old, young = tmp_path / "x.1.partial", tmp_path / "x.2.partial"
-    for path in (old, young):
+    abandoned, recent = tmp_path / "x.1.partial", tmp_path / "x.2.partial"
+    for path in (abandoned, recent):
         path.touch()
-    os.utime(old, (1, time.time() - remote.ABANDONED_SECONDS - 1))
+    os.utime(abandoned, (1, time.time() - remote.ABANDONED_SECONDS - 1))
     fetch(f"{server.url}/x", tmp_path / "x", None, None)
     assert list_files(tmp_path) == ["x", "x.2.partial"]
 
 
-@pytest.mark.parametrize("locks", [True, False])
-def test_concurrent_fetches_of_one_file(locks, server, tmp_path, monkeypatch):
-    """With locks one download serves all. Without locks each thread may download, and none reads an incomplete file."""
-    if not locks:
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_concurrent_fetches_give_complete_files(has_locks, server, tmp_path, monkeypatch):
+    """With file locks, one thread downloads for all. Without them, each thread may download.
+
+    In both cases no thread reads an incomplete file.
+    """
+    if not has_locks:
 
         def raise_os_error(*arguments):
             raise OSError("no locks here")
 
         monkeypatch.setattr(file_locks.fcntl, "flock", raise_os_error)
     server.files["/x"] = content = os.urandom(3_000_000)
-    server.pause = 0.05
+    server.pause_seconds = 0.05
     target = tmp_path / "x"
 
-    def fetch_once(number):
-        return fetch(f"{server.url}/x", target, len(content), digest(content)).read_bytes() == content
+    def fetch_and_compare(thread_index):
+        return fetch(f"{server.url}/x", target, len(content), compute_digest(content)).read_bytes() == content
 
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(fetch_once, range(16)))
-    assert len(server.requested_paths) == 1 if locks else 1 <= len(server.requested_paths) <= 16
+        assert all(pool.map(fetch_and_compare, range(16)))
+    assert len(server.requested_paths) == 1 if has_locks else 1 <= len(server.requested_paths) <= 16
     assert list_files(tmp_path) == ["x"]
 
 
-READER = """if True:
+# Arguments: URL, cache, number of processes, prefix of the files to write.
+READER_SCRIPT = """if True:
     import os, sys
     import numpy as np
     from dist_llm.config.data_sections import DataConfig
     from dist_llm.data.corpus import Corpus
-    url, cache, processes, result = sys.argv[1:]
-    for number in range(int(processes)):
+    url, cache, num_processes, output_prefix = sys.argv[1:]
+    for process_index in range(int(num_processes)):
         if os.fork() == 0:  # many processes with one interpreter start
             corpus = Corpus.from_config(DataConfig(path=url, cache=cache, seq_len=4, global_batch=4, micro_batch=4))
             corpus.check_shard_sizes()
-            (row,) = corpus.read(np.array([0]), corpus.num_tokens)
-            row.tofile(f"{result}{number}")
+            (tokens,) = corpus.read(np.array([0]), corpus.num_tokens)
+            tokens.tofile(f"{output_prefix}{process_index}")
             os._exit(0)
-    sys.exit(any(os.wait()[1] for _ in range(int(processes))))
+    sys.exit(any(os.wait()[1] for _ in range(int(num_processes))))
 """
 
 
-def start_readers(url, cache, result, count=1):
-    """Start `count` processes that each read the corpus as one row and write it to a file."""
-    command = [sys.executable, "-c", READER, url, str(cache), str(count), str(result)]
+def start_readers(url, cache, output_prefix, num_processes=1):
+    """Start processes that each read all tokens of the corpus and write them to a file."""
+    command = [sys.executable, "-c", READER_SCRIPT, url, str(cache), str(num_processes), str(output_prefix)]
     return subprocess.Popen(command, start_new_session=True)
 
 
 def test_sixteen_processes_share_one_cache(server, corpus, tmp_path):
     directory, stream = corpus
-    server.pause = 0.1
+    server.pause_seconds = 0.1
     url, cache = serve(server, directory), tmp_path / "cache"
     assert start_readers(url, cache, tmp_path / "result", 16).wait(timeout=120) == 0
     expected = stream.astype("<u2").tobytes()
-    assert [(tmp_path / f"result{number}").read_bytes() == expected for number in range(16)] == [True] * 16
-    assert server.requested_paths.count("/c/train-00000.bin") == 1, "one process fetched it for all"
-    assert len(list_files(cache)) == 3 + 3, list_files(cache)  # the mirror and the shards: no lock, nothing partial
+    assert [(tmp_path / f"result{index}").read_bytes() == expected for index in range(16)] == [True] * 16
+    assert server.requested_paths.count("/c/train-00000.bin") == 1, "several processes fetched the shard"
+    assert len(list_files(cache)) == 3 + 3, list_files(
+        cache
+    )  # three files of the mirror, three shards, no lock and no partial file
 
 
 def test_a_killed_download_leaves_no_complete_file(server, corpus, tmp_path):
@@ -398,19 +415,19 @@ def test_a_killed_download_leaves_no_complete_file(server, corpus, tmp_path):
     url, cache = serve(server, directory), tmp_path / "cache"
     shards = cache / "shards"
     open_corpus(url, cache)
-    server.pause = 60
-    killed_process, waiting_process = start_readers(url, cache, tmp_path / "doomed"), None
+    server.pause_seconds = 60
+    killed_process, waiting_process = start_readers(url, cache, tmp_path / "killed"), None
     try:
         assert server.shard_requested.wait(60)
-        assert list(shards.glob("*.partial")), "a download has begun"
+        assert list(shards.glob("*.partial")), "no download has begun"
         waiting_process = start_readers(url, cache, tmp_path / "waiting")
-        server.pause = 0
+        server.pause_seconds = 0
     finally:
         os.killpg(killed_process.pid, signal.SIGKILL)
         killed_process.wait()
-    assert waiting_process.wait(timeout=60) == 0, "the second process got the lock"
+    assert waiting_process.wait(timeout=60) == 0, "the second process did not get the lock of the killed process"
     assert (tmp_path / "waiting0").read_bytes() == stream.astype("<u2").tobytes()
-    assert not (tmp_path / "doomed0").exists()
+    assert not (tmp_path / "killed0").exists()
     complete = {name for name in list_files(shards) if "." not in name}
     assert complete == {shard.sha256 for shard in Manifest.load(directory).shards["train"]}
     assert not list(shards.glob("*.lock"))

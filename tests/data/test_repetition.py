@@ -1,4 +1,7 @@
-"""Repetitions computed from the plan match counted samples, also after a resume."""
+"""find_repetitions computes from the plan when a source has been read 1, 2, ... times in full.
+
+The tests compare it with a count of the samples, without and with a resume.
+"""
 
 from dataclasses import replace
 
@@ -7,32 +10,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.data.repetition import REPORTED_EPOCHS, Repetition, find_repetitions
-from tests.data.test_plan import plans
+from tests.data.test_plan import draw_plans
 
-END = 200
+END_SAMPLE = 200
 
 
 def count_one_by_one(plan) -> list[Repetition]:
-    """Find the repetitions by counting samples."""
-    source_ids, _ = plan.assign(np.arange(END))
+    """Return the repetitions, found by a count of the samples."""
+    source_ids, _ = plan.assign(np.arange(END_SAMPLE))
     repetitions = []
-    for number, source in enumerate(plan.sources):
-        num_consumed = np.cumsum(source_ids == number)  # after each sample
-        for times in REPORTED_EPOCHS:
-            reached = np.flatnonzero(num_consumed >= times * source.samples_per_epoch)
-            if len(reached):
-                repetitions.append(Repetition(int(reached[0]) + 1, source.name, times))
+    for source_index, source in enumerate(plan.sources):
+        num_consumed = np.cumsum(source_ids == source_index)  # after each sample
+        for epochs in REPORTED_EPOCHS:
+            samples = np.flatnonzero(num_consumed >= epochs * source.samples_per_epoch)
+            if len(samples):
+                repetitions.append(Repetition(int(samples[0]) + 1, source.name, epochs))
     return sorted(repetitions)
 
 
 @settings(max_examples=30)
-@given(plans(), st.integers(0, END))
-def test_repetitions_match_counted_samples(plan, middle) -> None:
+@given(draw_plans(), st.integers(0, END_SAMPLE))
+def test_repetitions_match_counted_samples(plan, resume_sample) -> None:
     plan = replace(plan, skip=())
-    repetitions = find_repetitions(plan, 0, END)
+    repetitions = find_repetitions(plan, 0, END_SAMPLE)
     assert repetitions == count_one_by_one(plan)
-    before, after = find_repetitions(plan, 0, middle), find_repetitions(plan, middle, END)
-    assert sorted([*before, *after]) == repetitions, "an interrupted run reports each repetition once"
+    before = find_repetitions(plan, 0, resume_sample)
+    after = find_repetitions(plan, resume_sample, END_SAMPLE)
+    assert sorted([*before, *after]) == repetitions, "a resumed run does not report each repetition once"
 
 
 def test_message_of_a_repetition() -> None:

@@ -23,12 +23,12 @@ def test_all_config_errors_are_in_one_message(corpus: Path, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_under_torchrun_the_error_is_printed_once(corpus: Path, tmp_path: Path) -> None:
+def test_the_error_is_printed_once_under_torchrun(corpus: Path, tmp_path: Path) -> None:
     arguments = commands.make_train_arguments(corpus, "parallel.dp_shard=4")
     completed = commands.run(*arguments, ranks=2, cwd=tmp_path, succeed=False)
     assert completed.returncode != 0
     assert completed.stderr.count("parallel.dp_shard: the layout (dp_shard 4) needs 4 ranks, but 2 were started") == 1
-    assert re.search(r"exitcode +: 2 ", completed.stderr), "torchrun's own exit code is 1; it prints the rank's"
+    assert re.search(r"exitcode +: 2 ", completed.stderr), "torchrun does not print the exit code of the rank"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,9 +52,9 @@ def test_a_command_explains_its_error(arguments: tuple[object, ...], message: st
 
 
 def test_an_unfinished_corpus_is_refused(corpus: Path, tmp_path: Path) -> None:
-    unfinished = shutil.copytree(corpus, tmp_path / "unfinished")
-    (unfinished / "manifest.json").unlink()
-    completed = commands.run(*commands.make_train_arguments(unfinished), cwd=tmp_path, succeed=False)
+    unfinished_corpus = shutil.copytree(corpus, tmp_path / "unfinished")
+    (unfinished_corpus / "manifest.json").unlink()
+    completed = commands.run(*commands.make_train_arguments(unfinished_corpus), cwd=tmp_path, succeed=False)
     assert completed.returncode == 2
     assert "not a prepared corpus (manifest.json is missing)" in completed.stderr
     assert not (tmp_path / "run").exists()
@@ -62,11 +62,11 @@ def test_an_unfinished_corpus_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_damaged_shard_is_reported_with_its_byte(ranks: int, corpus: Path, tmp_path: Path) -> None:
-    damaged = shutil.copytree(corpus, tmp_path / "damaged")
-    tokens = np.memmap(damaged / "train-00000.bin", dtype="<u2", mode="r+")
+    damaged_corpus = shutil.copytree(corpus, tmp_path / "damaged")
+    tokens = np.memmap(damaged_corpus / "train-00000.bin", dtype="<u2", mode="r+")
     tokens[:] = 60_000
     tokens.flush()
-    completed = commands.run(*commands.make_train_arguments(damaged), ranks=ranks, cwd=tmp_path, succeed=False)
+    completed = commands.run(*commands.make_train_arguments(damaged_corpus), ranks=ranks, cwd=tmp_path, succeed=False)
     assert completed.returncode == (1 if ranks else 2)
     assert re.search(
         r"train-00000\.bin: token \d+ \(byte \d+\) is 60000, but the tokenizer has 512 ids", completed.stderr
@@ -94,10 +94,11 @@ def test_a_run_is_not_resumed_with_another_model(
 
 
 def test_a_second_job_does_not_write_into_a_running_run(corpus: Path, tmp_path: Path) -> None:
-    """A second run.dir with the same checkpoint directory is refused, too. After a kill, the next start resumes."""
+    """A second job is refused if its run.dir or its checkpoint.dir is in use. After a kill, the next start resumes."""
     run = tmp_path / "run"
 
-    def second_job_is_refused(*overrides: str) -> bool:
+    def try_second_job(*overrides: str) -> bool:
+        """Start a second job once the first has written 3 metrics, and check that it is refused."""
         if not (run / "metrics.jsonl").exists() or len(commands.read_metrics(run)) < 3:
             return False
         config = (run / "config.yaml").read_bytes()
@@ -115,7 +116,7 @@ def test_a_second_job_does_not_write_into_a_running_run(corpus: Path, tmp_path: 
         return True
 
     long_run = commands.make_train_arguments(corpus, "run.steps=100000", "checkpoint.every=2")
-    commands.kill_when(second_job_is_refused, long_run, 0, tmp_path)
+    commands.kill_when(try_second_job, long_run, 0, tmp_path)
     assert (run / "run.lock").exists()
     completed = commands.run(*long_run, "run.steps=2", cwd=tmp_path)
     assert "resumed from" in completed.stderr

@@ -1,4 +1,4 @@
-"""Many engines and thousands of steps in the same processes do not crash, and repeat their losses.
+"""Many engines and thousands of steps in the same processes do not crash. Each round repeats the losses of the first.
 
 With two worker threads per gloo group, one of ten runs of 20 steps of an encoder-decoder with pp 2 and tp 2 ended with
 a segmentation fault. `dist_llm/compat.py:use_one_thread_per_gloo_group` prevents this.
@@ -22,9 +22,9 @@ from tests.laws.worlds import get_world
 
 RANKS = 4
 ROUNDS = 12
-STEPS = 20  # per engine
+STEPS_PER_ENGINE = 20
 BUDGET_GIB = ACTIVATION_BUDGET_BYTES / RANKS / (1 << 30)
-PARALLEL = (
+PARALLEL_SECTIONS = (
     {"pp": 2, "tp": 2, "pp_schedule": "gpipe", "activations_gib": BUDGET_GIB},
     {"pp": 2, "tp": 2},
     {"dp_shard": 2, "tp": 2, "activations_gib": BUDGET_GIB},
@@ -32,27 +32,31 @@ PARALLEL = (
     {"pp": 2, "dp_shard": 2, "recompute": "selective"},
     {"dp_replicate": 2, "dp_shard": 2, "reshard": "always"},
 )
-LAYOUTS = list(itertools.product(PARALLEL, ("bart", "encoder_decoder")))
+LAYOUTS = list(itertools.product(PARALLEL_SECTIONS, ("bart", "encoder_decoder")))
 
 
-def train(config: Config, messages: bool) -> list[float]:
-    """Return the losses of STEPS steps, with collectives or with point-to-point messages."""
-    is_cpu = patch.object(p2p_collectives, "uses_p2p", lambda device: device == "cpu")
-    with is_cpu if messages else nullcontext():
+def train(config: Config, uses_p2p: bool) -> list[float]:
+    """Return the losses of STEPS_PER_ENGINE steps, with collectives or with point-to-point messages."""
+    p2p_on_cpus = patch.object(p2p_collectives, "uses_p2p", lambda device: device == "cpu")
+    with p2p_on_cpus if uses_p2p else nullcontext():
         engine = NativeEngine(config, torch.device("cpu"))
-        return [train_step(engine, make_batches(config, engine, 0), 1e-3, step).loss.item() for step in range(STEPS)]
+        return [
+            train_step(engine, make_batches(config, engine, 0), 1e-3, step).loss.item()
+            for step in range(STEPS_PER_ENGINE)
+        ]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("messages", [False, True], ids=["collectives", "messages"])
-def test_many_engines_in_one_world_compute_the_same_losses(messages: bool) -> None:
-    ranks = get_world(RANKS)
+@pytest.mark.parametrize("uses_p2p", [False, True], ids=["collectives", "messages"])
+def test_many_engines_in_one_world_compute_the_same_losses(uses_p2p: bool) -> None:
+    world = get_world(RANKS)
     first_losses: dict[int, list[float]] = {}
     for _ in range(ROUNDS):
         for layout_index, (parallel, model) in enumerate(LAYOUTS):
             config = make_config(RANKS, MODELS[model], data={"micro_batch": 3}, parallel=parallel)
-            by_rank = ranks.run(train, config, messages)
-            assert all(losses == by_rank[0] for losses in by_rank)
-            assert by_rank[0] == first_losses.setdefault(layout_index, by_rank[0]), "each round computes the same"
-    assert ranks.is_alive
+            losses_by_rank = world.run(train, config, uses_p2p)
+            assert all(losses == losses_by_rank[0] for losses in losses_by_rank)
+            expected = first_losses.setdefault(layout_index, losses_by_rank[0])
+            assert losses_by_rank[0] == expected, "this round computes other losses than the first"
+    assert world.is_alive

@@ -1,4 +1,7 @@
-"""Adopted files train like prepared ones: the same tokens at the same offsets, without a copy of the files."""
+"""`adopt` makes a corpus of token files of other programs, without a copy of the files.
+
+The corpus has the same tokens and document offsets as a corpus that `prepare` makes of the same text.
+"""
 
 import hashlib
 import io
@@ -19,23 +22,23 @@ from dist_llm.text.token_files import SUPPORTED_DTYPES
 
 from .test_token_files import build_megatron_index
 
-EOT = 256
+EOT = 256  # end-of-document id of the tokenizer `byte`
 
 
 @pytest.fixture
 def prepared_corpus(tmp_path):
-    """A corpus of a few documents, prepared as bytes."""
+    """Prepare a corpus of four documents with the tokenizer `byte`."""
     text = tmp_path / "text"
     text.mkdir()
-    for number, size in enumerate((40, 1, 300, 77)):
-        (text / f"{number}.txt").write_text("añ"[number % 2] * size)
+    for index, num_chars in enumerate((40, 1, 300, 77)):
+        (text / f"{index}.txt").write_text("añ"[index % 2] * num_chars)  # characters of 1 and 2 bytes
     out = tmp_path / "prepared"
     prepare(PrepareOptions((str(text),), "byte", out, heldout_fraction=0.0, workers=1), io.StringIO())
     return Corpus(out)
 
 
 def write_token_file(kind, corpus, directory, dtype="uint16"):
-    """Write the corpus as another program would; return the path and the ids."""
+    """Write the corpus in the format of another program. Return the path and the ids."""
     ids = np.fromfile(corpus.directory / "train-00000.bin", "<u2").astype(dtype)
     starts = np.fromfile(corpus.directory / "train-00000.offsets", "<u8").astype(int)
     path = directory / ("x.npy" if kind == "npy" else "x.bin")
@@ -48,11 +51,10 @@ def write_token_file(kind, corpus, directory, dtype="uint16"):
     else:
         ids.tofile(path)
     if kind == "megatron":
-        code, item = {"uint16": (8, 2), "int32": (4, 4)}[dtype]
+        dtype_code, id_bytes = {"uint16": (8, 2), "int32": (4, 4)}[dtype]
         lengths = np.diff([*starts, len(ids)])
-        path.with_suffix(".idx").write_bytes(
-            build_megatron_index(lengths, range(len(lengths) + 1), code=code, item=item)
-        )
+        index = build_megatron_index(lengths, range(len(lengths) + 1), dtype_code=dtype_code, id_bytes=id_bytes)
+        path.with_suffix(".idx").write_bytes(index)
     return path, ids
 
 
@@ -60,11 +62,11 @@ def make_options(kind, *data, out, **changes):
     return AdoptOptions(kind, tuple(map(str, data)), "byte", out, **changes)
 
 
-CASES = [(kind, dtype) for kind in ("npy", "bin") for dtype in DTYPES]
-CASES += [("megatron", "uint16"), ("megatron", "int32"), ("llmc", "uint16"), ("llmc", "uint32")]
+KINDS_AND_DTYPES = [(kind, dtype) for kind in ("npy", "bin") for dtype in DTYPES]
+KINDS_AND_DTYPES += [("megatron", "uint16"), ("megatron", "int32"), ("llmc", "uint16"), ("llmc", "uint32")]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), CASES)
+@pytest.mark.parametrize(("kind", "dtype"), KINDS_AND_DTYPES)
 def test_adopted_corpus_equals_the_prepared_corpus(kind, dtype, prepared_corpus, tmp_path):
     path, ids = write_token_file(kind, prepared_corpus, tmp_path, dtype)
     out = tmp_path / "out"
@@ -76,8 +78,8 @@ def test_adopted_corpus_equals_the_prepared_corpus(kind, dtype, prepared_corpus,
     assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
     assert np.array_equal(corpus.read(np.array([7, 350]), 40), [ids[7:47], ids[350:390]])
     expected = prepared_corpus.manifest
-    for measure in (Manifest.count_tokens, Manifest.count_documents, Manifest.count_text_bytes):
-        assert measure(manifest, "train") == measure(expected, "train"), measure.__name__
+    for count in (Manifest.count_tokens, Manifest.count_documents, Manifest.count_text_bytes):
+        assert count(manifest, "train") == count(expected, "train"), count.__name__
     assert np.array_equal(corpus.get_document_offsets(0), prepared_corpus.get_document_offsets(0))
     assert (manifest.tokenizer_sha256, manifest.vocab_size) == (expected.tokenizer_sha256, expected.vocab_size)
     (shard,) = manifest.shards["train"]
@@ -92,7 +94,7 @@ def test_a_changed_or_damaged_file_is_detected(prepared_corpus, tmp_path):
     adopt(make_options("llmc", path, out=tmp_path / "out"), io.StringIO())
     Corpus(tmp_path / "out", verify="hash")
     content = bytearray(path.read_bytes())
-    content[1024 + 2 * 7 : 1024 + 2 * 8] = b"\xff\xff"
+    content[1024 + 2 * 7 : 1024 + 2 * 8] = b"\xff\xff"  # id 7, of 2 bytes, after the header of 1024 bytes
     path.write_bytes(content)
     corpus = Corpus(tmp_path / "out")
     with pytest.raises(DataError, match=rf"{path}: token 7 \(byte 1038\) is 65535"):
@@ -104,22 +106,22 @@ def test_a_changed_or_damaged_file_is_detected(prepared_corpus, tmp_path):
         Corpus(tmp_path / "out").check_shard_sizes()
 
 
-def test_many_files_keep_their_order_and_their_split(prepared_corpus, tmp_path):
-    paths = [tmp_path / f"{number}.npy" for number in range(9)]
-    for number, path in enumerate(paths):
-        np.save(path, np.full(5 + number, number, np.uint16))
+def test_files_keep_their_order_within_a_split(prepared_corpus, tmp_path):
+    paths = [tmp_path / f"{index}.npy" for index in range(9)]
+    for index, path in enumerate(paths):  # file n has 5 + n times the id n
+        np.save(path, np.full(5 + index, index, np.uint16))
     adopt(make_options("npy", *paths[:6], heldout=tuple(map(str, paths[6:])), out=tmp_path / "out"), io.StringIO())
     train, heldout = Corpus(tmp_path / "out"), Corpus(tmp_path / "out", "heldout")
     assert train.read(np.array([0]), train.num_tokens)[0].tolist() == [n for n in range(6) for _ in range(5 + n)]
     assert heldout.read(np.array([0]), heldout.num_tokens)[0].tolist() == [n for n in range(6, 9) for _ in range(5 + n)]
-    assert [heldout.get_document_offsets(number).tolist() for number in range(3)] == [[0]] * 3
+    assert [heldout.get_document_offsets(shard_index).tolist() for shard_index in range(3)] == [[0]] * 3
 
 
 def test_relative_paths_and_file_urls_are_resolved(prepared_corpus, tmp_path, monkeypatch):
     path, _ = write_token_file("npy", prepared_corpus, tmp_path)
     monkeypatch.chdir(tmp_path)
-    for number, location in enumerate(("x.npy", path.as_uri(), path)):
-        manifest = adopt(make_options("npy", location, out=Path(f"out{number}")), io.StringIO())
+    for index, location in enumerate(("x.npy", path.as_uri(), path)):
+        manifest = adopt(make_options("npy", location, out=Path(f"out{index}")), io.StringIO())
         assert manifest.shards["train"][0].file == str(path)
 
 
@@ -133,11 +135,11 @@ def test_adopt_warns_about_unknown_document_boundaries(tmp_path):
 
 def test_adopt_warns_about_a_leading_end_of_document_token(tmp_path):
     np.save(tmp_path / "x.npy", np.array([EOT, 1, 2, EOT, 3], np.uint16))
-    for position, starts, hint in ((None, [0, 1, 4], True), ("start", [0, 3], False)):
-        output = io.StringIO()
-        adopt(make_options("npy", tmp_path / "x.npy", out=tmp_path / f"{position}", eot_position=position), output)
-        assert Corpus(tmp_path / f"{position}").get_document_offsets(0).tolist() == starts
-        assert ("adopt again with --eot-position start" in output.getvalue()) == hint
+    for eot_position, starts, has_hint in ((None, [0, 1, 4], True), ("start", [0, 3], False)):
+        output, out = io.StringIO(), tmp_path / f"{eot_position}"
+        adopt(make_options("npy", tmp_path / "x.npy", out=out, eot_position=eot_position), output)
+        assert Corpus(out).get_document_offsets(0).tolist() == starts
+        assert ("adopt again with --eot-position start" in output.getvalue()) == has_hint
 
 
 def test_files_of_different_dtypes_are_refused(tmp_path):
@@ -145,7 +147,7 @@ def test_files_of_different_dtypes_are_refused(tmp_path):
         np.save(tmp_path / f"{name}.npy", np.zeros(9, name))
     with pytest.raises(DataError, match=r"int32.npy: ids of uint32, but those of .*uint16.npy are uint16"):
         adopt(make_options("npy", tmp_path / "uint16.npy", tmp_path / "int32.npy", out=tmp_path / "out"), io.StringIO())
-    assert sorted(os.listdir(tmp_path)) == ["int32.npy", "uint16.npy"], "a failed adoption leaves no files"
+    assert sorted(os.listdir(tmp_path)) == ["int32.npy", "uint16.npy"], "the failed adoption left files"
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_an_unwritable_output_is_reported(prepared_corpus, tmp_path):
         adopt(make_options("npy", path, out=tmp_path / "file" / "out"), io.StringIO())
 
 
-def test_the_adopt_command(prepared_corpus, tmp_path, capsys):
+def test_adopt_command_writes_a_corpus_once(prepared_corpus, tmp_path, capsys):
     path, _ = write_token_file("llmc", prepared_corpus, tmp_path)
     arguments = ["adopt", "--format", "llmc", "--data", str(path), "--tokenizer", "byte", "--out", str(tmp_path / "o")]
     assert cli.main(arguments) == 0
@@ -206,7 +208,7 @@ def test_the_adopt_command(prepared_corpus, tmp_path, capsys):
     assert "exists. Choose another --out" in capsys.readouterr().err
 
 
-def test_the_options_match_the_readers():
+def test_options_list_the_supported_formats_and_dtypes():
     assert set(SUPPORTED_DTYPES) == set(DTYPES)
     assert set(FORMATS) == {"megatron", "npy", "bin", "llmc"}
 

@@ -1,4 +1,4 @@
-"""nanoGPT's meta.pkl is read without running code and gives a tokenizer like the others."""
+"""CharTokenizer reads the meta.pkl of nanoGPT, which maps characters to ids, and never runs the code of a pickle."""
 
 import io
 import json
@@ -23,7 +23,11 @@ from tests.laws.law import make_config
 
 TEXT = "To be, or not to be: that is the question.\nWhether 'tis nobler, é漢\n"
 CHARS = sorted(set(TEXT))
-META = {"vocab_size": len(CHARS), "itos": dict(enumerate(CHARS)), "stoi": {c: i for i, c in enumerate(CHARS)}}
+META = {
+    "vocab_size": len(CHARS),
+    "itos": dict(enumerate(CHARS)),
+    "stoi": {char: token for token, char in enumerate(CHARS)},
+}
 
 
 def write_meta(path, meta=META, protocol=4):
@@ -34,14 +38,16 @@ def write_meta(path, meta=META, protocol=4):
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_pickle_protocol_is_read(protocol, tmp_path):
     tokenizer = read_nanogpt_meta(write_meta(tmp_path / "meta.pkl", protocol=protocol))
-    assert tokenizer.encode(TEXT).tolist() == [META["stoi"][c] for c in TEXT]
+    assert tokenizer.encode(TEXT).tolist() == [META["stoi"][char] for char in TEXT]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.decode([0, 10_000]) == CHARS[0] + "\ufffd"
     assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.first_ids) == (len(CHARS), None, ())
-    assert parse_tokenizer(tokenizer.to_json_bytes(), "place") == tokenizer
+    assert parse_tokenizer(tokenizer.to_json_bytes(), "location") == tokenizer
 
 
 class RunsCommand:
+    """An object that unpickles by a function call."""
+
     def __init__(self, *call):
         self.call = call
 
@@ -49,7 +55,7 @@ class RunsCommand:
         return self.call
 
 
-INVALID_META = {
+INVALID_META = {  # fault: content of meta.pkl
     "a command": pickle.dumps(META | {"x": RunsCommand(os.system, ("touch run",))}),
     "an old command": b"cos\nsystem\n(S'touch run'\ntR.",
     "a class": pickle.dumps(META | {"x": io.BytesIO}),
@@ -78,36 +84,36 @@ INVALID_META = {
 }
 
 
-@pytest.mark.parametrize("name", INVALID_META)
-def test_no_code_runs_and_the_error_names_the_file(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", INVALID_META)
+def test_an_invalid_file_is_an_error_and_runs_no_code(fault, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = write_meta(tmp_path / "meta.pkl", INVALID_META[name])
+    path = write_meta(tmp_path / "meta.pkl", INVALID_META[fault])
     with pytest.raises(DataError) as excinfo:
         build_tokenizer(str(path), None, lambda: ())
     assert str(excinfo.value).startswith(str(path))
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists(), "the pickle ran its command"
 
 
 def test_deep_nesting_is_an_error(tmp_path):
-    deep = b"\x80\x04}\x8c\x04stoi}" + b"\x8c\x01a" + b"(" * 100_000 + b"l" * 100_000 + b"ss."
+    deeply_nested = b"\x80\x04}\x8c\x04stoi}" + b"\x8c\x01a" + b"(" * 100_000 + b"l" * 100_000 + b"ss."
     with pytest.raises(DataError, match="not a whole number"):
-        read_nanogpt_meta(write_meta(tmp_path / "meta.pkl", deep))
+        read_nanogpt_meta(write_meta(tmp_path / "meta.pkl", deeply_nested))
 
 
-def test_nanogpts_corpus_is_adopted_with_its_ids(tmp_path):
+def test_a_corpus_of_nanogpt_keeps_its_ids(tmp_path):
     write_meta(tmp_path / "meta.pkl")
-    ids = np.array([META["stoi"][c] for c in TEXT], np.uint16)
+    ids = np.array([META["stoi"][char] for char in TEXT], np.uint16)
     ids.tofile(tmp_path / "train.bin")
     data = (str(tmp_path / "train.bin"),)
     adopt(AdoptOptions("bin", data, str(tmp_path / "meta.pkl"), tmp_path / "out", dtype="uint16"), io.StringIO())
     corpus, tokenizer = Corpus(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
     assert tokenizer == build_tokenizer(str(tmp_path), None, lambda: ()), (
-        "the folder of the file gives the same tokenizer"
+        "the folder of the file gives another tokenizer"
     )
-    assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary is that of nanoGPT's model"
+    assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary differs from that of nanoGPT"
     assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
     assert corpus.manifest.count_text_bytes("train") == len(TEXT.encode())
-    assert not corpus.manifest.has_document_bounds, "the corpus has no document boundaries"
+    assert not corpus.manifest.has_document_bounds, "nanoGPT files have no document boundaries"
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -145,6 +151,6 @@ def test_character_prompt_has_no_stop_ids():
     prompt = encode_prompt(config, tokenizer, "be")
     assert prompt.ids == tokenizer.encode("be").tolist()
     assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], (
-        "an empty prompt is a newline, as in nanoGPT's sample.py"
+        "an empty prompt is not a newline, as in sample.py of nanoGPT"
     )
     assert not prompt.stop_ids & set(META["stoi"].values())

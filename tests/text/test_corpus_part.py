@@ -1,4 +1,4 @@
-"""Each document belongs to exactly one part, for each way of assigning documents."""
+"""CorpusPart assigns each document to exactly one part, by its file, its row or its text."""
 
 from collections import Counter
 
@@ -14,11 +14,11 @@ def test_each_document_belongs_to_one_part(num_parts, assignment):
     files = [[f"{file} {row}" for row in range(5)] for file in range(8)]
     counts = Counter()
     for index in range(1, num_parts + 1):
-        part, number = CorpusPart(index, num_parts, assignment), 0
+        part, row_number = CorpusPart(index, num_parts, assignment), 0
         for file in part.select_files(files):
             for text in file:
-                number += 1
-                counts[text] += part.owns_row(number) and part.owns_text(text.encode())
+                row_number += 1
+                counts[text] += part.owns_row(row_number) and part.owns_text(text.encode())
     assert counts == Counter(text for file in files for text in file)
 
 
@@ -29,7 +29,7 @@ def test_parts_have_similar_sizes():
         assert min(sizes) > 900, assignment  # the mean is 1000; hashed texts have a standard deviation of 27
 
 
-def test_the_part_of_a_text_is_independent_of_the_heldout_split():
+def test_the_part_of_a_text_does_not_depend_on_the_heldout_split():
     from dist_llm.text.encode import is_heldout
 
     owned_texts = [text for n in range(4000) if CorpusPart(1, 2, "text").owns_text(text := b"%d" % n)]
@@ -48,5 +48,5 @@ def test_an_invalid_part_is_refused_with_an_example(part):
         parse_part(part)
 
 
-def test_parse_part():
+def test_parse_part_returns_the_index_and_the_number_of_parts():
     assert parse_part("2/12") == (2, 12)

@@ -30,40 +30,41 @@ def make_texts_with_copies(count, seed=0):
     return texts
 
 
-def shingles(text):
+def get_shingles(text):
+    """Return the set of all sequences of SHINGLE_WORDS successive words."""
     text_words = text.split()
     return {tuple(text_words[k : k + SHINGLE_WORDS]) for k in range(len(text_words) - SHINGLE_WORDS + 1)}
 
 
-def jaccard(a, b):
-    a, b = shingles(a), shingles(b)
-    return len(a & b) / len(a | b)
+def compute_jaccard(text, other_text):
+    """Return the Jaccard similarity of the shingles of two texts."""
+    shingles, other_shingles = get_shingles(text), get_shingles(other_text)
+    return len(shingles & other_shingles) / len(shingles | other_shingles)
 
 
-def minhash_values(text):
+def compute_minhashes(text):
     return compute_near_key(text).view("<u4")
 
 
 def flag_new_texts(texts, kind, threshold=0.8):
-    """Return for each text whether it is no duplicate of an earlier kept text."""
+    """Return for each text whether it differs from all earlier kept texts."""
     index = build_index(kind, threshold)
     return [index.add_if_new(compute_key(kind, text)) for text in texts]
 
 
-def test_exact_keeps_the_first_occurrence():
+def test_exact_deduplication_keeps_the_first_occurrence():
     texts = random.Random(1).choices([f"text {n}" for n in range(50)], k=300)
     assert flag_new_texts(texts, "exact") == [text not in texts[:n] for n, text in enumerate(texts)]
     assert len(compute_key("exact", "x")) == KEY_BYTES["exact"]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.9])
-def test_near_agrees_with_brute_force_except_close_to_the_threshold(threshold):
-    """The standard deviation of the estimate is below 0.045. Only similarities that are more than 0.14 from the
-    threshold, which is over three standard deviations, are checked."""
+def test_near_deduplication_agrees_with_brute_force(threshold):
+    """Similarities within 0.14 of the threshold are not checked: three standard deviations of the estimate (0.045)."""
     texts = make_texts_with_copies(300)
     kept_texts, num_clear_cases = [], 0
     for text, is_new in zip(texts, flag_new_texts(texts, "near", threshold), strict=True):
-        max_similarity = max((jaccard(text, kept_text) for kept_text in kept_texts), default=0.0)
+        max_similarity = max((compute_jaccard(text, kept_text) for kept_text in kept_texts), default=0.0)
         if abs(max_similarity - threshold) > 0.14:
             num_clear_cases += 1
             assert is_new is (max_similarity < threshold), max_similarity
@@ -72,7 +73,7 @@ def test_near_agrees_with_brute_force_except_close_to_the_threshold(threshold):
     assert num_clear_cases > 150
 
 
-def test_the_estimate_is_unbiased():
+def test_the_estimated_similarity_is_unbiased():
     errors = []
     for seed in range(300):
         rng = random.Random(seed)
@@ -81,17 +82,17 @@ def test_the_estimate_is_unbiased():
         for position in rng.sample(range(300), 1 + seed % 15):
             changed_words[position] = "changed"
         changed_text = " ".join(changed_words)
-        estimate = np.mean(minhash_values(text) == minhash_values(changed_text))
-        errors.append(estimate - jaccard(text, changed_text))
+        estimate = np.mean(compute_minhashes(text) == compute_minhashes(changed_text))
+        errors.append(estimate - compute_jaccard(text, changed_text))
     assert abs(np.mean(errors)) < 0.01  # 0.01 is about four standard deviations of the mean of 300 estimates
     assert np.std(errors) < 0.5 / PERMUTATIONS**0.5
 
 
-def test_keys_ignore_case_and_punctuation_but_not_word_order():
+def test_near_keys_depend_on_words_and_their_order_only():
     text = " ".join(random.Random(5).choices(WORDS, k=200))
     assert np.array_equal(compute_near_key(text), compute_near_key(text.upper().replace(" ", ", ")))
     reversed_text = " ".join(text.split()[::-1])
-    assert np.mean(minhash_values(text) == minhash_values(reversed_text)) < 0.2
+    assert np.mean(compute_minhashes(text) == compute_minhashes(reversed_text)) < 0.2
 
 
 @pytest.mark.parametrize("text", ["", "!?", "one", "a b c d", "a b c d e", " \n"])

@@ -1,4 +1,7 @@
-"""Each rule on text that violates this rule, and the repetition rules compared with plain counting."""
+"""Each rule of the Gopher and C4 filters removes text that breaks the rule.
+
+The repetition rules are compared with a simple count.
+"""
 
 import random
 from collections import Counter
@@ -9,10 +12,8 @@ from dist_llm.text import c4, gopher, options
 from dist_llm.text.filters import FILTERS, FilterChain
 from dist_llm.text.report import RemovalCounts, TextCount
 
-SENTENCE = "The {} of the harbour sailed with a cargo of number {} and came home to an old town."
 
-
-def make_prose(sentences=8, seed=0):
+def make_prose(num_sentences=8, seed=0):
     """Return text that passes all rules."""
     rng = random.Random(seed)
     names = ["ship", "boat", "crew", "captain", "ferry", "barge", "raft", "pilot", "clerk", "baker"]
@@ -26,7 +27,7 @@ def make_prose(sentences=8, seed=0):
     return "\n".join(
         f"{pick(colours).title()} {pick(names)} {n} {pick(verbs)} the {pick(colours)} {pick(names)} and "
         f"{pick(verbs)} some {pick(names)} {pick(tails)}."
-        for n in range(sentences)
+        for n in range(num_sentences)
     )
 
 
@@ -44,7 +45,7 @@ def test_good_text_passes_unchanged():
     assert removed == {}
 
 
-GOPHER = {
+GOPHER_VIOLATIONS = {  # rule: a text that breaks it
     "word_count": " ".join(make_prose().split()[:49]),
     "mean_word_chars": " ".join(word + "x" * 12 for word in make_prose().split()) + " the and",
     "symbols_per_word": make_prose() + " #" * 15,
@@ -59,17 +60,18 @@ GOPHER = {
 }
 
 
-@pytest.mark.parametrize("rule", GOPHER)
-def test_each_gopher_rule(rule):
-    text, removed = GOPHER[rule], RemovalCounts()
+@pytest.mark.parametrize("rule", GOPHER_VIOLATIONS)
+def test_each_gopher_rule_removes_a_document(rule):
+    text, removed = GOPHER_VIOLATIONS[rule], RemovalCounts()
     is_broken_by_rule = dict(check_all_rules(text))
-    assert is_broken_by_rule[rule], {name for name, broken in is_broken_by_rule.items() if broken}
+    assert is_broken_by_rule[rule], [name for name, is_broken in is_broken_by_rule.items() if is_broken]
     assert gopher.filter_document(text, removed) is None
-    first = next(name for name in gopher.RULES if is_broken_by_rule[name])
-    assert removed == {f"gopher.{first}": TextCount(1, 0, len(text.encode()))}
+    first_rule = next(name for name in gopher.RULES if is_broken_by_rule[name])
+    assert removed == {f"gopher.{first_rule}": TextCount(1, 0, len(text.encode()))}
 
 
 def check_all_rules(text):
+    """Yield (rule, whether the text breaks it)."""
     text_words, lines = text.split(), [line.strip() for line in text.split("\n") if line.strip()]
     yield from gopher._check_quality(text, text_words, lines)
     yield from gopher._check_repetition(text, lines)
@@ -81,17 +83,16 @@ def test_gopher_rules_are_listed_in_their_order():
 
 
 def count_top_chars(text_words, n):
-    """Count the characters of the most frequent n-gram with strings."""
+    """Return the number of characters that the most frequent n-gram covers; 0 if no n-gram repeats."""
     counts = Counter(tuple(text_words[k : k + n]) for k in range(len(text_words) - n + 1))
     highest_count = max(counts.values())
-    return (
-        0
-        if highest_count == 1
-        else highest_count * max(len("".join(gram)) for gram, count in counts.items() if count == highest_count)
-    )
+    if highest_count == 1:
+        return 0
+    return highest_count * max(len("".join(gram)) for gram, count in counts.items() if count == highest_count)
 
 
 def count_duplicate_chars(text_words, n):
+    """Return the number of characters in n-grams that occurred before."""
     seen, covered_positions = set(), set()
     for k in range(len(text_words) - n + 1):
         gram = tuple(text_words[k : k + n])
@@ -102,13 +103,13 @@ def count_duplicate_chars(text_words, n):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_repeated_ngrams_equal_plain_counting(seed, monkeypatch):
-    """A rule is violated with a threshold just below the counted value, and not with a threshold equal to it."""
+def test_repetition_rules_agree_with_a_simple_count(seed, monkeypatch):
+    """A text breaks a rule if the threshold is just below the counted value, but not if it is equal."""
     rng = random.Random(seed)
     text_words = rng.choices(["a", "bb", "ccc", "dddd", "é"], k=rng.randint(60, 90))
-    total = len("".join(text_words))
-    fractions = {n: count_top_chars(text_words, n) / total for n in (2, 3, 4)}
-    fractions |= {n: count_duplicate_chars(text_words, n) / total for n in range(5, 11)}
+    num_chars = len("".join(text_words))
+    fractions = {n: count_top_chars(text_words, n) / num_chars for n in (2, 3, 4)}
+    fractions |= {n: count_duplicate_chars(text_words, n) / num_chars for n in range(5, 11)}
     for shift, is_expected_broken in ((0, False), (-1e-9, True)):
         for name in ("MAX_TOP_NGRAM_CHARS", "MAX_DUPLICATE_NGRAM_CHARS"):
             limits = {n: fractions[n] + shift for n in getattr(gopher, name)}
@@ -116,7 +117,7 @@ def test_repeated_ngrams_equal_plain_counting(seed, monkeypatch):
         assert {is_broken for _, is_broken in gopher._check_ngrams(text_words)} == {is_expected_broken}
 
 
-C4_LINES = {
+C4_VIOLATING_LINES = {  # rule: a line that breaks it
     "terminal_punctuation": "this line of the page has no end",
     "words_per_line": "Only four words here.",
     "javascript": "Please turn on JavaScript to see this page.",
@@ -124,13 +125,11 @@ C4_LINES = {
 }
 
 
-@pytest.mark.parametrize("rule", C4_LINES)
-def test_c4_removes_lines(rule):
-    removed, line = RemovalCounts(), C4_LINES[rule]
-    assert (
-        c4.filter_page(f"{make_prose(4)}\n{line}\n{make_prose(3, seed=1)}", removed)
-        == f"{make_prose(4)}\n{make_prose(3, seed=1)}"
-    )
+@pytest.mark.parametrize("rule", C4_VIOLATING_LINES)
+def test_c4_removes_lines_that_break_a_rule(rule):
+    removed, line = RemovalCounts(), C4_VIOLATING_LINES[rule]
+    before, after = make_prose(4), make_prose(3, seed=1)
+    assert c4.filter_page(f"{before}\n{line}\n{after}", removed) == f"{before}\n{after}"
     assert removed == {f"c4.{rule}": TextCount(0, 1, len(line))}
 
 
@@ -142,19 +141,20 @@ def test_c4_removes_lines(rule):
         ("sentences", "One sentence of five words. Another one of five words."),
     ],
 )
-def test_c4_removes_pages(rule, text):
+def test_c4_removes_pages_that_break_a_rule(rule, text):
     removed = RemovalCounts()
     assert c4.filter_page(text, removed) is None
     assert removed == {f"c4.{rule}": TextCount(1, 0, len(text.encode()))}
 
 
-def test_c4_removes_citation_markers_and_counts_every_byte():
+def test_c4_counts_the_bytes_of_citation_markers():
     text, removed = make_prose().replace(".", "[1][citation needed].", 1) + "\nMenu\n", RemovalCounts()
     cleaned = c4.filter_page(text, removed)
     assert cleaned == make_prose()
     assert removed["c4.citation_marker"] == TextCount(0, 0, 18 + 2)
-    newlines = 2  # of the removed lines
-    assert len(text.encode()) == len(cleaned.encode()) + sum(each.bytes for each in removed.values()) + newlines
+    num_newlines = 2  # of the removed lines
+    removed_bytes = sum(count.bytes for count in removed.values())
+    assert len(text.encode()) == len(cleaned.encode()) + removed_bytes + num_newlines
 
 
 def test_filters_run_in_order_until_one_removes_the_document():

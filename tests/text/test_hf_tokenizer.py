@@ -1,4 +1,4 @@
-"""Hugging Face tokenizers give the ids of the `tokenizers` library and keep their files."""
+"""HFTokenizer gives the ids of the `tokenizers` library and keeps the original files of the tokenizer."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def test_difficult_texts_are_at_least_fifty():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
-    """Also after a round trip through a corpus, and when tiktoken encodes."""
+    """This holds after a round trip through a file too, and when tiktoken encodes."""
     build_from_folder(folders[kind]).save(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer == build_from_folder(folders[kind])
@@ -66,14 +66,15 @@ def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_incremental_decoder_equals_decode(kind, folders):
     tokenizer = build_from_folder(folders[kind])
-    for before, after in (("The ship", " sailed 漢字 👩‍👩‍👧 to port."), ("", "漢 字"), ("a", "<think>b  c")):
-        start, ids = tokenizer.encode_prompt(before), tokenizer.encode(after).tolist()
-        stream = tokenizer.build_incremental_decoder(start)
-        fragments = [stream.add(token) for token in ids]
-        streamed = "".join([*fragments, stream.end()])
-        assert streamed == tokenizer.decode([*start, *ids])[len(tokenizer.decode(start)) :]
-        assert not any(fragment.endswith("\ufffd") for fragment in fragments), "no character is split"
-    assert tokenizer.decode([*ids, 10_000]).endswith("\ufffd"), "a model may sample an id of the padding"
+    for prompt, continuation in (("The ship", " sailed 漢字 👩‍👩‍👧 to port."), ("", "漢 字"), ("a", "<think>b  c")):
+        prompt_ids, ids = tokenizer.encode_prompt(prompt), tokenizer.encode(continuation).tolist()
+        decoder = tokenizer.build_incremental_decoder(prompt_ids)
+        fragments = [decoder.add(token) for token in ids]
+        decoded = "".join([*fragments, decoder.end()])
+        assert decoded == tokenizer.decode([*prompt_ids, *ids])[len(tokenizer.decode(prompt_ids)) :]
+        assert not any(fragment.endswith("\ufffd") for fragment in fragments), "a character is split"
+    # A model may sample an id without a token, because its vocabulary is padded.
+    assert tokenizer.decode([*ids, 10_000]).endswith("\ufffd")
 
 
 def test_a_lone_surrogate_is_a_replacement_character(folders):
@@ -90,10 +91,10 @@ def test_tiktoken_is_used_only_if_ids_are_equal(folders, tmp_path, monkeypatch):
     for text in ("", "the ship", "a</s>b", "漢字\r\n"):
         plain.encode(text)
     monkeypatch.undo()
-    assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "text is normalized to NFC, as in the original"
+    assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "text is not normalized to NFC"
     for kind in KINDS:
         assert build_from_folder(folders[kind]).speed_up()._bpe is None, (
-            "tiktoken cannot run added tokens or other kinds"
+            f"{kind}: tiktoken supports neither added tokens nor other models than BPE"
         )
     reference = write_folder(tmp_path / "added", "byte_level", added=["<think>"])
     added = build_from_folder(tmp_path / "added").speed_up()
@@ -106,26 +107,25 @@ def test_tiktoken_is_not_used_if_its_ids_differ(tmp_path, monkeypatch):
 
     write_folder(tmp_path, "byte_level", added=[], bos=False)
     tokenizer = build_from_folder(tmp_path)
-    original = hf_bpe.read_pattern
-    monkeypatch.setattr(hf_bpe, "read_pattern", lambda *rest: original(*rest).replace(r"\p{N}{1,3}", r"\p{N}+"))
+    read_pattern = hf_bpe.read_pattern
+    monkeypatch.setattr(hf_bpe, "read_pattern", lambda *args: read_pattern(*args).replace(r"\p{N}{1,3}", r"\p{N}+"))
     assert tokenizer.speed_up()._bpe is None
     assert tokenizer.speed_up().encode("1234567").tolist() == tokenizer.encode("1234567").tolist()
 
 
 def test_folder_names_and_other_files_do_not_affect_the_identity(folders, tmp_path):
-    other = tmp_path / "another name"
-    shutil.copytree(folders["byte_level"], other)
-    assert build_from_folder(other).sha256 == build_from_folder(folders["byte_level"]).sha256
-    (other / "chat_template.jinja").write_text("another")
-    for number, folder in enumerate((folders["byte_level"], other, folders["unigram"])):
-        (tmp_path / str(number)).mkdir()
-        build_from_folder(folder).save(tmp_path / str(number))
+    renamed_folder = tmp_path / "another name"
+    shutil.copytree(folders["byte_level"], renamed_folder)
+    assert build_from_folder(renamed_folder).sha256 == build_from_folder(folders["byte_level"]).sha256
+    (renamed_folder / "chat_template.jinja").write_text("another")
+    for index, folder in enumerate((folders["byte_level"], renamed_folder, folders["unigram"])):
+        (tmp_path / str(index)).mkdir()
+        build_from_folder(folder).save(tmp_path / str(index))
     assert is_same_tokenizer(tmp_path / "0", tmp_path / "1")
     assert not is_same_tokenizer(tmp_path / "0", tmp_path / "2")
 
 
-def test_equal_tokenizers_have_one_identity(tmp_path):
-    """Names, folders and formats may differ; the pattern, the merges and the end of a document must not."""
+def test_identity_depends_on_the_pattern_but_not_on_the_name(tmp_path):
     bpe = build_tokenizer("bpe:300", None, lambda: iter(PROSE))
     fields = json.loads(bpe.to_json_bytes())
     renamed = json.dumps({**fields, "name": "other"}).encode()
@@ -140,16 +140,16 @@ def test_gpt2_as_a_folder_equals_gpt2_as_two_files(tmp_path):
         pytest.skip("GPT2_VOCABULARY names no folder with the published files")
     shutil.copy(Path(GPT2, "gpt2_vocab.json"), tmp_path / "vocab.json")
     shutil.copy(Path(GPT2, "gpt2_merges.txt"), tmp_path / "merges.txt")
-    two_files = build_from_folder(tmp_path)
+    tokenizer_of_two_files = build_from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    folder = build_from_folder(tmp_path)
-    assert isinstance(folder, HFTokenizer)
-    fast_tokenizer = folder.speed_up()
+    tokenizer = build_from_folder(tmp_path)
+    assert isinstance(tokenizer, HFTokenizer)
+    fast_tokenizer = tokenizer.speed_up()
     assert fast_tokenizer._bpe is not None
-    assert hash_tokenizer_ids(folder.to_json_bytes()) == hash_tokenizer_ids(two_files.to_json_bytes())
+    assert hash_tokenizer_ids(tokenizer.to_json_bytes()) == hash_tokenizer_ids(tokenizer_of_two_files.to_json_bytes())
     for text in TEXTS:
-        ids = folder.encode(text).tolist()
-        assert ids == fast_tokenizer.encode(text).tolist() == two_files.encode(text).tolist()
+        ids = tokenizer.encode(text).tolist()
+        assert ids == fast_tokenizer.encode(text).tolist() == tokenizer_of_two_files.encode(text).tolist()
 
 
 def test_truncation_settings_do_not_truncate_documents(tmp_path):
@@ -163,7 +163,7 @@ def test_truncation_settings_do_not_truncate_documents(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_prepare_writes_bos_added_tokens_and_the_end(folders, workers, tmp_path):
+def test_prepare_writes_special_and_added_tokens(folders, workers, tmp_path):
     rows = [{"q": "the ", "t": f"warship ships {n}</s>"} for n in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
@@ -176,31 +176,31 @@ def test_prepare_writes_bos_added_tokens_and_the_end(folders, workers, tmp_path)
     assert len(starts) == 9
     assert (ids[starts] == tokenizer.first_ids[0]).all()
     assert (ids[[*(starts[1:] - 1), -1]] == tokenizer.eot).all()
-    assert np.count_nonzero(ids == tokenizer.eot) == 9, "the string </s> in a text is not the end token"
+    assert np.count_nonzero(ids == tokenizer.eot) == 9, "the string </s> in a text became the end token"
     reference = Reference.from_file(str(folder / "tokenizer.json"))
-    assert np.count_nonzero(ids == reference.token_to_id("ship")) == 18, "an added token also matches within a word"
+    assert np.count_nonzero(ids == reference.token_to_id("ship")) == 18, "an added token does not match within a word"
     assert tokenizer.decode(ids[: starts[1]]) == "<s>the warship ships 0</s></s>"
-    assert (completions - starts == 1 + len(tokenizer.encode("the "))).all(), "BOS belongs to the prompt"
+    assert (completions - starts == 1 + len(tokenizer.encode("the "))).all(), "BOS is not part of the prompt"
 
 
 def test_word_edges_of_tokens(folders):
-    for kind, mark in (("byte_level", "Ġ"), ("unigram", "▁"), ("sentencepiece_bpe", "▁")):
+    for kind, space_mark in (("byte_level", "Ġ"), ("unigram", "▁"), ("sentencepiece_bpe", "▁")):
         tokenizer = build_from_folder(folders[kind])
         word_flags = tokenizer.build_objective_vocabulary(with_word_edges=True).word_edges_V2
         ids = tokenizer.text_backend.get_vocab()
-        for token, number in ids.items():
-            if token.startswith(mark) and token[1:].isalpha():
-                assert word_flags[number].tolist() == [False, True], (kind, token)
+        for token, token_id in ids.items():
+            if token.startswith(space_mark) and token[1:].isalpha():
+                assert word_flags[token_id].tolist() == [False, True], (kind, token)
     tokenizer = build_from_folder(folders["wordpiece"])
-    word_flags, ids = (
-        tokenizer.build_objective_vocabulary(with_word_edges=True).word_edges_V2,
-        tokenizer.text_backend.get_vocab(),
-    )
+    word_flags = tokenizer.build_objective_vocabulary(with_word_edges=True).word_edges_V2
+    ids = tokenizer.text_backend.get_vocab()
     assert word_flags[ids["the"]].tolist() == [False, True]
-    assert word_flags[next(n for token, n in ids.items() if token.startswith("##") and token[2:].isalpha())].all()
+    assert word_flags[
+        next(token_id for token, token_id in ids.items() if token.startswith("##") and token[2:].isalpha())
+    ].all()
 
 
-CONTAINER = {
+TOKENIZER_FIELDS = {  # of a valid tokenizer.json of ours
     "format": "dist_llm tokenizer 2",
     "kind": "huggingface",
     "vocab_size": 5,
@@ -214,7 +214,7 @@ CONTAINER = {
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changed_fields", "message"),
     [
         ({"kind": "other"}, "unknown to this version"),
         ({"kind": None}, "unknown to this version"),
@@ -232,14 +232,16 @@ CONTAINER = {
     ],
     ids=str,
 )
-def test_a_malformed_file_is_a_data_error(change, message):
+def test_a_malformed_file_is_a_data_error(changed_fields, message):
     with pytest.raises(DataError, match=message):
-        parse_tokenizer(json.dumps(CONTAINER | change).encode(), "place")
+        parse_tokenizer(json.dumps(TOKENIZER_FIELDS | changed_fields).encode(), "location")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"model": []}', '{"model": {"type": "BPE", "vocab": {}, "merges": 3}}'])
 def test_a_malformed_original_is_a_data_error(content):
-    tokenizer = parse_tokenizer(json.dumps(CONTAINER | {"files": {"tokenizer.json": content}}).encode(), "place")
+    tokenizer = parse_tokenizer(
+        json.dumps(TOKENIZER_FIELDS | {"files": {"tokenizer.json": content}}).encode(), "location"
+    )
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
         tokenizer.encode("text")
 
@@ -261,7 +263,7 @@ def test_an_unreadable_folder_is_an_error_with_a_hint(files, message, tmp_path):
         build_from_folder(tmp_path)
 
 
-def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     write_folder(tmp_path, "unigram")
     content = (tmp_path / TOKENIZER_FILE).read_text()
     (tmp_path / TOKENIZER_FILE).write_text(content.replace("</s>", "<stop>"))

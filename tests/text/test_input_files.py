@@ -1,4 +1,4 @@
-"""Each kind of source yields its documents in order and reports the location of skipped rows."""
+"""open_inputs reads each kind of source in order, and reports the location of each bad row."""
 
 import bz2
 import gzip
@@ -22,11 +22,11 @@ TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
 LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text in enumerate(TEXTS))
 
 
-def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, table=None, separator=None):
-    """Return the documents of the sources and the row_counts of the pass."""
+def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, file_counts=None, separator=None):
+    """Return the documents of the sources and the row counts."""
     row_counts = RowCounts(max_bad_rate, skip_unreadable=rules.skip_unreadable)
     sources = open_inputs(
-        [str(spec) for spec in specs], RowKeys(text_key, separator=separator), rules=rules, file_counts=table
+        [str(spec) for spec in specs], RowKeys(text_key, separator=separator), rules=rules, file_counts=file_counts
     )
     documents = list(iter_documents(sources, row_counts))
     assert row_counts.bytes_read == (sum_size_bytes(sources) or 0)
@@ -38,35 +38,40 @@ def read_texts(*specs, **options):
     return [document.text for document in read_sources(*specs, **options)[0]]
 
 
-def zstd(content):
+def compress_zstd(content):
     return zstandard.ZstdCompressor().compress(content)
 
 
-COMPRESSORS = [(bytes, ""), (gzip.compress, ".gz"), (zstd, ".zst"), (bz2.compress, ".bz2"), (lzma.compress, ".xz")]
+COMPRESSORS = [
+    (bytes, ""),
+    (gzip.compress, ".gz"),
+    (compress_zstd, ".zst"),
+    (bz2.compress, ".bz2"),
+    (lzma.compress, ".xz"),
+]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".JSONL"])
 @pytest.mark.parametrize(("compress", "ending"), COMPRESSORS)
-def test_json_lines(suffix, compress, ending, tmp_path):
+def test_json_lines_are_read_in_order(suffix, compress, ending, tmp_path):
     path = tmp_path / f"rows{suffix}{ending}"
-    half = LINES.index(b"\n") + 1
-    path.write_bytes(
-        compress(LINES[:half]) + compress(b"\n  \n" + LINES[half:].rstrip())
-    )  # two frames, blank lines, no final newline
+    first_line_end = LINES.index(b"\n") + 1
+    # Two compressed frames, blank lines, and no newline at the end.
+    path.write_bytes(compress(LINES[:first_line_end]) + compress(b"\n  \n" + LINES[first_line_end:].rstrip()))
     documents, _ = read_sources(path)
     assert [document.text for document in documents] == TEXTS
     assert [document.origin for document in documents] == [f"{path}:{number}" for number in (1, 4, 5, 6, 7)]
 
 
 @pytest.mark.parametrize(("compress", "ending"), COMPRESSORS[1:])
-def test_truncated_file_is_an_error(compress, ending, tmp_path):
+def test_a_truncated_file_is_an_error(compress, ending, tmp_path):
     path = tmp_path / f"rows.jsonl{ending}"
     path.write_bytes(compress(LINES * 1000)[:-9])
     with pytest.raises(DataError, match=r"rows\.jsonl.*Truncated"):
         read_sources(path)
 
 
-def test_text_files_and_folders(tmp_path):
+def test_a_folder_is_read_in_order_without_hidden_and_unknown_files(tmp_path):
     for name, content in {
         "b.txt": "plain\r\ntext",
         "a/z.md": "# z",
@@ -85,7 +90,7 @@ def test_text_files_and_folders(tmp_path):
     assert read_texts(tmp_path / "d.txt.gz", tmp_path) == ["packed", *expected_texts]
 
 
-def test_python_stdlib():
+def test_python_stdlib_has_no_tests_and_no_installed_packages():
     documents, row_counts = read_sources("python-stdlib")
     origins = [document.origin for document in documents]
     root = sysconfig.get_path("stdlib")
@@ -97,7 +102,7 @@ def test_python_stdlib():
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
-def test_parquet(kind, tmp_path):
+def test_parquet_columns_of_each_string_type_are_read(kind, tmp_path):
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"n": range(5000), "body": pa.array(TEXTS * 1000).cast(kind)}), path)
     documents, _ = read_sources(path, text_key="body")
@@ -105,7 +110,7 @@ def test_parquet(kind, tmp_path):
     assert documents[-1].origin == f"{path}:5000"
 
 
-def test_bad_rows_of_parquet(tmp_path):
+def test_bad_rows_of_parquet_are_located_and_skipped(tmp_path):
     raw_values = pa.array([b"good", b"\xff", None, b"fine"], pa.binary())
     unchecked = pa.Array.from_buffers(pa.string(), len(raw_values), raw_values.buffers())
     parquet.write_table(pa.table({"text": unchecked}), tmp_path / "rows.parquet")
@@ -117,13 +122,13 @@ def test_bad_rows_of_parquet(tmp_path):
     ]
 
 
-def test_a_parquet_file_without_the_column(tmp_path):
+def test_a_parquet_file_without_the_text_column_is_refused(tmp_path):
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "rows.parquet")
     with pytest.raises(DataError, match="--text-key one of: body"):
         read_sources(tmp_path / "rows.parquet")
 
 
-def test_a_parquet_file_with_two_columns_of_one_name(tmp_path):
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path):
     table = pa.table([["x"], ["y"], ["z"]], names=["text", "text", "body"])
     parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"rows\.parquet: 2 columns have the name 'text'. Rename all but one"):
@@ -170,14 +175,14 @@ def test_an_unreadable_file_is_an_error_unless_it_may_be_skipped(name, content, 
     (tmp_path / "b.txt").write_bytes(b"fine")
     with pytest.raises(DataError, match=rf"{name}: (.|\n)*{reason}(.|\n)*--exclude(.|\n)*--skip-unreadable"):
         read_sources(tmp_path)
-    table = InputFileCounts()
-    documents, row_counts = read_sources(tmp_path, rules=SKIP_UNREADABLE, table=table)
+    file_counts = InputFileCounts()
+    documents, row_counts = read_sources(tmp_path, rules=SKIP_UNREADABLE, file_counts=file_counts)
     assert documents[-1].text == "fine"
     for path, (size, actual_reason) in row_counts.unreadable.items():
         assert (path, size) == (str(tmp_path / name), len(content))
         assert reason in actual_reason
-    in_table = {"skipped: unreadable"} & table.keys()
-    assert bool(row_counts.unreadable) != bool(in_table), "unreadable files are detected before or during the read"
+    skipped_kinds = {"skipped: unreadable"} & file_counts.keys()
+    assert bool(row_counts.unreadable) != bool(skipped_kinds), "the file is not reported exactly once"
     assert read_sources(tmp_path, rules=FileRules(exclude=("a.*",)))[0][0].text == "fine"
 
 
@@ -185,14 +190,14 @@ def test_folders_without_permission_and_broken_links_are_errors(tmp_path, monkey
     (tmp_path / "a").mkdir()
     (tmp_path / "b.txt").write_text("fine")
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "gone")
-    original = os.scandir
+    scandir = os.scandir
 
-    def scandir(path):
+    def scan_or_fail(path):
         if str(path).endswith("/a"):
             raise PermissionError(13, "Permission denied", str(path))
-        return original(path)
+        return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "scandir", scan_or_fail)
     with pytest.raises(DataError, match=r"2 files or folders(.|\n)*/a: Permission(.|\n)*dangling\.txt: a broken link"):
         read_sources(tmp_path)
     assert read_texts(tmp_path, rules=SKIP_UNREADABLE) == ["fine"]
@@ -207,43 +212,43 @@ def test_a_linked_folder_is_read_once(tmp_path):
     (outside / "up").symlink_to(outside)
     for name, target in (("l1", outside), ("l2", outside), ("up", tmp_path), ("self", root)):
         (root / name).symlink_to(target)
-    table = InputFileCounts()
-    assert read_texts(root, table=table) == ["a", "x"]
-    assert table["skipped: folder read already"]["folder"].files == 4
+    file_counts = InputFileCounts()
+    assert read_texts(root, file_counts=file_counts) == ["a", "x"]
+    assert file_counts["skipped: folder read already"]["folder"].files == 4
 
 
-def test_files_without_text_are_skipped_and_every_file_is_counted(tmp_path):
+def test_skipped_files_are_counted_by_reason(tmp_path):
     names = ["a.txt", "a.txt.md5", "SHA256SUMS", "a.txt~", "#b.txt#", "b.txt.bak", ".hidden", "README.md", "LICENSE"]
     for name in names:
         (tmp_path / name).write_text("abc")
-    table = InputFileCounts()
-    assert read_texts(tmp_path, table=table) == ["abc"]
-    assert table["read"] == {".txt": FileCount(1, 3)}
-    assert table["skipped: checksum"] == {".txt.md5": FileCount(1, 3), "no suffix": FileCount(1, 3)}
-    assert sum(each.files for each in table["skipped: editor backup"].values()) == 3
-    assert table["skipped: about the data"] == {".md": FileCount(1, 3), "no suffix": FileCount(1, 3)}
-    assert sum(each.files for kinds in table.values() for each in kinds.values()) == len(names)
-    assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in table.format_lines()]
+    file_counts = InputFileCounts()
+    assert read_texts(tmp_path, file_counts=file_counts) == ["abc"]
+    assert file_counts["read"] == {".txt": FileCount(1, 3)}
+    assert file_counts["skipped: checksum"] == {".txt.md5": FileCount(1, 3), "no suffix": FileCount(1, 3)}
+    assert sum(count.files for count in file_counts["skipped: editor backup"].values()) == 3
+    assert file_counts["skipped: about the data"] == {".md": FileCount(1, 3), "no suffix": FileCount(1, 3)}
+    assert sum(count.files for counts in file_counts.values() for count in counts.values()) == len(names)
+    assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in file_counts.format_lines()]
     (tmp_path / "more.md").write_text("abc")
-    assert len(read_texts(tmp_path)) == 3, "a README among files of its kind is text"
+    assert len(read_texts(tmp_path)) == 3, "a README beside another .md file was skipped"
     (tmp_path / "rows.jsonl").write_bytes(LINES)
-    assert len(read_texts(tmp_path)) == 2 + len(TEXTS), "a README beside rows is not text"
+    assert len(read_texts(tmp_path)) == 2 + len(TEXTS), "a README beside a file of rows was read"
 
 
-def test_include_and_exclude(tmp_path):
+def test_include_and_exclude_select_files(tmp_path):
     for name in ("a.txt", "b.py", "README.md", "sub/c.txt", "sub/deep/d.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    table = InputFileCounts()
+    file_counts = InputFileCounts()
     assert read_texts(
-        tmp_path, rules=FileRules(include=("*.txt", "README.md"), exclude=("sub/deep/*",)), table=table
+        tmp_path, rules=FileRules(include=("*.txt", "README.md"), exclude=("sub/deep/*",)), file_counts=file_counts
     ) == [
         "README.md",
         "a.txt",
         "sub/c.txt",
     ]
-    assert table["skipped: --exclude"] == {".txt": FileCount(1, 14)}
-    assert table["skipped: not in --include"] == {".py": FileCount(1, 4)}
+    assert file_counts["skipped: --exclude"] == {".txt": FileCount(1, 14)}
+    assert file_counts["skipped: not in --include"] == {".py": FileCount(1, 4)}
     for rules in (FileRules(include=("*.tex",)), FileRules(exclude=("*.tex",))):
         with pytest.raises(DataError, match=r"--(in|ex)clude \*\.tex: matches no file"):
             read_sources(tmp_path, rules=rules)
@@ -281,7 +286,7 @@ def test_a_missing_source_fails_before_any_is_read(tmp_path):
         open_inputs(["python-stdlib", str(tmp_path / "gone.txt")])
 
 
-def test_a_local_hugging_face_dataset(tmp_path, monkeypatch):
+def test_a_local_hugging_face_dataset_is_read(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     rows = [{"text": text} for text in TEXTS] + [{"text": None}]
     (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -338,7 +343,7 @@ def test_a_separated_document_that_is_not_utf8_is_a_bad_row(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "separator"), [(".csv", ","), (".tsv", "\t")])
-def test_columns_of_tables(suffix, separator, tmp_path):
+def test_the_text_column_of_a_table_is_read(suffix, separator, tmp_path):
     path = tmp_path / f"rows{suffix}"
     rows = [
         ["n", "body"],
@@ -363,7 +368,7 @@ def test_columns_of_tables(suffix, separator, tmp_path):
         read_sources(path, text_key="body")
 
 
-def test_nested_keys_and_lists_of_paragraphs(tmp_path):
+def test_the_text_key_may_be_nested_or_name_a_list(tmp_path):
     rows = [
         {"data": {"content": "a"}},
         {"data.content": "b", "data": {"content": "no"}},
@@ -386,22 +391,24 @@ def test_nested_keys_and_lists_of_paragraphs(tmp_path):
     assert read_texts(tmp_path / "rows.parquet", text_key="paragraphs") == ["p1\n\np2"]
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_saved_dataset(nested, tmp_path):
+@pytest.mark.parametrize("has_splits", [False, True])
+def test_a_saved_dataset_is_read(has_splits, tmp_path):
     import datasets
 
     saved = datasets.Dataset.from_dict({"text": TEXTS})
-    (datasets.DatasetDict({"train": saved}) if nested else saved).save_to_disk(tmp_path / "saved")
+    (datasets.DatasetDict({"train": saved}) if has_splits else saved).save_to_disk(tmp_path / "saved")
     assert read_texts(tmp_path / "saved") == TEXTS
 
 
-def test_long_zstd_windows_and_padding_after_gzip(tmp_path):
+def test_a_zstd_file_with_a_large_window_is_read(tmp_path):
     parameters = zstandard.ZstdCompressionParameters(window_log=29, compression_level=1, enable_ldm=False)
-    compressor = zstandard.ZstdCompressor(
-        compression_params=parameters
-    ).compressobj()  # of unknown size, so that the window is not reduced
+    # The compressor does not know the size of the content, so it does not reduce the window.
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(LINES) + compressor.flush())
     assert read_texts(tmp_path / "a.jsonl.zst") == TEXTS
+
+
+def test_zero_bytes_after_a_gzip_file_are_ignored(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES) + bytes(100_000))
     assert read_texts(tmp_path / "b.jsonl.gz") == TEXTS
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES) + bytes(100_000) + b"rubbish")

@@ -1,4 +1,7 @@
-"""A corpus has exactly the source's documents, is the same for any number of workers, and appears complete."""
+"""`prepare` writes a corpus with exactly the documents of the source.
+
+The corpus is the same for any number of workers. It appears at its path only when it is complete.
+"""
 
 import argparse
 import base64
@@ -53,14 +56,14 @@ def write_megabytes(path, megabytes):
 
 
 def run(source, out, **changes):
-    """Prepare quietly with small defaults."""
+    """Prepare with the tokenizer `byte` and one worker, unless `changes` has other options."""
     options = {"tokenizer": "byte", "workers": 1, **changes}
     sources = (source,) if isinstance(source, str) else tuple(source)
     return prepare(PrepareOptions(source=sources, out=out, **options), io.StringIO())
 
 
 def read_documents(out, split):
-    """Return the texts of a split by its offsets; each document must end with its only `<|endoftext|>`."""
+    """Return the texts of a split. Check that each document has one `<|endoftext|>`, at its end."""
     manifest, tokenizer, texts = Manifest.load(out), Tokenizer.load(out), []
     for shard in manifest.shards[split]:
         ids = np.fromfile(out / shard.file, dtype=np.dtype(manifest.dtype).newbyteorder("<"))
@@ -77,13 +80,12 @@ def read_all_files(directory):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
-def test_the_corpus_contains_the_source(tokenizer, tmp_path):
+def test_the_corpus_has_the_documents_of_the_source(tokenizer, tmp_path):
     texts = make_random_texts(500)
     manifest = run(write_rows(tmp_path / "a.jsonl", ["", *texts, ""]), tmp_path / "out", tokenizer=tokenizer)
-    heldout = [is_heldout(text.encode(), 0.01) for text in texts]
-    assert sum(heldout), "the test needs held-out texts"
-    for split, in_heldout in (("train", False), ("heldout", True)):
-        expected = [text for text, is_out in zip(texts, heldout, strict=True) if is_out is in_heldout]
+    assert any(is_heldout(text.encode(), 0.01) for text in texts), "the test needs held-out texts"
+    for split in ("train", "heldout"):
+        expected = [text for text in texts if is_heldout(text.encode(), 0.01) == (split == "heldout")]
         assert read_documents(tmp_path / "out", split) == expected
         assert manifest.count_text_bytes(split) == sum(len(text.encode()) for text in expected)
     assert manifest == Manifest.load(tmp_path / "out")
@@ -104,7 +106,7 @@ def test_ids_have_the_narrowest_dtype(vocab_size, dtype, tmp_path):
     assert read_documents(tmp_path / "out", "train") == make_random_texts(5)
 
 
-def test_one_worker_or_three_write_the_same_bytes(tmp_path):
+def test_one_and_three_workers_write_the_same_bytes(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", make_random_texts(20_000))
     options = {"tokenizer": "bpe:300", "shard_tokens": 300_000, "bpe_train_bytes": 200_000}
     manifest = run(source, tmp_path / "one", **options)
@@ -125,7 +127,7 @@ def test_the_heldout_split_depends_only_on_the_text(tmp_path):
     assert 0.08 < len(heldout) / len(texts) < 0.12
 
 
-def test_bpe_trains_on_the_first_bytes_without_heldout_texts(tmp_path, monkeypatch):
+def test_bpe_trains_on_the_first_bytes_of_the_training_split(tmp_path, monkeypatch):
     seen_texts = []
 
     def record_texts(spec, pattern, training_texts):
@@ -218,7 +220,8 @@ def test_a_second_run_with_the_same_output_is_refused(tmp_path):
     run(source, out, heldout_fraction=0)
 
 
-PREPARE = """
+# Argument: options of `prepare` as JSON. Prints the peak memory of the process and of its children, in KiB.
+PREPARE_SCRIPT = """
 import json, resource, sys
 from pathlib import Path
 from dist_llm.errors import DataError
@@ -226,8 +229,8 @@ from dist_llm.text import chunks
 from dist_llm.text.prepare import PrepareOptions, prepare
 fields = json.loads(sys.argv[1])
 chunks.RESUME_POINT_CHARS = fields.pop("resume_point_chars", chunks.RESUME_POINT_CHARS)
-if fields.pop("largest_file", 0):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+if max_file_bytes := fields.pop("max_file_bytes", 0):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
 try:
     prepare(PrepareOptions(**{**fields, "source": tuple(fields["source"]), "out": Path(fields["out"])}))
 except DataError as error:
@@ -237,9 +240,9 @@ print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, reso
 
 
 def start_prepare(source, out, **fields):
-    """Prepare in a process that prints its peak memory and its children's, in KiB."""
+    """Start a process that prepares the source and prints its peak memory."""
     fields = {"source": [source], "out": str(out), "tokenizer": "byte", "workers": 2, **fields}
-    command = [sys.executable, "-c", PREPARE, json.dumps(fields)]
+    command = [sys.executable, "-c", PREPARE_SCRIPT, json.dumps(fields)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -250,15 +253,16 @@ def is_alive(pid):
         return False
 
 
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
+def wait_for(condition, timeout_seconds=60):
+    """Wait until `condition()` is true and return its result."""
+    deadline = time.monotonic() + timeout_seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.01)
     return result
 
 
-def test_killed_run_leaves_no_corpus_and_no_process(tmp_path):
+def test_a_killed_run_leaves_no_corpus_and_no_process(tmp_path):
     source, out, partial = write_megabytes(tmp_path / "a.jsonl", 20), tmp_path / "out", tmp_path / "out.partial"
     with start_prepare(source, out) as process:
         wait_for(lambda: any(path.stat().st_size for path in partial.glob("train-*.bin")))
@@ -266,7 +270,7 @@ def test_killed_run_leaves_no_corpus_and_no_process(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     assert len(children) >= 2
     try:
-        wait_for(lambda: not any(map(is_alive, children)), seconds=20)
+        wait_for(lambda: not any(map(is_alive, children)), timeout_seconds=20)
     finally:
         for pid in filter(is_alive, children):
             os.kill(int(pid), signal.SIGKILL)
@@ -278,7 +282,7 @@ def test_killed_run_leaves_no_corpus_and_no_process(tmp_path):
     assert not partial.exists()
 
 
-IDLE_WORKER = """
+IDLE_WORKER_SCRIPT = """
 import sys, time
 from pathlib import Path
 from dist_llm.text.chunks import Chunk
@@ -294,12 +298,12 @@ time.sleep(60)
 def test_an_idle_worker_ends_with_its_parent(tmp_path):
     build_tokenizer("byte", None, list).save(tmp_path)
     with subprocess.Popen(
-        [sys.executable, "-c", IDLE_WORKER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", IDLE_WORKER_SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as process:
         child = int(process.stdout.readline())
         process.kill()
     try:
-        wait_for(lambda: not is_alive(child), seconds=20)
+        wait_for(lambda: not is_alive(child), timeout_seconds=20)
     finally:
         if is_alive(child):
             os.kill(child, signal.SIGKILL)
@@ -324,7 +328,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path):
     source = write_megabytes(tmp_path / "a.jsonl", 1)
-    process = start_prepare(source, tmp_path / "out", largest_file=1)
+    process = start_prepare(source, tmp_path / "out", max_file_bytes=200_000)
     _, stderr = process.communicate()
     assert process.returncode == 1
     assert stderr.startswith(f"DataError: {tmp_path}/out.partial: cannot be written: File too large"), stderr
@@ -333,29 +337,33 @@ def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path):
 
 
 def make_chunks(count=8):
-    return (Chunk(["x" * 2_000_000], [f"f:{number}"]) for number in range(count))
+    return (Chunk(["x" * 2_000_000], [f"f:{index}"]) for index in range(count))
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
-def test_a_killed_worker_is_an_error(seconds, tmp_path):
-    """Also while it writes its result, when a shared pipe would block the reader."""
+@pytest.mark.parametrize("delay_seconds", [0.0, 0.05, 0.3])
+def test_a_killed_worker_is_an_error(delay_seconds, tmp_path):
+    """The worker may be killed while it writes its result. A pipe that workers share would then block the reader."""
     other_children = set(multiprocessing.active_children())  # children of other tests
     build_tokenizer("byte", None, list).save(tmp_path)
     chunks = encode_in_order(make_chunks(40), DocumentEncoderSpec(tmp_path), workers=2)
     next(chunks)
-    time.sleep(seconds)
+    time.sleep(delay_seconds)
     next(child for child in multiprocessing.active_children() if child not in other_children).kill()
     with pytest.raises(DataError, match="--workers"):
         list(chunks)
     assert set(multiprocessing.active_children()) <= other_children
 
 
-def test_few_chunks_are_in_flight(tmp_path):
+def test_the_number_of_chunks_in_flight_is_limited(tmp_path):
     build_tokenizer("byte", None, list).save(tmp_path)
     started_chunks = []
-    chunks = encode_in_order(
-        (started_chunks.append(1) or each for each in make_chunks(20)), DocumentEncoderSpec(tmp_path), workers=2
-    )
+
+    def record_chunks():
+        for chunk in make_chunks(20):
+            started_chunks.append(chunk)
+            yield chunk
+
+    chunks = encode_in_order(record_chunks(), DocumentEncoderSpec(tmp_path), workers=2)
     next(chunks)
     assert len(started_chunks) <= 7
     chunks.close()
@@ -370,11 +378,11 @@ def test_an_error_in_a_worker_is_raised(tmp_path, monkeypatch):
         list(encode_in_order(make_chunks(1), DocumentEncoderSpec(tmp_path / "gone"), workers=2))
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_and_summary(terminal, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_prepare_prints_progress_and_a_summary(is_terminal, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
     stream = io.StringIO()
-    stream.isatty = lambda: terminal
+    stream.isatty = lambda: is_terminal
     source = write_rows(tmp_path / "a.jsonl", ["", "abc"])
     with open(source, "a") as file:
         file.write("broken\n")
@@ -383,12 +391,12 @@ def test_progress_and_summary(terminal, tmp_path, monkeypatch):
     )
     prepare(options, stream)
     output = stream.getvalue()
-    assert ("100%, 0 s left, 1 documents" in output) is not terminal
+    assert ("100%, 0 s left, 1 documents" in output) is not is_terminal
     assert "1 documents, 4 tokens of 257 ids, 0.75 bytes per token, 1 shards, 0.00% held out, 1 bad rows" in output
     assert f"skipped {source}:3: not JSON" in output
 
 
-def test_the_summary_and_the_report_have_a_table_of_the_input(tmp_path):
+def test_the_report_counts_the_input_files(tmp_path):
     folder, out, stream = tmp_path / "in", tmp_path / "out", io.StringIO()
     folder.mkdir()
     for name, content in {"a.txt": b"abc", "a.txt.md5": b"12", "b.txt": b"\xff" * 7, "c.zip": b"PK"}.items():
@@ -408,7 +416,9 @@ def test_the_summary_and_the_report_have_a_table_of_the_input(tmp_path):
     total = Report({})
     total.add(Report.load(out))
     total.add(Report.load(out))
-    assert (total.inputs, total.unreadable) == (report.inputs, report.unreadable), "all parts have the same files"
+    assert (total.inputs, total.unreadable) == (report.inputs, report.unreadable), (
+        "files that all parts read are counted twice"
+    )
 
 
 @pytest.mark.parametrize("separator", [None, "<|endoftext|>"])
@@ -418,7 +428,7 @@ def test_documents_that_may_need_a_separator_give_a_warning(separator, tmp_path)
     options = PrepareOptions((str(path),), "byte", tmp_path / "out", workers=1, heldout_fraction=0, separator=separator)
     prepare(options, stream)
     warnings = Report.load(tmp_path / "out").warnings
-    assert all(f"warning: {each}" in stream.getvalue() for each in warnings)
+    assert all(f"warning: {warning}" in stream.getvalue() for warning in warnings)
     if separator:
         assert (read_documents(tmp_path / "out", "train"), warnings) == (["one", "two"], [])
         return
@@ -429,8 +439,8 @@ def test_documents_that_may_need_a_separator_give_a_warning(separator, tmp_path)
 
 
 def test_sources_that_the_shell_expands_are_read_in_their_order(tmp_path):
-    for number in range(3):
-        write_rows(tmp_path / f"{number}.jsonl", [f"text {number}"] * 9)
+    for index in range(3):
+        write_rows(tmp_path / f"{index}.jsonl", [f"text {index}"] * 9)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     files = sorted(map(str, tmp_path.glob("*.jsonl")))
@@ -442,22 +452,22 @@ def test_sources_that_the_shell_expands_are_read_in_their_order(tmp_path):
 def test_a_finished_corpus_is_not_prepared_again(tmp_path):
     file, out = write_rows(tmp_path / "x.jsonl", make_random_texts(30)), tmp_path / "out"
     options = PrepareOptions((file,), "byte", out, workers=1)
-    first = prepare(options, io.StringIO())
-    written = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    first_manifest = prepare(options, io.StringIO())
+    mtime_by_file = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     output = io.StringIO()
-    assert prepare(replace(options, workers=2), output) == first
+    assert prepare(replace(options, workers=2), output) == first_manifest
     assert f"nothing to do: {out} was prepared with the same options" in output.getvalue()
-    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == written
-    for changed in ({"heldout_fraction": 0.5}, {"text_key": "other"}):
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == mtime_by_file
+    for changed_options in ({"heldout_fraction": 0.5}, {"text_key": "other"}):
         with pytest.raises(DataError, match=r"out: exists\. Choose another --out, or give --overwrite"):
-            prepare(replace(options, **changed), io.StringIO())
+            prepare(replace(options, **changed_options), io.StringIO())
     write_rows(tmp_path / "x.jsonl", make_random_texts(31))
     with pytest.raises(DataError, match="out: exists"):
         prepare(options, io.StringIO())
-    assert prepare(replace(options, overwrite=True), io.StringIO()) != first
+    assert prepare(replace(options, overwrite=True), io.StringIO()) != first_manifest
 
 
-def test_arguments_become_options():
+def test_build_options_parses_all_arguments():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     minimal = parser.parse_args(["--source", "a", "--source", "b", "--tokenizer", "byte", "--out", "o"])

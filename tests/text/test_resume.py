@@ -1,4 +1,4 @@
-"""An interrupted run resumes to the same bytes as an uninterrupted one, and reuses only valid earlier work."""
+"""An interrupted `prepare` resumes and writes the same bytes as an uninterrupted run. It reuses only valid work."""
 
 import os
 import signal
@@ -26,21 +26,21 @@ class InterruptedRunError(Exception):
     """Interrupts a run."""
 
 
-def interrupt_after(monkeypatch, after):
-    """Let a run fail at the input file with index `after`; return the list of opened files, which later runs extend."""
-    opened, original = [], input_files.read_file
+def interrupt_after(monkeypatch, num_files):
+    """Let runs fail after `num_files` input files; None: never. Return the list of opened files, which runs extend."""
+    opened, original_read_file = [], input_files.read_file
 
     def read_file(path, text_key, row_counts):
-        if len(opened) == after:
+        if len(opened) == num_files:
             raise InterruptedRunError
         opened.append(path.name)
-        return original(path, text_key, row_counts)
+        return original_read_file(path, text_key, row_counts)
 
     monkeypatch.setattr(input_files, "read_file", read_file)
     return opened
 
 
-OPTIONS = (
+PREPARE_OPTIONS = (
     {},
     {"shard_tokens": 700},
     {"dedup": "exact", "filter": ("gopher", "c4")},
@@ -49,35 +49,38 @@ OPTIONS = (
 )
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("after", [1, 3, 5])
-def test_an_interrupted_run_resumes_to_the_same_bytes(after, options, frequent_resume_points, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", PREPARE_OPTIONS, ids=str)
+@pytest.mark.parametrize("num_files", [1, 3, 5])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    num_files, options, frequent_resume_points, tmp_path, monkeypatch
+):
     texts = [make_prose(seed=n % 40) for n in range(60)]
     source = write_files(tmp_path / "in", [*texts, "broken"], 6)
     options = {**options, "heldout_fraction": 0.2}
     run(source, tmp_path / "uninterrupted", **options)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, after)
+        interrupt_after(patch, num_files)
         with pytest.raises(InterruptedRunError):
             run(source, tmp_path / "out", **options)
     opened = interrupt_after(monkeypatch, None)
     run(source, tmp_path / "out", **options)
-    assert opened == [f"{number:02d}.jsonl" for number in range(after, 6)]
+    assert opened == [f"{index:02d}.jsonl" for index in range(num_files, 6)]
     subdirectory = Path("part-1-of-2" if "part" in options else "")
     assert read_all_files(tmp_path / "out" / subdirectory) == read_all_files(tmp_path / "uninterrupted" / subdirectory)
 
 
-def interrupt_and_resume(tmp_path, monkeypatch, change, tokenizer="bpe:300", **changes):
-    """Interrupt a run after three of six input files and resume it.
+def interrupt_and_resume(tmp_path, monkeypatch, edit, tokenizer="bpe:300", **changes):
+    """Interrupt a run after three of six input files, call `edit` with the directory, and resume the run.
 
-    Return the indices of the files that it then reads.
+    `changes` are options of the resumed run. Return the indices of the input files that the resumed run reads.
     """
     source = write_files(tmp_path / "in", make_random_texts(120), 6)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, 15 if tokenizer == "bpe:300" else 3)  # training has read all six files twice before
+        # The training of BPE reads all six files twice before.
+        interrupt_after(patch, 2 * 6 + 3 if tokenizer == "bpe:300" else 3)
         with pytest.raises(InterruptedRunError):
             run(source, tmp_path / "out", tokenizer=tokenizer)
-    change(tmp_path)
+    edit(tmp_path)
     with monkeypatch.context() as patch:
         opened = interrupt_after(patch, None)
         run(source, tmp_path / "out", **{"tokenizer": tokenizer, **changes})
@@ -87,22 +90,26 @@ def interrupt_and_resume(tmp_path, monkeypatch, change, tokenizer="bpe:300", **c
     return [int(name[:2]) for name in opened]
 
 
-def append_row(name):
-    def change(tmp_path):
+def make_append_row(name):
+    """Return an edit that appends a row to an input file."""
+
+    def append_row(tmp_path):
         with (tmp_path / "in" / name).open("a") as file:
             file.write('{"text": "one more"}\n')
 
-    return change
+    return append_row
 
 
-def damage_file(pattern):
-    def change(tmp_path):
+def make_damage_file(pattern):
+    """Return an edit that flips a bit of a file of the partial corpus."""
+
+    def damage_file(tmp_path):
         path = next((tmp_path / "out.partial").glob(pattern))
         content = bytearray(path.read_bytes())
         content[0] ^= 1
         path.write_bytes(content)
 
-    return change
+    return damage_file
 
 
 def truncate_journal(tmp_path):
@@ -116,31 +123,31 @@ def write_stray_files(tmp_path):
     (tmp_path / "out.partial" / MANIFEST_FILE).write_bytes(b"from a run killed at its very end")
 
 
-ALL = [0, 1, 2, 3, 4, 5]
+ALL_FILES = [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
-    ("change", "changes", "read"),
+    ("edit", "changed_options", "files_read"),
     [
         (lambda tmp_path: None, {}, [3, 4, 5]),
         (lambda tmp_path: None, {"workers": 2, "max_bad_rate": 0.5}, [3, 4, 5]),
-        (append_row("04.jsonl"), {}, [3, 4, 5]),
-        (append_row("01.jsonl"), {}, [1, 2, 3, 4, 5]),
-        (append_row("00.jsonl"), {}, ALL),
-        (lambda tmp_path: None, {"heldout_fraction": 0.3}, ALL),
-        (lambda tmp_path: None, {"shard_tokens": 500}, ALL),
-        (lambda tmp_path: None, {"dedup": "exact"}, ALL),
-        (damage_file("train*.bin"), {}, ALL),
-        (damage_file("train*.offsets"), {}, ALL),
-        (damage_file(JOURNAL_FILE), {}, ALL),
+        (make_append_row("04.jsonl"), {}, [3, 4, 5]),
+        (make_append_row("01.jsonl"), {}, [1, 2, 3, 4, 5]),
+        (make_append_row("00.jsonl"), {}, ALL_FILES),
+        (lambda tmp_path: None, {"heldout_fraction": 0.3}, ALL_FILES),
+        (lambda tmp_path: None, {"shard_tokens": 500}, ALL_FILES),
+        (lambda tmp_path: None, {"dedup": "exact"}, ALL_FILES),
+        (make_damage_file("train*.bin"), {}, ALL_FILES),
+        (make_damage_file("train*.offsets"), {}, ALL_FILES),
+        (make_damage_file(JOURNAL_FILE), {}, ALL_FILES),
         (truncate_journal, {}, [2, 3, 4, 5]),
         (write_stray_files, {}, [3, 4, 5]),
     ],
 )
 def test_earlier_work_is_reused_only_while_it_is_valid(
-    change, changes, read, frequent_resume_points, tmp_path, monkeypatch
+    edit, changed_options, files_read, frequent_resume_points, tmp_path, monkeypatch
 ):
-    assert interrupt_and_resume(tmp_path, monkeypatch, change, tokenizer="byte", **changes) == read
+    assert interrupt_and_resume(tmp_path, monkeypatch, edit, tokenizer="byte", **changed_options) == files_read
 
 
 def test_another_tokenizer_with_the_same_name_starts_over(frequent_resume_points, tmp_path, monkeypatch):
@@ -148,7 +155,7 @@ def test_another_tokenizer_with_the_same_name_starts_over(frequent_resume_points
         build_tokenizer("bpe:300", None, lambda: make_random_texts(100)).save(tmp_path)
 
     build_tokenizer("byte", None, list).save(tmp_path)
-    assert interrupt_and_resume(tmp_path, monkeypatch, retrain, tokenizer=str(tmp_path)) == ALL
+    assert interrupt_and_resume(tmp_path, monkeypatch, retrain, tokenizer=str(tmp_path)) == ALL_FILES
 
 
 def test_bpe_is_trained_once(frequent_resume_points, tmp_path, monkeypatch):
@@ -156,8 +163,8 @@ def test_bpe_is_trained_once(frequent_resume_points, tmp_path, monkeypatch):
 
 
 def test_bpe_is_trained_again_if_a_file_changed(frequent_resume_points, tmp_path, monkeypatch):
-    read = interrupt_and_resume(tmp_path, monkeypatch, append_row("05.jsonl"))
-    assert read == 3 * ALL  # twice for training
+    files_read = interrupt_and_resume(tmp_path, monkeypatch, make_append_row("05.jsonl"))
+    assert files_read == 3 * ALL_FILES  # training reads the files twice, then they are encoded
 
 
 def test_an_error_keeps_the_finished_work(frequent_resume_points, tmp_path):
@@ -173,7 +180,7 @@ def test_an_error_keeps_the_finished_work(frequent_resume_points, tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
-    """kill -9 of a run with two workers, each time a little later; then a run to the end."""
+    """Kill a run with two workers three times, each time a little later. Then let it end."""
     (tmp_path / "in").mkdir()
     for number in range(8):
         write_rows(tmp_path / "in" / f"{number}.jsonl", 3 * make_random_texts(2000, max_words=200, seed=number))

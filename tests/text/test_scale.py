@@ -1,4 +1,7 @@
-"""Parts, duplicates and filters of full runs, compared with a single run and with plain Python."""
+"""Full runs of `prepare` with parts, deduplication and filters, compared with one run and with plain Python.
+
+A part is a share of the corpus that one job prepares; `merge_parts` joins the parts.
+"""
 
 import io
 import json
@@ -16,7 +19,7 @@ from dist_llm.text.merge import merge_parts
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.report import REPORT_FILE, RemovalCounts, Report, TextCount
 from dist_llm.text.tokenizer import Tokenizer
-from tests.text.test_duplicates import jaccard, make_texts_with_copies
+from tests.text.test_duplicates import compute_jaccard, make_texts_with_copies
 from tests.text.test_filters import make_prose
 from tests.text.test_prepare import make_random_texts, read_all_files, read_documents, run, write_rows
 
@@ -25,46 +28,47 @@ def read_all_documents(out):
     return [text for split in SPLITS for text in read_documents(out, split)]
 
 
-def write_files(directory, texts, files):
-    """Distribute the texts over this number of JSONL files, in order."""
+def write_files(directory, texts, num_files):
+    """Distribute the texts over this number of JSONL files, in order. Return the directory."""
     directory.mkdir()
-    size = -(-len(texts) // files)
-    for number in range(files):
-        write_rows(directory / f"{number:02d}.jsonl", texts[number * size : (number + 1) * size])
+    texts_per_file = -(-len(texts) // num_files)
+    for index in range(num_files):
+        file_texts = texts[index * texts_per_file : (index + 1) * texts_per_file]
+        write_rows(directory / f"{index:02d}.jsonl", file_texts)
     return str(directory)
 
 
-def run_parts(source, out, num_parts, **options):
+def prepare_in_parts(source, out, num_parts, **options):
+    """Prepare all parts, merge them and return the manifest."""
     for part in range(1, num_parts + 1):
         run(source, out, part=f"{part}/{num_parts}", **options)
     return merge_parts(out, io.StringIO())
 
 
-@pytest.mark.parametrize("files", [1, 2, 5])
+@pytest.mark.parametrize("num_files", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"dedup": "exact"}, {"dedup": "exact", "filter": ("c4",)}], ids=str)
-def test_merged_parts_equal_one_run(files, options, tmp_path):
-    texts = [
-        make_prose(seed=n % 40) + "\nMenu" * (n % 3) for n in range(120)
-    ]  # copies differ in the lines that c4 removes
-    source = write_files(tmp_path / "in", ["", *texts, ""], files)
+def test_merged_parts_equal_one_run(num_files, options, tmp_path):
+    # There are 40 different texts. Their copies differ in the lines that c4 removes.
+    texts = [make_prose(seed=n % 40) + "\nMenu" * (n % 3) for n in range(120)]
+    source = write_files(tmp_path / "in", ["", *texts, ""], num_files)
     with open(tmp_path / "in" / "00.jsonl", "a") as file:
         file.write("broken\n")
     options = {**options, "max_bad_rate": 1, "tokenizer": "bpe:300", "heldout_fraction": 0.2}
-    one = run(source, tmp_path / "one", **options)
-    merged = run_parts(source, tmp_path / "parts", 3, **options)
+    one_run = run(source, tmp_path / "one", **options)
+    merged = prepare_in_parts(source, tmp_path / "parts", 3, **options)
     for split in SPLITS:
         assert Counter(read_documents(tmp_path / "parts", split)) == Counter(read_documents(tmp_path / "one", split))
         Corpus(tmp_path / "parts", split, verify="hash")
     assert merged == Manifest.load(tmp_path / "parts")
-    assert merged.bad_rows == one.bad_rows == 1
+    assert merged.bad_rows == one_run.bad_rows == 1
     assert Tokenizer.load(tmp_path / "parts") == Tokenizer.load(tmp_path / "one")
-    reports = [Report.load(tmp_path / out) for out in ("one", "parts")]
+    one_report, parts_report = Report.load(tmp_path / "one"), Report.load(tmp_path / "parts")
     for field in ("rows", "bad_rows", "empty_documents", "kept", "removed", "options"):
-        assert getattr(reports[0], field) == getattr(reports[1], field), field
-    assert reports[0].rows == 123
+        assert getattr(one_report, field) == getattr(parts_report, field), field
+    assert one_report.rows == 123  # 120 texts, 2 empty texts and a broken row
 
 
-def test_part_is_a_corpus_before_the_merge(tmp_path):
+def test_a_part_is_a_corpus_before_the_merge(tmp_path):
     source = write_files(tmp_path / "in", make_random_texts(60), 3)
     run(source, tmp_path / "out", part="2/3")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["part-2-of-3"]
@@ -109,10 +113,10 @@ def test_invalid_merges_are_refused(tmp_path):
 
 def test_more_parts_than_documents_can_be_merged(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", ["one", "two"])
-    merged = run_parts(source, tmp_path / "out", 3, heldout_fraction=0)
+    merged = prepare_in_parts(source, tmp_path / "out", 3, heldout_fraction=0)
     assert merged.count_documents("train") == 2
     with pytest.raises(DataError, match="no text to train on in any part"):
-        run_parts(write_rows(tmp_path / "b.jsonl", [""]), tmp_path / "none", 2)
+        prepare_in_parts(write_rows(tmp_path / "b.jsonl", [""]), tmp_path / "none", 2)
 
 
 def test_near_duplicates_cannot_be_found_in_parts(tmp_path):
@@ -121,7 +125,7 @@ def test_near_duplicates_cannot_be_found_in_parts(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_exact_duplicates_are_removed_except_the_first(workers, tmp_path):
+def test_exact_deduplication_keeps_the_first_of_equal_texts(workers, tmp_path):
     texts = (
         make_random_texts(300, max_words=3)
         + make_random_texts(20_000, max_words=60)
@@ -137,7 +141,7 @@ def test_exact_duplicates_are_removed_except_the_first(workers, tmp_path):
     }
 
 
-def test_near_duplicates_are_removed_with_any_number_of_workers(tmp_path, monkeypatch):
+def test_near_deduplication_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_CHARS", 10_000)
     texts = make_texts_with_copies(200, seed=7)
     source = write_rows(tmp_path / "a.jsonl", texts)
@@ -146,9 +150,9 @@ def test_near_duplicates_are_removed_with_any_number_of_workers(tmp_path, monkey
     assert read_all_files(tmp_path / "1") == read_all_files(tmp_path / "2")
     kept_texts = read_all_documents(tmp_path / "1")
     assert 80 < len(kept_texts) < 160
-    assert max(jaccard(a, b) for n, a in enumerate(kept_texts) for b in kept_texts[:n]) < 0.93
+    assert max(compute_jaccard(a, b) for n, a in enumerate(kept_texts) for b in kept_texts[:n]) < 0.93
     for text in set(texts) - set(kept_texts):
-        assert max(jaccard(text, other) for other in kept_texts) > 0.67
+        assert max(compute_jaccard(text, other) for other in kept_texts) > 0.67
 
 
 def test_the_report_counts_what_filters_remove(tmp_path):
@@ -184,6 +188,6 @@ def test_the_tokenizer_is_trained_on_filtered_text(tmp_path):
 
 def test_the_heldout_split_does_not_depend_on_parts(tmp_path):
     texts = make_random_texts(200)
-    run_parts(write_rows(tmp_path / "a.jsonl", texts), tmp_path / "out", 2, heldout_fraction=0.3)
+    prepare_in_parts(write_rows(tmp_path / "a.jsonl", texts), tmp_path / "out", 2, heldout_fraction=0.3)
     assert all(is_heldout(text.encode(), 0.3) for text in read_documents(tmp_path / "out", "heldout"))
     assert len(read_all_documents(tmp_path / "out")) == 200

@@ -1,4 +1,7 @@
-"""Token files of other programs are read completely, and a damaged file is reported with the byte of the damage."""
+"""read_header and TokenFileScan read token files of other programs (Megatron, numpy, llm.c, raw ids).
+
+An error names the byte where the file is damaged.
+"""
 
 import struct
 
@@ -8,45 +11,47 @@ import pytest
 from dist_llm.errors import DataError
 from dist_llm.text.token_files import TokenFileHeader, TokenFileScan, check_size, locate_data_file, read_header
 
-VOCABULARY, EOT = 300, 256
-LENGTHS = np.arange(VOCABULARY).astype(np.uint16)  # id n has n bytes of text
+VOCAB_SIZE, EOT = 300, 256  # number of ids, id of the end of a document
+BYTES_OF_ID = np.arange(VOCAB_SIZE).astype(np.uint16)  # the text of id n has n bytes
 
 
-def build_megatron_index(lengths, bounds, code=8, magic=b"MMIDIDX\0\0", version=1, pointers=None, modes=b"", item=2):
-    """Return an index as Megatron writes it beside the ids."""
-    pointers = np.cumsum([0, *lengths])[:-1] * item if pointers is None else pointers
-    head = magic + struct.pack("<QBQQ", version, code, len(lengths), len(bounds))
+def build_megatron_index(
+    lengths, bounds, dtype_code=8, magic=b"MMIDIDX\0\0", version=1, pointers=None, modes=b"", id_bytes=2
+):
+    """Return the .idx file that Megatron writes beside the ids.
+
+    `lengths` are the tokens of each sequence. `bounds` has the first sequence of each document, then the number of
+    sequences. The dtype code 8 stands for uint16. `pointers` are the byte offsets of sequences; None: they follow each
+    other.
+    """
+    pointers = np.cumsum([0, *lengths])[:-1] * id_bytes if pointers is None else pointers
+    head = magic + struct.pack("<QBQQ", version, dtype_code, len(lengths), len(bounds))
     arrays = np.array(lengths, "<i4"), np.array(pointers, "<i8"), np.array(bounds, "<i8")
     return head + b"".join(array.tobytes() for array in arrays) + modes
 
 
-def header(kind, head=b"", declared=None, idx=b""):
-    return read_header(kind, "here/x.bin", head, declared, lambda path: idx)
+def read_header_of(kind, head=b"", declared_dtype=None, idx=b""):
+    """Read the header of a file that begins with `head` and has `idx` as its Megatron index."""
+    return read_header(kind, "here/x.bin", head, declared_dtype, lambda path: idx)
 
 
 def save_npy(tmp_path, array):
+    """Save the array with numpy and return the content of the file."""
     np.save(tmp_path / "x.npy", array)
     return (tmp_path / "x.npy").read_bytes()
 
 
-def test_an_index_gives_dtype_length_and_documents():
-    header_fields = header("megatron", idx=build_megatron_index([3, 2, 4], [0, 1, 3]))
-    assert (
-        header_fields.dtype,
-        header_fields.skip_bytes,
-        header_fields.num_tokens,
-        header_fields.document_starts.tolist(),
-    ) == (
-        "uint16",
-        0,
-        9,
-        [0, 3],
+def test_a_megatron_index_gives_dtype_length_and_documents():
+    header_fields = read_header_of("megatron", idx=build_megatron_index([3, 2, 4], [0, 1, 3]))
+    assert (header_fields.dtype, header_fields.skip_bytes, header_fields.num_tokens) == ("uint16", 0, 9)
+    assert header_fields.document_starts.tolist() == [0, 3]
+    header_fields = read_header_of(
+        "megatron", idx=build_megatron_index([3, 0, 4], [0, 1, 2, 2, 3], dtype_code=4, id_bytes=4)
     )
-    header_fields = header("megatron", idx=build_megatron_index([3, 0, 4], [0, 1, 2, 2, 3], code=4, item=4))
     assert (header_fields.dtype, header_fields.num_tokens) == ("uint32", 7)
-    assert header_fields.document_starts.tolist() == [0, 3], "empty documents have no start"
-    assert header("megatron", idx=build_megatron_index([3, 0], [0, 1, 2])).document_starts.tolist() == [0], (
-        "an empty last document has no start"
+    assert header_fields.document_starts.tolist() == [0, 3], "an empty document has a start"
+    assert read_header_of("megatron", idx=build_megatron_index([3, 0], [0, 1, 2])).document_starts.tolist() == [0], (
+        "an empty last document has a start"
     )
 
 
@@ -56,9 +61,12 @@ def test_an_index_gives_dtype_length_and_documents():
         (b"", r"here/x.idx: byte 0: not a Megatron index"),
         (build_megatron_index([3], [0, 1], magic=b"TNTIDX\0\0\0"), r"here/x.idx: byte 0: not a Megatron index"),
         (build_megatron_index([3], [0, 1], version=2), r"here/x.idx: byte 9: version 2"),
-        (build_megatron_index([3], [0, 1], code=5), r"here/x.idx: byte 17: ids of type int64; supported are uint16"),
-        (build_megatron_index([3], [0, 1], code=7), r"here/x.idx: byte 17: ids of type float32"),
-        (build_megatron_index([3], [0, 1], code=77), r"here/x.idx: byte 17: ids of type number 77"),
+        (
+            build_megatron_index([3], [0, 1], dtype_code=5),
+            r"here/x.idx: byte 17: ids of type int64; supported are uint16",
+        ),
+        (build_megatron_index([3], [0, 1], dtype_code=7), r"here/x.idx: byte 17: ids of type float32"),
+        (build_megatron_index([3], [0, 1], dtype_code=77), r"here/x.idx: byte 17: ids of type number 77"),
         (
             build_megatron_index([3], [0, 1])[:-1],
             r"here/x.idx: byte 61: truncated: 61 bytes, but 1 sequences .* make 62",
@@ -76,13 +84,13 @@ def test_an_index_gives_dtype_length_and_documents():
 )
 def test_a_damaged_index_is_refused(idx, message):
     with pytest.raises(DataError, match=message):
-        header("megatron", idx=idx)
+        read_header_of("megatron", idx=idx)
 
 
 @pytest.mark.parametrize("name", ["uint16", "int16", "uint32", "int32"])
 def test_an_array_gives_dtype_and_length(name, tmp_path):
     content = save_npy(tmp_path, np.arange(7).astype(name))
-    header_fields = header("npy", content)
+    header_fields = read_header_of("npy", content)
     assert (header_fields.dtype, header_fields.num_tokens) == (name.removeprefix("u").replace("int", "uint"), 7)
     assert np.array_equal(np.frombuffer(content[header_fields.skip_bytes :], name), np.arange(7))
 
@@ -100,29 +108,29 @@ def test_an_array_gives_dtype_and_length(name, tmp_path):
 )
 def test_an_array_of_another_kind_is_refused(array, message, tmp_path):
     with pytest.raises(DataError, match=message):
-        header("npy", save_npy(tmp_path, array))
+        read_header_of("npy", save_npy(tmp_path, array))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\3\4" + bytes(200), b"\x93NUMPY\1\0\x10\0" + bytes(200)])
 def test_a_file_without_an_array_is_refused(content):
     with pytest.raises(DataError, match=r"here/x.bin: byte 0: not an array that numpy.save wrote"):
-        header("npy", content)
+        read_header_of("npy", content)
 
 
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
 def test_an_llmc_header_gives_dtype_and_length(magic, version, dtype):
     head = struct.pack("<iii", magic, version, 5) + bytes(1012)
-    assert header("llmc", head) == TokenFileHeader(dtype, 1024, 5)
+    assert read_header_of("llmc", head) == TokenFileHeader(dtype, 1024, 5)
     with pytest.raises(DataError, match="byte 1023: truncated: the header alone has 1024 bytes"):
-        header("llmc", head[:-1])
+        read_header_of("llmc", head[:-1])
     with pytest.raises(DataError, match=f"byte 0: magic {magic} and version 2; .* 20240520 and 1 or 20240801 and 7"):
-        header("llmc", struct.pack("<iii", magic, 2, 5) + bytes(1012))
+        read_header_of("llmc", struct.pack("<iii", magic, 2, 5) + bytes(1012))
 
 
 def test_raw_ids_need_a_dtype():
-    assert header("bin", declared="int32") == TokenFileHeader("uint32")
+    assert read_header_of("bin", declared_dtype="int32") == TokenFileHeader("uint32")
     with pytest.raises(DataError, match=r"does not store its dtype. Give --dtype"):
-        header("bin")
+        read_header_of("bin")
 
 
 def test_megatron_paths_may_omit_the_suffix():
@@ -130,40 +138,41 @@ def test_megatron_paths_may_omit_the_suffix():
     assert locate_data_file("bin", "a/b") == "a/b"
 
 
-def scan_ids(ids, block, dtype="uint16", skip=0, starts=None):
-    content = bytes(skip) + np.array(ids).astype(dtype).tobytes()
-    scan = TokenFileScan("here", TokenFileHeader(dtype, skip, None, starts), EOT, LENGTHS)
-    for offset in range(0, len(content), block):
-        scan.add(content[offset : offset + block])
+def scan_ids(ids, block_bytes, dtype="uint16", header_bytes=0, starts=None):
+    """Scan a file with these ids, in blocks."""
+    content = bytes(header_bytes) + np.array(ids).astype(dtype).tobytes()
+    scan = TokenFileScan("here", TokenFileHeader(dtype, header_bytes, None, starts), EOT, BYTES_OF_ID)
+    for offset in range(0, len(content), block_bytes):
+        scan.add(content[offset : offset + block_bytes])
     scan.check()
     return scan
 
 
-@pytest.mark.parametrize("block", [1, 3, 7, 16, 1000])
+@pytest.mark.parametrize("block_bytes", [1, 3, 7, 16, 1000])
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-@pytest.mark.parametrize("skip", [0, 6, 1024])
-def test_a_scan_does_not_depend_on_the_block_size(skip, dtype, block):
+@pytest.mark.parametrize("header_bytes", [0, 6, 1024])
+def test_a_scan_does_not_depend_on_the_block_size(header_bytes, dtype, block_bytes):
     ids = [5, 6, EOT, 7, EOT, 8, 9]
-    scan = scan_ids(ids, block, dtype, skip)
+    scan = scan_ids(ids, block_bytes, dtype, header_bytes)
     assert (scan.num_tokens, scan.text_bytes) == (7, sum(ids))
     assert scan.compute_starts(eot_at_start=False).tolist() == [0, 3, 5]
     assert scan.compute_starts(eot_at_start=True).tolist() == [0, 2, 4]
 
 
-def test_document_starts_at_the_edges():
+def test_document_starts_at_the_ends_of_a_file():
     assert scan_ids([5, EOT], 100).compute_starts(eot_at_start=False).tolist() == [0], (
-        "no document starts after the last token"
+        "a document starts after the last token"
     )
-    assert scan_ids([EOT, 5], 100).compute_starts(eot_at_start=True).tolist() == [0], "the first document starts once"
+    assert scan_ids([EOT, 5], 100).compute_starts(eot_at_start=True).tolist() == [0], "the first document starts twice"
     assert scan_ids([5, EOT, 6], 100, starts=np.array([0, 1])).compute_starts(eot_at_start=False).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("block", [1, 4, 1000])
-def test_an_unknown_id_is_found_with_its_byte(block):
+@pytest.mark.parametrize("block_bytes", [1, 4, 1000])
+def test_an_unknown_id_is_reported_with_its_byte(block_bytes):
     with pytest.raises(DataError, match=r"here: token 2 \(byte 14\) is 300, but the tokenizer has 300 ids"):
-        scan_ids([5, 299, VOCABULARY, 999], block, skip=10)
+        scan_ids([5, 299, VOCAB_SIZE, 999], block_bytes, header_bytes=10)
     with pytest.raises(DataError, match=r"is 4294967295, but"):
-        scan_ids([-1], block, "uint32")
+        scan_ids([-1], block_bytes, "uint32")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer decodes to the encoded text and gives the ids of its reference library."""
+"""Each kind of tokenizer decodes ids to the encoded text, and gives the ids of its reference library."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 
 PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
-STRANGE = (*DIFFICULT_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
+UNUSUAL_TEXTS = (*DIFFICULT_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
 
 
 def training_texts():
@@ -37,13 +37,13 @@ def bpe():
 
 
 @pytest.mark.parametrize("spec", ["byte", "bpe:257", "bpe:400"])
-@pytest.mark.parametrize("text", STRANGE)
+@pytest.mark.parametrize("text", UNUSUAL_TEXTS)
 def test_every_text_decodes_to_itself(spec, text, bpe):
     tokenizer = bpe if spec == "bpe:400" else build_from_spec(spec, texts=training_texts)
     ids = tokenizer.encode(text)
     assert tokenizer.decode_bytes(ids) == text.encode()
     assert tokenizer.decode(ids) == text
-    assert tokenizer.eot not in ids, "a special token's string is ordinary text"
+    assert tokenizer.eot not in ids, "the string of a special token became the special token"
 
 
 def test_byte_ids_are_the_bytes():
@@ -58,7 +58,7 @@ def test_bpe_gives_the_ids_of_the_training_library(pattern):
     reference = _train_hf_tokenizer(399, pattern, training_texts)
     assert (tokenizer.vocab_size, tokenizer.eot) == (400, 399)
     assert tokenizer.pattern == SPLIT_PATTERNS[pattern]
-    for text in (*STRANGE, *PROSE):
+    for text in (*UNUSUAL_TEXTS, *PROSE):
         assert tokenizer.encode(text).tolist() == reference.encode(text).ids
 
 
@@ -70,23 +70,23 @@ def test_a_conversion_that_changes_ids_is_refused(bpe):
         _check_same_ids_on_texts(swapped_tokenizer, _train_hf_tokenizer(399, "gpt2", training_texts), training_texts)
 
 
-def test_training_is_deterministic(bpe):
+def test_bpe_training_is_deterministic(bpe):
     assert build_from_spec("bpe:400", texts=training_texts).sha256 == bpe.sha256
 
 
 def test_the_error_for_too_little_text_names_the_largest_size():
     with pytest.raises(DataError, match="largest N") as excinfo:
         build_from_spec("bpe:60000", texts=training_texts)
-    largest = int(str(excinfo.value).split("use bpe:")[1].split()[0])
-    assert build_from_spec(f"bpe:{largest}", texts=training_texts).vocab_size == largest
+    max_vocab_size = int(str(excinfo.value).split("use bpe:")[1].split()[0])
+    assert build_from_spec(f"bpe:{max_vocab_size}", texts=training_texts).vocab_size == max_vocab_size
 
 
-def test_the_file_equals_that_of_version_0_1_0():
-    """So that corpora, checkpoints and histories of version 0.1.0 name the same tokenizer."""
+def test_the_tokenizer_file_equals_that_of_version_0_1_0():
+    """Corpora and checkpoints of version 0.1.0 identify their tokenizer by this hash."""
     assert build_from_spec("byte").sha256 == "3f7d43fa61bfc7dba89d964f2e85218f365ff74b6664dd5fdd6259ab5bb36fef"
 
 
-def test_save_and_load(bpe, tmp_path):
+def test_load_restores_the_saved_tokenizer(bpe, tmp_path):
     bpe.save(tmp_path)
     before = (tmp_path / TOKENIZER_FILE).read_bytes()
     loaded = Tokenizer.load(tmp_path)
@@ -123,21 +123,21 @@ def test_inconsistent_fields_are_data_errors():
         BPETokenizer("x", "", BYTE_IDS, {})
 
 
-def test_lone_surrogates_and_ids_without_a_token(bpe):
+def test_undecodable_input_becomes_replacement_characters(bpe):
     assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
     assert bpe.decode(bpe.encode("\ud83d\ude00")) == "😀"
     assert bpe.decode([*bpe.encode("a"), 5000, -1]) == "a\ufffd\ufffd"
     assert bpe.decode(bpe.encode("é")[:1]) == "\ufffd"
 
 
-@pytest.mark.parametrize("blanks", [2 * SEGMENT_CHARS, 2_000_000])
-def test_very_long_blanks_do_not_overflow_the_regex_engine(bpe, blanks):
-    text = "a" + " " * blanks + "b"
+@pytest.mark.parametrize("num_spaces", [2 * SEGMENT_CHARS, 2_000_000])
+def test_many_spaces_do_not_overflow_the_regex_engine(bpe, num_spaces):
+    text = "a" + " " * num_spaces + "b"
     assert bpe.decode(bpe.encode(text)) == text
 
 
 @pytest.mark.parametrize("pattern", [None, "gpt2", "llama3", "cl100k"])
-def test_a_tiktoken_file(bpe, pattern, tmp_path):
+def test_a_tiktoken_file_gives_its_ranks(bpe, pattern, tmp_path):
     path = tmp_path / "mine.tiktoken"
     path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in bpe.ranks.items()))
     tokenizer = build_from_spec(path, pattern)
@@ -147,7 +147,7 @@ def test_a_tiktoken_file(bpe, pattern, tmp_path):
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "no ids"), ("IQ== 0\n???", ":2: expected"), (None, "read")])
-def test_a_bad_tiktoken_file(content, message, tmp_path):
+def test_a_bad_tiktoken_file_is_refused(content, message, tmp_path):
     path = tmp_path / "mine.tiktoken"
     if content is not None:
         path.write_text(content)
@@ -157,24 +157,27 @@ def test_a_bad_tiktoken_file(content, message, tmp_path):
 
 @pytest.fixture
 def gpt2_files(tmp_path):
-    """vocab.json and merges.txt as `tokenizers` writes them with `<|endoftext|>` first, and the reference."""
+    """Train a tokenizer with `tokenizers`. Return the folder of its vocab.json and merges.txt, and the tokenizer.
+
+    Its first id is `<|endoftext|>`.
+    """
     reference = ByteLevelBPETokenizer()
     reference.train_from_iterator(PROSE, vocab_size=400, show_progress=False, special_tokens=[ENDOFTEXT])
     reference.save_model(str(tmp_path))
     return tmp_path, reference
 
 
-def test_gpt2_style_files(gpt2_files):
+def test_gpt2_style_files_give_the_ids_of_the_reference(gpt2_files):
     folder, reference = gpt2_files
     tokenizer = build_from_spec(folder)
     assert tokenizer == build_from_spec(f"{folder}/vocab.json,{folder}/merges.txt")
     assert (tokenizer.vocab_size, tokenizer.eot) == (400, 0)
-    for text in (*PROSE, *(text for text in STRANGE if ENDOFTEXT not in text)):
+    for text in (*PROSE, *(text for text in UNUSUAL_TEXTS if ENDOFTEXT not in text)):
         assert tokenizer.encode(text).tolist() == reference.encode(text).ids
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("edit", "message"),
     [
         (lambda ids: ids.pop(ENDOFTEXT), "no <|endoftext|>"),
         (lambda ids: ids.pop("th"), "no id for 'th'"),
@@ -182,17 +185,17 @@ def test_gpt2_style_files(gpt2_files):
         (lambda ids: ids.update({"th": "x"}), "whole number"),
     ],
 )
-def test_gpt2_style_files_that_do_not_match(gpt2_files, change, message):
+def test_gpt2_style_files_that_do_not_match_are_refused(gpt2_files, edit, message):
     folder, _ = gpt2_files
     ids = json.loads((folder / "vocab.json").read_text())
-    change(ids)
+    edit(ids)
     (folder / "vocab.json").write_text(json.dumps(ids))
     with pytest.raises(DataError) as excinfo:
         build_from_spec(folder)
     assert message in str(excinfo.value)
 
 
-def test_a_tiktoken_encoding_by_name(monkeypatch):
+def test_a_tiktoken_encoding_is_found_by_name(monkeypatch):
     encoding = tiktoken.Encoding(
         "gpt2", pat_str=SPLIT_PATTERNS["gpt2"], mergeable_ranks=BYTE_IDS, special_tokens={ENDOFTEXT: 300}
     )
@@ -229,14 +232,14 @@ def test_an_invalid_spec_is_refused_with_valid_ones(spec, pattern, message):
         build_from_spec(spec, pattern)
 
 
-def test_cl100k_and_llama3_split_alike():
-    """cl100k is llama3's pattern with possessive quantifiers: faster, with the same fragments."""
+def test_cl100k_and_llama3_split_text_equally():
+    """The pattern cl100k is the pattern llama3 with possessive quantifiers, which are faster."""
     tokenizers = [
         BPETokenizer("x", SPLIT_PATTERNS[name], _pair_ranks(), {ENDOFTEXT: 9999}) for name in ("cl100k", "llama3")
     ]
-    for text in (*STRANGE, *PROSE):
-        first, second = (tokenizer.encode(text) for tokenizer in tokenizers)
-        np.testing.assert_array_equal(first, second)
+    for text in (*UNUSUAL_TEXTS, *PROSE):
+        cl100k_ids, llama3_ids = (tokenizer.encode(text) for tokenizer in tokenizers)
+        np.testing.assert_array_equal(cl100k_ids, llama3_ids)
 
 
 def _pair_ranks():
