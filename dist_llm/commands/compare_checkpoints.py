@@ -13,7 +13,7 @@ from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import open_checkpoint, resolve_checkpoint
 from dist_llm.commands.conversion import console, read_probe, read_small_files, report_probe, write_checkpoint
 from dist_llm.commands.convert_torch import to_weights
-from dist_llm.config.compare import function_differences
+from dist_llm.config.compare import find_function_differences
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX, LazyWeights, Weights, load_torch, open_huggingface
@@ -31,7 +31,7 @@ def average(out: str, checkpoints: list[str]) -> None:
     for path, weights in zip(paths, all_weights, strict=True):
         if _model_shapes(weights) != shapes:
             raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}")
-        differences = function_differences(read_config(paths[0]), read_config(path))
+        differences = find_function_differences(read_config(paths[0]), read_config(path))
         if differences := [each for each in differences if each.key != "objective"]:
             values = f"{differences[0].key} {differences[0].now}, {differences[0].before} there"
             raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}: {values}")

@@ -16,7 +16,7 @@ from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, compare_probes, parse_probe
 from dist_llm.checkpoint.store import PROGRESS
-from dist_llm.config.load import dump, parse_saved
+from dist_llm.config.load import dump_config, parse_saved
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.convert.hf_parity import compare_logits
@@ -82,7 +82,7 @@ def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source
         }
     )
     files = {
-        CONFIG: dump(config).encode(),
+        CONFIG: dump_config(config).encode(),
         "environment.json": json.dumps({"converted_from": str(source), "dist-llm": version("dist-llm")}).encode(),
         **initial_progress(),
     }

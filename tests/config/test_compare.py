@@ -8,17 +8,17 @@ import torch
 from dist_llm.config.compare import (
     MODEL_ROLES,
     OBJECTIVE_ROLES,
-    PART_KEYS,
+    PARAMETER_KEYS,
     REQUESTABLE,
-    function_differences,
-    function_of,
-    other_differences,
-    resume_differences,
+    find_function_differences,
+    find_other_differences,
+    find_resume_differences,
+    get_function_keys,
 )
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.objective_sections import ObjectiveConfig
 from dist_llm.config.schema import Config
-from dist_llm.config.section import union_members
+from dist_llm.config.section import get_union_members
 from dist_llm.models.attention_mask import CAUSAL, EncoderInput
 from dist_llm.models.build_model import build_model
 from tests.laws.law import make_config
@@ -72,21 +72,21 @@ def make_config_pair(key: str) -> tuple[Config, Config]:
 
 def test_every_key_has_a_role() -> None:
     assert set(MODEL_ROLES) == set(ModelConfig.model_fields) == set(OTHER_VALUES), "classify the new key of ModelConfig"
-    objective = {key for member in union_members(ObjectiveConfig).values() for key in member.model_fields}
+    objective = {key for member in get_union_members(ObjectiveConfig).values() for key in member.model_fields}
     assert set(OBJECTIVE_ROLES) == objective, "classify the new key of the objectives"
-    assert set(REQUESTABLE) >= PART_KEYS
+    assert set(REQUESTABLE) >= PARAMETER_KEYS
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_a_change_is_detected_according_to_the_keys_role(key: str) -> None:
     previous, current = make_config_pair(key)
-    function, other = function_differences(previous, current), other_differences(previous, current)
+    function, other = find_function_differences(previous, current), find_other_differences(previous, current)
     expected = function if MODEL_ROLES[key] != "training" else other
     assert [(each.key, each.before, each.now) for each in expected] == [
         (f"model.{key}", getattr(previous.model, key), getattr(current.model, key))
     ]
     assert len(function) + len(other) == 1
-    assert function_differences(previous, previous) == other_differences(previous, previous) == []
+    assert find_function_differences(previous, previous) == find_other_differences(previous, previous) == []
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
@@ -116,32 +116,33 @@ def compute_logits(config: Config) -> torch.Tensor:
 def test_a_key_without_effect_is_no_difference() -> None:
     previous = make_config(1, {"positions": "none"})
     assert (
-        function_differences(previous, change_model(previous, rope_theta=5e5, max_seq_len=64, relative_buckets=8)) == []
+        find_function_differences(previous, change_model(previous, rope_theta=5e5, max_seq_len=64, relative_buckets=8))
+        == []
     )
     explicit = change_model(previous, attention_scale=previous.model.head_dim**-0.5)
-    assert function_differences(previous, explicit) == []
+    assert find_function_differences(previous, explicit) == []
     biased = make_config(1, {"bias": True})
-    assert function_differences(biased, change_model(biased, qkv_bias=True)) == []
-    assert function_of(biased.model)["rope_theta"] == 10_000.0
+    assert find_function_differences(biased, change_model(biased, qkv_bias=True)) == []
+    assert get_function_keys(biased.model)["rope_theta"] == 10_000.0
 
 
 def test_objectives_are_compared_by_their_effect_on_the_function() -> None:
     previous = make_config(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
     rate = previous.model_copy(update={"objective": previous.objective.model_copy(update={"noise_density": 0.5})})
-    assert function_differences(previous, rate) == []
+    assert find_function_differences(previous, rate) == []
     for key, value in (("name", "prefix"), ("mode", "X"), ("see_prefix", False)):
         other = previous.model_copy(update={"objective": previous.objective.model_copy(update={key: value})})
-        assert [each.key for each in function_differences(previous, other)] == ["objective"]
-        assert resume_differences(previous, other) == [], "data.json and data.on_change cover it"
+        assert [each.key for each in find_function_differences(previous, other)] == ["objective"]
+        assert find_resume_differences(previous, other) == [], "data.json and data.on_change cover it"
 
 
 def test_a_resume_cannot_change_vocabulary_padding_or_the_mask() -> None:
     previous = make_config(1, {})
-    assert [each.key for each in resume_differences(previous, change_model(previous, vocab_multiple=64))] == [
+    assert [each.key for each in find_resume_differences(previous, change_model(previous, vocab_multiple=64))] == [
         "model.vocab_multiple"
     ]
-    assert resume_differences(previous, change_model(previous, vocab_multiple=2)) != []
+    assert find_resume_differences(previous, change_model(previous, vocab_multiple=2)) != []
     masked = previous.model_copy(update={"data": previous.data.model_copy(update={"document_mask": True})})
-    assert [each.key for each in resume_differences(previous, masked)] == ["data.document_mask"]
+    assert [each.key for each in find_resume_differences(previous, masked)] == ["data.document_mask"]
     new = masked.model_copy(update={"data": masked.data.model_copy(update={"on_change": "new_segment"})})
-    assert resume_differences(previous, new) == []
+    assert find_resume_differences(previous, new) == []

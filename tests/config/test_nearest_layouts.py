@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dist_llm.config.check import check, nearest_layouts
+from dist_llm.config.check import check, find_nearest_layouts
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.shard import Manifest
@@ -91,7 +91,7 @@ def test_suggested_layouts_are_valid_and_nearest(sections, parallel, world):
         layout = dict(zip(AXES, sizes, strict=True))
         if check(make_config(**sections, **layout), world, VOCAB) == []:
             fitting.append(layout)
-    suggested = nearest_layouts(config, world, VOCAB)
+    suggested = find_nearest_layouts(config, world, VOCAB)
     assert len(suggested) == min(3, len(fitting))
     assert all(layout in fitting for layout in suggested)
     assert [count_changed_axes(layout, config) for layout in suggested] == sorted(

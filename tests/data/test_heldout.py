@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import CausalSpec, MaskedSpec
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
@@ -15,7 +15,7 @@ from dist_llm.training.evaluate import HeldoutData, evaluate, iter_heldout_batch
 
 SEQ = 8
 PLAIN = Objective(
-    ((CausalSpec(), Lengths(SEQ + 1, SEQ, SEQ)),),
+    ((CausalSpec(), SequenceLengths(SEQ + 1, SEQ, SEQ)),),
     ObjectiveVocabulary(99, 98),
     BatchLayout(True, False, False, False),
     SEQ,
@@ -57,7 +57,7 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, ranks, co
     """Including the windows of a partial last batch."""
     windows = 7
     corpus = counting(windows * SEQ, "heldout")
-    components = ((MaskedSpec(mask_rate=0.9), Lengths(SEQ, SEQ, SEQ + 1)),)
+    components = ((MaskedSpec(mask_rate=0.9), SequenceLengths(SEQ, SEQ, SEQ + 1)),)
     masked = Objective(components, ObjectiveVocabulary(99, 98), BatchLayout(False, True, False, False), SEQ + 1, 0, 0)
     scored = []
     for rank in range(ranks):

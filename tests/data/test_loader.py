@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_llm.config.data_sections import DataConfig
-from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import CausalSpec
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, RandomOrder, ShuffledOrder
 from dist_llm.data.plan import MixtureStage, SamplePlan
@@ -26,7 +26,7 @@ SEQ = 4
 BATCH = 24  # divisible by all world sizes below
 STEPS = 3
 WORLDS = (1, 2, 3, 4, 8)
-SIZE = Lengths(SEQ + 1, SEQ, SEQ)
+SIZE = SequenceLengths(SEQ + 1, SEQ, SEQ)
 CAUSAL_ONLY = Objective(
     ((CausalSpec(), SIZE),), ObjectiveVocabulary(1000, 999), BatchLayout(True, False, False, False), SEQ, 0, 3
 )

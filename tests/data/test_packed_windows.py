@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_llm.config.derive import resolve_config
-from dist_llm.config.lengths import Lengths
 from dist_llm.config.schema import UnresolvedConfig
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
@@ -112,7 +112,7 @@ def test_pack_best_fit_packs_all_sizes_tightly(sizes):
 def test_find_document_windows_inverts_get_spans(packed, tmp_path, monkeypatch):
     monkeypatch.setattr("dist_llm.data.packed_windows.GROUP_DOCUMENTS", 3)
     corpus = write_corpus(tmp_path)
-    windows = PackedWindows(corpus, Lengths(SEQ + 1, SEQ, SEQ), packed)
+    windows = PackedWindows(corpus, SequenceLengths(SEQ + 1, SEQ, SEQ), packed)
     for window in range(windows.num_windows):
         for start, length in windows.get_spans(window):
             (document,) = corpus.iter_documents(start, length)
@@ -121,7 +121,10 @@ def test_find_document_windows_inverts_get_spans(packed, tmp_path, monkeypatch):
 
 
 def test_a_document_of_one_token_has_no_window(tmp_path):
-    assert PackedWindows(write_corpus(tmp_path, (1, 1)), Lengths(SEQ + 1, SEQ, SEQ), is_packed=False).num_windows == 0
+    assert (
+        PackedWindows(write_corpus(tmp_path, (1, 1)), SequenceLengths(SEQ + 1, SEQ, SEQ), is_packed=False).num_windows
+        == 0
+    )
 
 
 PROMPTS = (1, 0, 5, 3, 12, 4, 1, 9, 0, 7, 0, 2)
