@@ -173,8 +173,7 @@ def _check_objective(config: UnresolvedConfig) -> Iterator[Violation]:
 def _check_lengths(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
     vocab_size, max_seq_len = config.model.vocab_size, config.model.max_seq_len
     num_objective_ids = count_objective_ids(config)
-    min_vocab_size = tokenizer_size + num_objective_ids
-    if vocab_size and vocab_size < min_vocab_size:
+    if vocab_size and vocab_size < (min_vocab_size := tokenizer_size + num_objective_ids):
         objective_ids = f" and {num_objective_ids} of the objective" if num_objective_ids else ""
         yield Violation(
             ("model.vocab_size",),
