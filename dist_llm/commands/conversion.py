@@ -58,7 +58,7 @@ def write_checkpoint(
 
 
 def read_probe(directory: Path) -> Probe | None:
-    """Read the probe of a checkpoint or an export. None if there is no probe that this version can compare."""
+    """Read the probe of a checkpoint or export. Return None if there is none, or this version cannot compare it."""
     path = directory / PROBE
     return parse_probe(path.read_bytes(), str(path)) if path.exists() else None
 
@@ -72,7 +72,7 @@ def report_probe(expected: Probe | None, actual: Probe | None, path: Path) -> No
 
 
 def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
-    """Return the small files of a checkpoint that another program trained: config, environment, progress, tokenizer."""
+    """Return the small files of a checkpoint for an imported model: config, environment, progress, tokenizer."""
     config = Config.model_validate(
         {
             "run": {"dir": str(source), "steps": 1},

@@ -91,7 +91,7 @@ def _report_tokenizer(tokenizer: Tokenizer | None, config: Config, family: str) 
 
 
 def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[str] | None = None) -> None:
-    """Write a checkpoint of a directory that `from_pretrained` reads.
+    """Convert a directory that `from_pretrained` reads to a checkpoint.
 
     Raises CheckpointError if the family or a field of config.json is unknown, or the written weights or logits differ.
     """
