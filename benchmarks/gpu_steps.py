@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 Steps = tuple[list[Tensor], dict[str, Tensor]]  # loss and gradient norm of each step; update of each parameter
 # Checks compare updates, not weights. With these options an update of SGD is the gradient. The large epsilon keeps
 # AdamW from amplifying rounding errors in gradients near zero.
-SGD = ("optim.name=sgd", "optim.lr=1", "optim.momentum=0", "optim.clip=0", "optim.weight_decay=0")
+SGD = ("optim.name=sgd", "optim.lr=1", "optim.momentum=0", "optim.clip=off", "optim.weight_decay=0")
 ADAMW = ("optim.lr=0.01", "optim.eps=1e-3", "optim.clip=1")
 MUON = (*ADAMW, "optim.name=muon")
 NUM_STEPS = 3

@@ -1,6 +1,6 @@
-"""dist_llm: pretrain language models on any layout, each proven to compute the same step.
+"""dist_llm: pretrain language models. Tests show that every parallel layout computes the same optimizer step.
 
-`dist_llm.train("demo")` and its neighbours in `dist_llm/api.py` are the public Python API.
+`dist_llm/api.py` defines the public Python API, such as `dist_llm.train("demo")`.
 """
 
 from typing import TYPE_CHECKING, Any

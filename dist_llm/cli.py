@@ -1,4 +1,7 @@
-"""The `dist-llm` command. Modules are imported late, so that --help is fast."""
+"""The `dist-llm` command: parse the arguments, run a subcommand and report user errors.
+
+The subcommands import torch and other large modules when they run, so --help is fast.
+"""
 
 import argparse
 import atexit

@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.load import load_saved
-from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, mode_of
+from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import Config
 from dist_llm.convert.offload import load_offloaded
 from dist_llm.errors import ConfigError, DataError
@@ -101,7 +101,7 @@ def encode_prompt(config: Config, tokenizer: Tokenizer, prompt: str) -> Prompt:
     ids = tokenizer.encode_prompt(prompt) or [vocabulary.eot]
     components = config.objective.components
     component = next((candidate for candidate in components if candidate.name != "span"), components[0])
-    mode_ids = [vocabulary.special_id(name)] if (name := mode_of(component)) else []
+    mode_ids = [vocabulary.special_id(name)] if (name := get_mode_token(component)) else []
     start = vocabulary.special_id("start")
     has_encoder = config.model.architecture == "encoder_decoder"
     stop_ids = frozenset(

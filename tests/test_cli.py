@@ -9,7 +9,7 @@ import pytest
 
 from dist_llm import cli
 from dist_llm.commands import train_model
-from dist_llm.config.describe import describe
+from dist_llm.config.describe import describe_keys
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError, DataError
 
@@ -62,9 +62,9 @@ def test_help_config_lists_every_key_without_torch():
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert completed.returncode == 0, "torch was imported"
     config_keys = [line.strip() for line in completed.stdout.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert config_keys == [row.name for row in describe()]
+    assert config_keys == [row.name for row in describe_keys()]
     output = " ".join(completed.stdout.split())
-    for row in describe():
+    for row in describe_keys():
         assert f"{row.name} {row.type}; default: {row.default} {' '.join(row.description.split())}" in output
 
 

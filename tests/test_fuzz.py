@@ -40,9 +40,9 @@ from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import parse_probe
 from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.check import check
-from dist_llm.config.lengths import Lengths
-from dist_llm.config.load import dump, load_config
+from dist_llm.config.load import dump_config, load_config
 from dist_llm.config.schema import Config
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.convert import hf_convert
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
@@ -141,7 +141,9 @@ def read_corpus(directory: Path) -> None:
         corpus.compute_loss_mask(starts, 16)
         list(corpus.iter_documents(0, corpus.num_tokens))
         for is_packed in (False, True):
-            windows = PackedWindows(corpus, Lengths(window=17, stride=16, inputs=16), is_packed)
+            windows = PackedWindows(
+                corpus, SequenceLengths(window_tokens=17, stride_tokens=16, input_tokens=16), is_packed
+            )
             windows.read(np.arange(windows.num_windows), score_prompts=False)
 
 
@@ -182,7 +184,7 @@ def write_checkpoint(directory: Path) -> None:
         ),
     )  # fmt: skip
     files = {
-        "config.yaml": dump(config).encode(),
+        "config.yaml": dump_config(config).encode(),
         "progress.json": json.dumps(Progress(3, 4, 5, {"a": 1}).as_dict()).encode(),
         "data.json": data_history.dump_history((segment,)),
         "probe.json": b'{"format": "dist_llm probe 1", "loss": 1.5, "logits": [1.0, null], "precision": "fp32", '
@@ -330,7 +332,7 @@ def encode_metrics() -> bytes:
 
 def write_metrics(directory: Path) -> None:
     (directory / "metrics.jsonl").write_bytes(encode_metrics())
-    (directory / "config.yaml").write_text(dump(make_config()))
+    (directory / "config.yaml").write_text(dump_config(make_config()))
 
 
 def read_yaml(directory: Path) -> None:
@@ -340,7 +342,7 @@ def read_yaml(directory: Path) -> None:
 
 
 def write_yaml(directory: Path) -> None:
-    (directory / "base.yaml").write_text(dump(make_config()))
+    (directory / "base.yaml").write_text(dump_config(make_config()))
     (directory / "config.yaml").write_text("base: base.yaml\ndata: &d {path: x, seq_len: 64}\noptim: {lr: 3e-4}\n")
 
 

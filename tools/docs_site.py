@@ -25,20 +25,20 @@ DOCUMENT_OF_PAGE = {
 PAGE_OF_DOCUMENT = {document: page for page, document in DOCUMENT_OF_PAGE.items()}
 # The public modules of each package, which get API documentation.
 API_MODULES = {
-    "config": "schema load check derive lengths",
+    "config": "schema load check derive sequence_lengths",
     "losses": "cross_entropy fused_linear_cross_entropy",
     "optim": "build_optimizer adamw muon sgd schedule gradient_clipping loss_scale",
     "models": "decoder encoder_decoder block attention attention_mask init",
     "objectives": "batch build_objective",
     "data": "corpus data_history loader plan order shard",
     "text": "prepare adopt tokenizer filters",
-    "launch": "world group stop watchdog run_lock",
+    "launch": "world process_group stop watchdog run_lock",
     "observe": "metrics flops",
     "parallel": "mesh parallelize fsdp tensor_parallel context_parallel pipeline_parallel activation_budget",
     "checkpoint": "checkpoint_state store checkpoint_write manifest",
     "convert": "weights",
     "engines": "base native deepspeed_engine accelerate_engine",
-    "training": "settings run trainer step score evaluate",
+    "training": "settings run trainer step evaluate",
 }
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")  # text, target, anchor
@@ -87,10 +87,12 @@ def make_config_page() -> str:
 def iter_config_lines() -> Iterator[str]:
     """Yield a heading for each section, and a table row for each key."""
     sys.path.insert(0, str(REPOSITORY))
-    from dist_llm.config.describe import describe
+    from dist_llm.config.describe import describe_keys
 
     section = None
-    for key, kind, default, description in sorted(describe(), key=lambda row: ("." in row[0], row[0].split(".")[0])):
+    for key, kind, default, description in sorted(
+        describe_keys(), key=lambda row: ("." in row[0], row[0].split(".")[0])
+    ):
         section_of_key = key.rpartition(".")[0]
         if section_of_key != section:
             yield from (

@@ -14,9 +14,9 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.config.compare import (
     REQUESTABLE,
     Difference,
-    function_differences,
-    other_differences,
-    resume_differences,
+    find_function_differences,
+    find_other_differences,
+    find_resume_differences,
 )
 from dist_llm.config.load import parse_saved
 from dist_llm.config.model_section import ModelConfig
@@ -40,7 +40,7 @@ def read_config(folder: CheckpointFolder | Path) -> Config:
 def check_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
     """Return the config differences that do not change the function. Raises CheckpointError for other differences."""
     saved_config = read_config(folder)
-    if differences := resume_differences(saved_config, config):
+    if differences := find_resume_differences(saved_config, config):
         requestable = [difference.key for difference in differences if difference.key in REQUESTABLE]
         can_request = len(requestable) == len(differences)
         changes_data = any(difference.key.startswith("data.") for difference in differences)
@@ -51,12 +51,12 @@ def check_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
             + (f", init_from={folder} and init_allow=[{','.join(requestable)}]" if can_request else "")
             + ("; or set data.on_change: new_segment" if changes_data else "")
         )
-    return other_differences(saved_config, config)
+    return find_other_differences(saved_config, config)
 
 
 def check_init_from(path: Path, config: Config) -> list[Difference]:
     """Return the function differences that `init_allow` requests. Raises CheckpointError for others."""
-    differences = function_differences(read_config(path), config)
+    differences = find_function_differences(read_config(path), config)
     rejected = [difference for difference in differences if difference.key not in config.init_allow]
     if rejected:
         fixed_keys = [difference.key for difference in rejected if difference.key not in REQUESTABLE]
@@ -87,7 +87,7 @@ def log_init_differences(path: Path, config: Config, requested: Sequence[Differe
     for key in config.init_allow:
         if key not in {difference.key for difference in requested}:
             log.info("init_allow: %s is the same in the checkpoint", key)
-    log_harmless_differences(other_differences(read_config(path), config))
+    log_harmless_differences(find_other_differences(read_config(path), config))
 
 
 def log_harmless_differences(differences: Iterable[Difference]) -> None:

@@ -1,1 +1,1 @@
-"""The commands of `dist-llm` that convert checkpoints and inspect data, and their arguments."""
+"""The commands of `dist-llm`: one module per command with its arguments, and modules for the actions of commands."""

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure all nodes and print a report. Raises an error that names the bad ones."""
+    """Measure all nodes and print a report. Raises an error that names the bad nodes."""
     from dist_llm.launch.world import read_world
 
     world = read_world()

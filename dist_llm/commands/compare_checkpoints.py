@@ -13,7 +13,7 @@ from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import open_checkpoint, resolve_checkpoint
 from dist_llm.commands.conversion import console, read_probe, read_small_files, report_probe, write_checkpoint
 from dist_llm.commands.convert_torch import to_weights
-from dist_llm.config.compare import function_differences
+from dist_llm.config.compare import find_function_differences
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX, LazyWeights, Weights, load_torch, open_huggingface
@@ -31,8 +31,8 @@ def average(out: str, checkpoints: list[str]) -> None:
     for path, weights in zip(paths, all_weights, strict=True):
         if _model_shapes(weights) != shapes:
             raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}")
-        differences = function_differences(read_config(paths[0]), read_config(path))
-        if differences := [each for each in differences if each.key != "objective"]:
+        differences = find_function_differences(read_config(paths[0]), read_config(path))
+        if differences := [difference for difference in differences if difference.key != "objective"]:
             values = f"{differences[0].key} {differences[0].now}, {differences[0].before} there"
             raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}: {values}")
 
@@ -48,7 +48,7 @@ def _model_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
 
 def diff(a: str, b: str, show_equal: bool = False) -> int:
     """Print the tensors that differ. Returns 1 if there are any, else 0."""
-    first, second = open_weights(a), open_weights(b)
+    first, second = open_weights(a), open_weights(b)  # the names of the command-line arguments
     names = sorted(first.shapes.keys() | second.shapes.keys())
     table = Table("tensor", "shape", "largest difference", "relative to the norm")
     num_different = 0
@@ -58,9 +58,9 @@ def diff(a: str, b: str, show_equal: bool = False) -> int:
             table.add_row(name, f"{_format_shape(first, name)} and {_format_shape(second, name)}", "", "")
             continue
         left, right = first.read(name).double(), second.read(name).double()
-        equal = torch.equal(left, right)
-        num_different += not equal
-        if not equal or show_equal:
+        is_equal = torch.equal(left, right)
+        num_different += not is_equal
+        if not is_equal or show_equal:
             delta = left - right
             relative = float(delta.norm() / left.norm()) if left.norm() else float(delta.norm())
             table.add_row(name, _format_shape(first, name), f"{float(delta.abs().max()):.3e}", f"{relative:.3e}")
@@ -74,19 +74,20 @@ def inspect(checkpoint: str) -> int:
     """Print a table of the tensors. Returns 2 if a value is not finite, else 0."""
     weights = open_weights(checkpoint)
     table = Table("tensor", "shape", "dtype", "norm", "largest", "not finite")
-    num_bad = num_elements = 0
+    num_not_finite = num_elements = 0
     for name in track(sorted(weights.shapes), "reading"):
         tensor = weights.read(name)
-        finite = torch.isfinite(tensor)
-        bad, values = int((~finite).sum()), tensor[finite].double()
-        num_bad, num_elements = num_bad + bad, num_elements + tensor.numel()
+        is_finite = torch.isfinite(tensor)
+        num_not_finite_here, values = int((~is_finite).sum()), tensor[is_finite].double()
+        num_not_finite += num_not_finite_here
+        num_elements += tensor.numel()
         largest = float(values.abs().max()) if values.numel() else 0.0
         dtype = str(tensor.dtype).removeprefix("torch.")
         norm = f"{float(values.norm()):.4g}"
-        table.add_row(name, _format_shape(weights, name), dtype, norm, f"{largest:.4g}", str(bad))
+        table.add_row(name, _format_shape(weights, name), dtype, norm, f"{largest:.4g}", str(num_not_finite_here))
     console.print(table)
-    console.print(f"{len(weights.shapes)} tensors, {num_elements:,} elements, {num_bad:,} of them not finite")
-    return 2 if num_bad else 0
+    console.print(f"{len(weights.shapes)} tensors, {num_elements:,} elements, {num_not_finite:,} of them not finite")
+    return 2 if num_not_finite else 0
 
 
 def verify(checkpoint: str) -> None:

@@ -16,7 +16,7 @@ from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, Probe, compare_probes, parse_probe
 from dist_llm.checkpoint.store import PROGRESS
-from dist_llm.config.load import dump, parse_saved
+from dist_llm.config.load import dump_config, parse_saved
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.convert.hf_parity import compare_logits
@@ -58,7 +58,7 @@ def write_checkpoint(
 
 
 def read_probe(directory: Path) -> Probe | None:
-    """Read the probe of a checkpoint or an export. None if there is no probe that this version can compare."""
+    """Read the probe of a checkpoint or export. Return None if there is none, or this version cannot compare it."""
     path = directory / PROBE
     return parse_probe(path.read_bytes(), str(path)) if path.exists() else None
 
@@ -72,7 +72,7 @@ def report_probe(expected: Probe | None, actual: Probe | None, path: Path) -> No
 
 
 def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
-    """Return the small files of a checkpoint that another program trained: config, environment, progress, tokenizer."""
+    """Return the small files of a checkpoint for an imported model: config, environment, progress, tokenizer."""
     config = Config.model_validate(
         {
             "run": {"dir": str(source), "steps": 1},
@@ -82,7 +82,7 @@ def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source
         }
     )
     files = {
-        CONFIG: dump(config).encode(),
+        CONFIG: dump_config(config).encode(),
         "environment.json": json.dumps({"converted_from": str(source), "dist-llm": version("dist-llm")}).encode(),
         **initial_progress(),
     }

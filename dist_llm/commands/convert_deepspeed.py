@@ -56,7 +56,7 @@ def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int
 
 
 def from_deepspeed(directory: str, out: str, like: str) -> None:
-    """Write a checkpoint of a DeepSpeed directory, with the optimizer state and the config of `like`.
+    """Convert a DeepSpeed directory with its optimizer state to a checkpoint, which gets the config of `like`.
 
     Raises CheckpointError if a tensor is missing, unknown, or of another shape.
     """
@@ -69,10 +69,10 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
         if weights.shapes.get(name) != shape:
             actual = f"has shape {list(weights.shapes[name])}" if name in weights.shapes else "is missing"
             raise CheckpointError(f"{directory}: {name} {actual}; --like {reference} has {list(shape)}")
-    extra = {name for name in weights.shapes if name.startswith("model.")} - expected.keys()
-    if unknown := sorted(extra - {f"model.{name}" for name in shared}):
+    unexpected_names = {name for name in weights.shapes if name.startswith("model.")} - expected.keys()
+    if unknown := sorted(unexpected_names - {f"model.{name}" for name in shared}):
         raise CheckpointError(f"{directory}: {unknown[0]} is not a parameter of the model of --like {reference}")
-    shapes = {name: shape for name, shape in weights.shapes.items() if name not in extra}
+    shapes = {name: shape for name, shape in weights.shapes.items() if name not in unexpected_names}
     write_checkpoint(Path(out), LazyWeights(shapes, weights.read), read_small_files(reference) | initial_progress())
 
 

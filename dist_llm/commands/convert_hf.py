@@ -15,9 +15,9 @@ from dist_llm.commands.conversion import (
     show_progress,
     write_checkpoint,
 )
-from dist_llm.config.lengths import extra_ids
 from dist_llm.config.load import load_saved
 from dist_llm.config.schema import Config
+from dist_llm.config.sequence_lengths import count_objective_ids
 from dist_llm.convert import hf_convert
 from dist_llm.convert.export_tokenizers import import_tokenizer
 from dist_llm.convert.hf_parity import compare_logits
@@ -82,7 +82,7 @@ def _report_tokenizer(tokenizer: Tokenizer | None, config: Config, family: str) 
         return
     if names := sorted(tokenizer.get_original_files()):
         console.print(f"tokenizer: the original files, unchanged: {', '.join(names)}")
-        if count := extra_ids(config):
+        if count := count_objective_ids(config):
             console.print(f"the {count} ids of the objective, from {tokenizer.vocab_size} on, have no names there")
     elif family == "qwen2":
         console.print(
@@ -91,7 +91,7 @@ def _report_tokenizer(tokenizer: Tokenizer | None, config: Config, family: str) 
 
 
 def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[str] | None = None) -> None:
-    """Write a checkpoint of a directory that `from_pretrained` reads.
+    """Convert a directory that `from_pretrained` reads to a checkpoint.
 
     Raises CheckpointError if the family or a field of config.json is unknown, or the written weights or logits differ.
     """

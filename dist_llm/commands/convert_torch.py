@@ -36,13 +36,13 @@ def to_torch(checkpoint: str, out: str) -> None:
 
 
 def from_torch(file: str, out: str) -> None:
-    """Write a checkpoint of a file that to-torch wrote. Raises CheckpointError if it is another file."""
+    """Convert a file that to-torch wrote to a checkpoint. Raises CheckpointError if to-torch did not write the file."""
     content = load_torch(Path(file))
     texts = content.get("files")
-    if not isinstance(texts, dict) or not all(isinstance(each, str) for pair in texts.items() for each in pair):
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for item in texts.items() for text in item):
         raise CheckpointError(f"{file}: has no files; it was not written by to-torch")
-    if outside := [name for name in texts if "/" in name or name in ("", ".", "..")]:
-        raise CheckpointError(f"{file}: names a file outside the checkpoint: {outside[0]!r}")
+    if outside_names := [name for name in texts if "/" in name or name in ("", ".", "..")]:
+        raise CheckpointError(f"{file}: names a file outside the checkpoint: {outside_names[0]!r}")
     files = {name: text.encode() for name, text in texts.items()}
     if CONFIG not in files:
         raise CheckpointError(f"{file}: has no config; it was not written by to-torch")

@@ -1,4 +1,4 @@
-"""`dist-llm data stats` and `to-bin`: numbers of a corpus, and its tokens as files of nanoGPT."""
+"""`dist-llm data stats` and `to-bin`: print statistics of a corpus, and export its tokens as files of nanoGPT."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ NUM_FREQUENT = 10  # tokens in the table
 
 @dataclass(frozen=True)
 class Distributions:
-    """Document lengths in tokens, and the count of each id, of a corpus's training split."""
+    """Document lengths in tokens and the count of each token id, in the training split of a corpus."""
 
     name: str
     document_lengths: Ints
@@ -50,13 +50,13 @@ def print_stats(corpora: Sequence[Path], run: Path | None = None, picture: Path 
 def measure(corpus: Corpus) -> Distributions:
     """Read all tokens of a corpus and count them."""
     lengths = [
-        np.diff(np.append(corpus.get_document_offsets(number), shard.tokens))
-        for number, shard in enumerate(corpus.shards)
+        np.diff(np.append(corpus.get_document_offsets(shard_index), shard.tokens))
+        for shard_index, shard in enumerate(corpus.shards)
     ]
     counts = np.zeros(corpus.manifest.vocab_size, np.int64)
-    starts = range(0, corpus.num_tokens, BLOCK_TOKENS)
-    for start in track(starts, f"counting {corpus.directory}", console=Console(stderr=True)):
-        ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.num_tokens - start))[0]
+    block_starts = range(0, corpus.num_tokens, BLOCK_TOKENS)
+    for start_token in track(block_starts, f"counting {corpus.directory}", console=Console(stderr=True)):
+        ids = corpus.read(np.array([start_token]), min(BLOCK_TOKENS, corpus.num_tokens - start_token))[0]
         counts += np.bincount(ids, minlength=len(counts))
     return Distributions(str(corpus.directory), np.concatenate(lengths).astype(np.int64), counts)
 
@@ -87,12 +87,12 @@ def draw(all_distributions: Sequence[Distributions], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5))
-    longest = max(each.document_lengths.max() for each in all_distributions)
-    edges = np.geomspace(1, longest + 1, 50)
-    for each in all_distributions:
-        left.hist(each.document_lengths, edges, alpha=0.6, label=each.name)
-        ranked = np.sort(each.token_counts[each.token_counts > 0])[::-1]
-        right.loglog(np.arange(1, len(ranked) + 1), ranked / ranked.sum(), label=each.name)
+    longest = max(distributions.document_lengths.max() for distributions in all_distributions)
+    bin_edges = np.geomspace(1, longest + 1, 50)
+    for distributions in all_distributions:
+        left.hist(distributions.document_lengths, bin_edges, alpha=0.6, label=distributions.name)
+        counts = np.sort(distributions.token_counts[distributions.token_counts > 0])[::-1]
+        right.loglog(np.arange(1, len(counts) + 1), counts / counts.sum(), label=distributions.name)
     left.set(xscale="log", xlabel="tokens", ylabel="documents", title="Document lengths")
     right.set(xlabel="rank", ylabel="frequency", title="Token frequencies")
     right.legend()

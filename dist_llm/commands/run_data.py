@@ -28,7 +28,7 @@ def open_run(run: Path) -> tuple[Config, DataHistory]:
 def select_corpora(corpora: Sequence[Path], run: Path | None) -> list[Path]:
     """Return the directories of the named corpora, or else of the corpora that a run reads now.
 
-    Raises DataError unless exactly one of both is given.
+    Raises DataError unless exactly one of `corpora` and `run` is given.
     """
     if (run is None) == (not corpora):
         raise DataError("give either corpora or a run with --run")

@@ -11,7 +11,7 @@ from dist_llm.data.streams import WindowStream
 from dist_llm.errors import DataError
 from dist_llm.text.tokenizer import Tokenizer
 
-SHOWN_CHARS = 300  # of a document; --whole shows all
+SHOWN_CHARS = 300  # characters of a document that are printed without --whole
 
 
 def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None = None, full_text: bool = False) -> None:
@@ -22,10 +22,10 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
     config, history = open_run(run)
     if step < 1:
         raise DataError(f"--step {step}: the first is 1")
-    segment = [each for each in history if each.step < step][-1]
-    config_then, plan = open_segment(config, segment)
-    first = plan.advance(segment.first, (step - 1 - segment.step) * segment.global_batch)
-    samples = plan.list_sample_numbers(first, segment.global_batch)
+    segment = [segment for segment in history if segment.step < step][-1]
+    segment_config, plan = open_segment(config, segment)
+    first_sample = plan.advance(segment.first, (step - 1 - segment.step) * segment.global_batch)
+    samples = plan.list_sample_numbers(first_sample, segment.global_batch)
     if rank is not None:
         ranks = ranks or config.parallel.dp_replicate * config.parallel.dp_shard
         if not 0 <= rank < ranks or len(samples) % ranks:
@@ -33,11 +33,12 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
         samples = samples.reshape(ranks, -1)[rank]
     tokenizer = Tokenizer.load(plan.sources[0].corpus.directory)
     streams, offsets = plan.locate_samples(samples)
-    components = config_then.objective.components
-    for sample, number, offset in zip(samples.tolist(), streams.tolist(), offsets.tolist(), strict=True):
-        source, component = divmod(number, len(components))
-        stream, name = plan.streams[number], plan.sources[source].name
-        console.print(f"sample {sample}: {name or stream.corpus.directory}, {components[component].name}", style="bold")
+    components = segment_config.objective.components
+    for sample, stream_index, offset in zip(samples.tolist(), streams.tolist(), offsets.tolist(), strict=True):
+        source_index, component_index = divmod(stream_index, len(components))
+        stream, objective_name = plan.streams[stream_index], components[component_index].name
+        source_name = plan.sources[source_index].name or stream.corpus.directory
+        console.print(f"sample {sample}: {source_name}, {objective_name}", style="bold")
         for span in stream.get_spans(offset):
             for line in describe_span(stream, span, tokenizer, None if full_text else SHOWN_CHARS):
                 console.print(f"  {line}")

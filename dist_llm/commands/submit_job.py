@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     print(script)
     if options.dry_run:
         return
-    number = submit_script(script)
-    output = f"slurm-{number}{'_*' if job.sweep else ''}.log"
-    print(f"job {number}; output: {output}; run directories:", *run_dirs, file=sys.stderr)
-    print(f"squeue --job {number}; scancel {number}; tensorboard --logdir {configs[0].run.dir}", file=sys.stderr)
+    job_id = submit_script(script)
+    output = f"slurm-{job_id}{'_*' if job.sweep else ''}.log"
+    print(f"job {job_id}; output: {output}; run directories:", *run_dirs, file=sys.stderr)
+    print(f"squeue --job {job_id}; scancel {job_id}; tensorboard --logdir {configs[0].run.dir}", file=sys.stderr)

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _print_config_help(text: str) -> None:
     from dist_llm.commands.output import ignore_broken_pipe
-    from dist_llm.config.describe import format_help, search
+    from dist_llm.config.describe import format_help, search_keys
 
     with ignore_broken_pipe():
-        print(*format_help(search(text)), sep="\n")
+        print(*format_help(search_keys(text)), sep="\n")

@@ -16,12 +16,12 @@ from dist_llm.config.check_guard import check_guard
 from dist_llm.config.check_layout import check_budget, check_layout
 from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, format_divisors, format_layout
-from dist_llm.config.lengths import extra_ids, inputs_len, lengths
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.config.objective_sections import CausalSpec, MixtureConfig
 from dist_llm.config.optim_sections import DecayKeys
 from dist_llm.config.schema import UnresolvedConfig
+from dist_llm.config.sequence_lengths import compute_inputs_len, compute_sequence_lengths, count_objective_ids
 
 ALLOWED_OBJECTIVES = {
     "decoder": ("causal", "prefix", "span", "fim"),
@@ -42,9 +42,9 @@ class RefusedLayout(Violation):
 
 def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> list[Violation]:
     """Return all violations of a run on `world_size` ranks over a corpus with `tokenizer_size` token ids."""
-    objective = list(_check_objective(config))
-    data = list(check_data(config))
-    if objective:
+    objective_violations = list(_check_objective(config))
+    data_violations = list(check_data(config))
+    if objective_violations:
         # Sequence lengths and special tokens depend on the objective: check the other rules with a valid objective.
         config = config.model_copy(
             update={
@@ -52,9 +52,9 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
                 "model": config.model.model_copy(update={"architecture": "decoder"}),
             }
         )
-    rules = [
-        *objective,
-        *data,
+    violations = [
+        *objective_violations,
+        *data_violations,
         *_check_model(config.model),
         *_check_relative(config.model),
         *_check_lengths(config, tokenizer_size),
@@ -68,21 +68,22 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
         *check_fp8(config),
         *check_effect(config),
     ]
-    layout = list(check_layout(config, world_size, tokenizer_size))
-    if layout and (valid := nearest_layouts(config, world_size, tokenizer_size)):
+    layout_violations = list(check_layout(config, world_size, tokenizer_size))
+    if layout_violations and (layouts := find_nearest_layouts(config, world_size, tokenizer_size)):
         ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-        line = f"parallel: valid layouts of {ranks}: {'; '.join(map(format_layout, valid))}"
-        layout[-1] = RefusedLayout(layout[-1].keys, layout[-1].message, line)
-    return rules + layout
+        suggestion = f"parallel: valid layouts of {ranks}: {'; '.join(map(format_layout, layouts))}"
+        last = layout_violations[-1]
+        layout_violations[-1] = RefusedLayout(last.keys, last.message, suggestion)
+    return violations + layout_violations
 
 
-def nearest_layouts(
-    config: UnresolvedConfig, world_size: int, tokenizer_size: int, limit: int = 3
+def find_nearest_layouts(
+    config: UnresolvedConfig, world_size: int, tokenizer_size: int, max_layouts: int = 3
 ) -> list[dict[str, int]]:
-    """Return at most `limit` valid layouts of `world_size` ranks, those nearest to the config's layout first.
+    """Return at most `max_layouts` valid layouts of `world_size` ranks, sorted by distance from the requested layout.
 
-    The order: the fewest axes of another size, then the smallest factors between old and new sizes, then the most data
-    parallelism. A dp_shard of null may take any size.
+    The distance counts first the axes of another size, then the factors between old and new sizes, then the ranks that
+    are not data parallel. A dp_shard of null may take any size.
     """
     requested = {axis: size for axis in AXES if (size := getattr(config.parallel, axis))}
 
@@ -92,24 +93,25 @@ def nearest_layouts(
 
     layouts: list[dict[str, int]] = []
     for sizes in sorted(
-        (dict(zip(AXES, each, strict=True)) for each in _factorizations(world_size, len(AXES))), key=distance
+        (dict(zip(AXES, factors, strict=True)) for factors in _factorizations(world_size, len(AXES))), key=distance
     ):
         layout = config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
         if not any(check_layout(layout, world_size, tokenizer_size)) and not any(check_axes(layout)):
             layouts.append(sizes)
-            if len(layouts) == limit:
+            if len(layouts) == max_layouts:
                 break
     return layouts
 
 
-def _factorizations(number: int, count: int) -> Iterator[tuple[int, ...]]:
-    """Yield all ordered factorizations of `number` into `count` factors."""
-    if count == 1:
-        yield (number,)
+def _factorizations(product: int, num_factors: int) -> Iterator[tuple[int, ...]]:
+    """Yield all ordered factorizations of `product` into `num_factors` factors."""
+    if num_factors == 1:
+        yield (product,)
         return
-    for first in range(1, number + 1):
-        if number % first == 0:
-            yield from ((first, *rest) for rest in _factorizations(number // first, count - 1))
+    for factor in range(1, product + 1):
+        if product % factor == 0:
+            for remaining_factors in _factorizations(product // factor, num_factors - 1):
+                yield (factor, *remaining_factors)
 
 
 def _check_model(model: UnresolvedModelConfig) -> Iterator[Violation]:
@@ -152,36 +154,37 @@ def _check_objective(config: UnresolvedConfig) -> Iterator[Violation]:
             ("model.n_encoder_layers", "model.architecture"),
             f"only used with an encoder_decoder, but this is a {architecture}; remove the key",
         )
-    for number, each in enumerate(config.objective.components):
-        where = f"objective.mixture.{number}" if isinstance(config.objective, MixtureConfig) else "objective"
-        if each.name not in ALLOWED_OBJECTIVES[architecture]:
-            architectures = [name for name, objectives in ALLOWED_OBJECTIVES.items() if each.name in objectives]
+    for index, spec in enumerate(config.objective.components):
+        section = f"objective.mixture.{index}" if isinstance(config.objective, MixtureConfig) else "objective"
+        if spec.name not in ALLOWED_OBJECTIVES[architecture]:
+            architectures = [name for name, objectives in ALLOWED_OBJECTIVES.items() if spec.name in objectives]
             yield Violation(
-                (f"{where}.name", "model.architecture"),
-                f"{each.name} is not an objective for model.architecture {architecture}, which supports "
-                f"{' or '.join(ALLOWED_OBJECTIVES[architecture])}; {each.name} needs {' or '.join(architectures)}",
+                (f"{section}.name", "model.architecture"),
+                f"{spec.name} is not an objective for model.architecture {architecture}, which supports "
+                f"{' or '.join(ALLOWED_OBJECTIVES[architecture])}; {spec.name} needs {' or '.join(architectures)}",
             )
             continue
         try:
-            lengths(each, architecture, config.data.seq_len)
+            compute_sequence_lengths(spec, architecture, config.data.seq_len)
         except ValueError as error:
-            yield Violation(("data.seq_len", f"{where}.name"), f"{config.data.seq_len} is too short: {error}")
+            yield Violation(("data.seq_len", f"{section}.name"), f"{config.data.seq_len} is too short: {error}")
 
 
 def _check_lengths(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
-    vocab, max_seq_len, extra = config.model.vocab_size, config.model.max_seq_len, extra_ids(config)
-    if vocab and vocab < tokenizer_size + extra:
-        more = f" and {extra} of the objective" if extra else ""
+    vocab_size, max_seq_len = config.model.vocab_size, config.model.max_seq_len
+    num_objective_ids = count_objective_ids(config)
+    if vocab_size and vocab_size < (min_vocab_size := tokenizer_size + num_objective_ids):
+        objective_ids = f" and {num_objective_ids} of the objective" if num_objective_ids else ""
         yield Violation(
             ("model.vocab_size",),
-            f"{vocab} is smaller than the {tokenizer_size} ids of the corpus's tokenizer{more}; "
-            f"set at least {tokenizer_size + extra}, or null to derive it",
+            f"{vocab_size} is smaller than the {tokenizer_size} ids of the corpus's tokenizer{objective_ids}; "
+            f"set at least {min_vocab_size}, or null to derive it",
         )
-    needed = max(config.data.seq_len, inputs_len(config))
-    if max_seq_len and max_seq_len < needed:
+    longest_input = max(config.data.seq_len, compute_inputs_len(config))
+    if max_seq_len and max_seq_len < longest_input:
         yield Violation(
             ("data.seq_len", "model.max_seq_len"),
-            f"{needed} is longer than model.max_seq_len {max_seq_len}; lower it, or set max_seq_len to null",
+            f"{longest_input} is longer than model.max_seq_len {max_seq_len}; lower it, or set max_seq_len to null",
         )
 
 
@@ -189,10 +192,10 @@ def _check_schedule(config: UnresolvedConfig) -> Iterator[Violation]:
     schedule = config.schedule
     # A short trial of a long run (run.steps=20) may end within the warmup: only decay_steps is checked.
     if isinstance(schedule, DecayKeys) and schedule.decay_steps and schedule.decay_steps < schedule.warmup_steps:
-        warmup, end = schedule.warmup_steps, schedule.decay_steps
+        warmup_steps, decay_steps = schedule.warmup_steps, schedule.decay_steps
         yield Violation(
             ("schedule.warmup_steps", "schedule.decay_steps"),
-            f"the warmup ends at step {warmup}, after the decay at step {end}; set at most {end}",
+            f"the warmup ends at step {warmup_steps}, after the decay at step {decay_steps}; set at most {decay_steps}",
         )
 
 

@@ -1,8 +1,8 @@
-"""Reject keys that have no effect: their value is not the default, but nothing reads it.
+"""Reject keys without an effect: the user has changed the value, but this config never reads it.
 
-A key whose effect depends on the number of ranks (such as parallel.reshard) is accepted, so that one config runs on a
-laptop and on a cluster. Keys of another optimizer, schedule or objective are rejected by the unions of `section.py`,
-keys of another engine by `check_engine.py`.
+A key whose effect depends on the number of ranks (such as parallel.reshard) is accepted, because one config must run on
+a laptop and on a cluster. The unions of `section.py` reject keys of another optimizer, schedule or objective.
+`check_engine.py` rejects keys of another engine.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,14 +16,15 @@ from dist_llm.config.schema import UnresolvedConfig
 Rule = tuple[str, Callable[[UnresolvedConfig], Any], str]
 
 
-def _positions(*kinds: str) -> Callable[[UnresolvedConfig], bool]:
-    return lambda config: config.model.positions in kinds
+def _has_positions(kind: str) -> Callable[[UnresolvedConfig], bool]:
+    """Return a function that returns whether a config has this positional encoding."""
+    return lambda config: config.model.positions == kind
 
 
 RULES: tuple[Rule, ...] = (
-    ("model.rope_theta", _positions("rope"), "model.positions=rope"),
-    ("model.relative_buckets", _positions("relative"), "model.positions=relative"),
-    ("model.relative_distance", _positions("relative"), "model.positions=relative"),
+    ("model.rope_theta", _has_positions("rope"), "model.positions=rope"),
+    ("model.relative_buckets", _has_positions("relative"), "model.positions=relative"),
+    ("model.relative_distance", _has_positions("relative"), "model.positions=relative"),
     (
         "optim.implementation",
         lambda config: config.optim.name == "sgd" or config.optim.moments == "fp32",
@@ -47,12 +48,12 @@ RULES: tuple[Rule, ...] = (
 
 def check_effect(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield a violation for each key that is set and has no effect in this config."""
-    for key, has_effect, needed in RULES:
-        section, name = key.split(".")
-        values = getattr(config, section)
-        if name in type(values).model_fields and _is_changed(values, name) and not has_effect(config):
-            value = getattr(values, name)
-            yield Violation((key,), f"{value} has no effect without {needed}; remove the key, or set {needed}")
+    for key, has_effect, condition in RULES:
+        section_name, name = key.split(".")
+        section = getattr(config, section_name)
+        if name in type(section).model_fields and _is_changed(section, name) and not has_effect(config):
+            value = getattr(section, name)
+            yield Violation((key,), f"{value} has no effect without {condition}; remove the key, or set {condition}")
     yield from _check_weight(config)
     yield from _check_epochs(config)
 
@@ -63,9 +64,9 @@ def _check_weight(config: UnresolvedConfig) -> Iterator[Violation]:
 
 
 def _check_epochs(config: UnresolvedConfig) -> Iterator[Violation]:
-    for number, source in enumerate(config.data.sources):
+    for index, source in enumerate(config.data.sources):
         if source.weight and _is_changed(source, "epochs"):
-            yield Violation((f"data.sources.{number}.epochs",), "has no effect beside a weight; remove one of the two")
+            yield Violation((f"data.sources.{index}.epochs",), "has no effect beside a weight; remove one of the two")
 
 
 def _is_changed(section: Any, name: str) -> bool:

@@ -8,8 +8,8 @@ from dist_llm.config.engine_names import check_engine_name
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import AccelerateConfig, DeepSpeedConfig, UnresolvedConfig
 
-# Engine -> the axes that it does not support.
-THIRD_PARTY = {
+# Third-party engine -> the axes that the engine does not support.
+UNSUPPORTED_AXES = {
     "deepspeed": ("dp_replicate", "cp", "tp"),
     "accelerate": ("dp_replicate", "cp", "tp", "pp"),
 }
@@ -30,16 +30,16 @@ def check_engine(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
             f"only used with engine=accelerate (now {engine}); remove the section, or set engine=accelerate",
         )
     yield from check_engine_name(engine)
-    if engine in THIRD_PARTY:
+    if engine in UNSUPPORTED_AXES:
         yield from _check_third_party(config, ranks)
 
 
 def _check_third_party(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
     """Yield violations for DeepSpeed and accelerate. An engine of another package has its own `check_config`."""
     engine = config.engine
-    for needed in {engine, "deepspeed" if config.uses_deepspeed else engine}:
-        if find_spec(needed) is None:
-            yield Violation(("engine",), f"{needed} is not installed; pip install 'dist-llm[{needed}]'")
+    for package in {engine, "deepspeed" if config.uses_deepspeed else engine}:
+        if find_spec(package) is None:
+            yield Violation(("engine",), f"{package} is not installed; pip install 'dist-llm[{package}]'")
     yield from check_axes(config)
     for key, default in NATIVE_DEFAULTS.items():
         if getattr(config.parallel, key) != default:
@@ -47,10 +47,11 @@ def _check_third_party(config: UnresolvedConfig, ranks: int) -> Iterator[Violati
                 (f"parallel.{key}", "engine"),
                 f"only used with engine=native (now {engine}); remove it; settings of this engine: {engine}.*",
             )
-    for key, own in (("name", "muon"), ("moments", "bf16")):
-        if getattr(config.optim, key, None) == own:
+    for key, native_value in (("name", "muon"), ("moments", "bf16")):
+        if getattr(config.optim, key, None) == native_value:
             yield Violation(
-                (f"optim.{key}", "engine"), f"{own} needs engine=native (now {engine}); set another, or engine=native"
+                (f"optim.{key}", "engine"),
+                f"{native_value} needs engine=native (now {engine}); set another, or engine=native",
             )
     if config.precision == "fp16":
         yield Violation(
@@ -64,7 +65,7 @@ def _check_third_party(config: UnresolvedConfig, ranks: int) -> Iterator[Violati
 def check_axes(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations for axes that the engine does not support."""
     engine = config.engine
-    for axis in THIRD_PARTY.get(engine, ()):
+    for axis in UNSUPPORTED_AXES.get(engine, ()):
         if (size := getattr(config.parallel, axis)) > 1:
             supported = "data or pipeline" if engine == "deepspeed" else "data"
             yield Violation(
@@ -84,19 +85,19 @@ def _check_pipeline(config: UnresolvedConfig) -> Iterator[Violation]:
             f"stage {config.deepspeed.stage} is not supported with a pipeline (at 0 DeepSpeed clips by the gradient "
             "norm of one stage); set 1",
         )
-    plain: tuple[tuple[str, bool, str], ...] = (
+    requirements: tuple[tuple[str, bool, str], ...] = (  # (key, whether its value is supported, the supported value)
         ("parallel.pp_schedule", parallel.pp_schedule == "1f1b", "1f1b"),
         ("model.architecture", model.architecture == "decoder", "decoder"),
         ("model.tie_embeddings", not model.tie_embeddings, "false"),
         ("model.stochastic_depth", not model.stochastic_depth, "0"),
-        ("objective.name", all(each.name == "causal" for each in config.objective.components), "causal"),
+        ("objective.name", all(spec.name == "causal" for spec in config.objective.components), "causal"),
         ("data.windows", data.windows == "stream", "stream"),
         ("data.document_mask", not data.document_mask, "false"),
         ("compile", not config.compile, "false"),
     )
-    for key, holds, only in plain:
-        if not holds:
+    for key, is_supported, supported_value in requirements:
+        if not is_supported:
             yield Violation(
                 (key, "parallel.pp", "engine"),
-                f"DeepSpeed's pipeline supports only {only}; set this value, or engine to native",
+                f"DeepSpeed's pipeline supports only {supported_value}; set this value, or engine to native",
             )

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import UnresolvedConfig
 
-MULTIPLE = 16  # the kernels require all dimensions of a product to be multiples of it
+FP8_MULTIPLE = 16  # the float8 kernels require that all dimensions of a matrix product are multiples of 16
 
 
 def check_fp8(config: UnresolvedConfig) -> Iterator[Violation]:
-    """Yield settings that are incompatible with `fp8` in any layout."""
+    """Yield violations for settings that are incompatible with `fp8` in every layout."""
     if config.fp8 and config.precision != "bf16":
         yield Violation(
             ("fp8", "precision"),
@@ -21,23 +21,25 @@ def check_fp8(config: UnresolvedConfig) -> Iterator[Violation]:
 
 
 def check_fp8_sizes(config: UnresolvedConfig, d_ff: int) -> Iterator[Violation]:
-    """Yield weight matrices of the blocks whose shards the float8 kernels do not support. `d_ff` is the derived hidden
-    size."""
+    """Yield violations for weight matrices of the blocks whose shards the float8 kernels do not support.
+
+    `d_ff` is the derived hidden size of the feed-forward layer.
+    """
     model, tp = config.model, config.parallel.tp
     if not config.fp8:
         return
     head_dim = model.head_dim or model.d_model // model.n_heads
-    sides: tuple[tuple[tuple[str, ...], int, int], ...] = (
+    dimensions: tuple[tuple[tuple[str, ...], int, int], ...] = (  # (keys, full size, number of shards)
         (("model.d_model",), model.d_model, 1),
         (("model.n_heads", "model.head_dim"), model.n_heads * head_dim, tp),
         (("model.n_kv_heads", "model.head_dim"), (model.n_kv_heads or model.n_heads) * head_dim, tp),
         (("model.d_ff",), d_ff, tp),
     )
-    for keys, side, ranks in sides:
-        if side % ranks == 0 and side // ranks % MULTIPLE:
-            split = f", {side // ranks} on a rank of tp {ranks}," if ranks > 1 else ""
+    for keys, size, num_shards in dimensions:
+        if size % num_shards == 0 and size // num_shards % FP8_MULTIPLE:
+            shard_text = f", {size // num_shards} on a rank of tp {num_shards}," if num_shards > 1 else ""
             yield Violation(
-                (*keys, *(("parallel.tp",) if ranks > 1 else ()), "fp8"),
-                f"a matrix dimension of {side}{split} is not supported in float8, which needs multiples of "
-                f"{MULTIPLE}; change it, or set fp8 to false",
+                (*keys, *(("parallel.tp",) if num_shards > 1 else ()), "fp8"),
+                f"a matrix dimension of {size}{shard_text} is not supported in float8, which needs multiples of "
+                f"{FP8_MULTIPLE}; change it, or set fp8 to false",
             )

@@ -16,10 +16,11 @@ def check_guard(config: UnresolvedConfig) -> Iterator[Violation]:
         )
     if not guard.replay_every:
         return
-    needed = (("engine", config.engine == "native", "native"), ("model.dropout", not config.model.dropout, "0"))
-    for key, holds, only in needed:
-        if not holds:
+    requirements = (("engine", config.engine == "native", "native"), ("model.dropout", not config.model.dropout, "0"))
+    for key, is_supported, supported_value in requirements:
+        if not is_supported:
             yield Violation(
                 (key, "guard.replay_every"),
-                f"must be {only} for guard.replay_every; set it to {only}, or guard.replay_every to off",
+                f"must be {supported_value} for guard.replay_every; set it to {supported_value}, or "
+                "guard.replay_every to off",
             )

@@ -17,13 +17,14 @@ from dist_llm.config.derive import (
     round_up,
     splits_backward,
 )
-from dist_llm.config.lengths import extra_ids
 from dist_llm.config.load import Violation
 from dist_llm.config.parallel_section import UnresolvedParallelConfig
 from dist_llm.config.schema import UnresolvedConfig
+from dist_llm.config.sequence_lengths import count_objective_ids
 
 
 def check_layout(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> Iterator[Violation]:
+    """Yield violations of the layout: ranks, batches, matrices and layers must divide over the mesh dimensions."""
     parallel = config.parallel
     sizes = {axis: getattr(parallel, axis) for axis in AXES} | {"dp_shard": resolve_dp_shard(parallel, world_size)}
     product = math.prod(sizes.values())
@@ -41,6 +42,7 @@ def check_layout(config: UnresolvedConfig, world_size: int, tokenizer_size: int)
 
 
 def check_budget(parallel: UnresolvedParallelConfig) -> Iterator[Violation]:
+    """Yield a violation if both an activation budget and a recompute mode are set."""
     if parallel.activations_gib and parallel.recompute != "none":
         yield Violation(
             ("parallel.activations_gib", "parallel.recompute"),
@@ -49,33 +51,39 @@ def check_budget(parallel: UnresolvedParallelConfig) -> Iterator[Violation]:
         )
 
 
-def _check_batch(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
-    micro, batch = config.data.micro_batch or 1, config.data.global_batch
-    unit = ranks * micro
-    if batch % unit:
-        nearest = f"{batch // unit * unit} or {round_up(batch, unit)}" if batch > unit else str(unit)
+def _check_batch(config: UnresolvedConfig, num_data_ranks: int) -> Iterator[Violation]:
+    micro_batch, global_batch = config.data.micro_batch or 1, config.data.global_batch
+    divisor = num_data_ranks * micro_batch
+    if global_batch % divisor:
         yield Violation(
             ("data.global_batch", "data.micro_batch", "parallel.dp_shard", "parallel.dp_replicate"),
-            f"{batch} sequences do not divide into {ranks} data-parallel ranks x micro-batches of {micro}; "
-            f"the nearest that do: {nearest}",
+            f"{global_batch} sequences do not divide into {num_data_ranks} data-parallel ranks x micro-batches of "
+            f"{micro_batch}; the nearest that do: {_format_nearest_multiples(global_batch, divisor)}",
         )
+
+
+def _format_nearest_multiples(number: int, divisor: int) -> str:
+    """Format the multiples of `divisor` below and above `number`, as `8 or 12`. 0 is left out."""
+    if number <= divisor:
+        return str(divisor)
+    return f"{number // divisor * divisor} or {round_up(number, divisor)}"
 
 
 def _check_tensor(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
     model, tp = config.model, config.parallel.tp
     d_ff = resolve_d_ff(model)
-    rows = round_up(model.vocab_size or tokenizer_size + extra_ids(config), model.vocab_multiple)
-    split = (
+    num_vocab_rows = round_up(model.vocab_size or tokenizer_size + count_objective_ids(config), model.vocab_multiple)
+    sharded_sizes = (
         (("model.n_heads",), "query heads", model.n_heads),
         (("model.n_kv_heads", "model.n_heads"), "key-value heads", model.n_kv_heads or model.n_heads),
         (("model.d_ff", "model.d_model"), "hidden units", d_ff),
-        (("model.vocab_multiple",), "vocabulary rows", rows),
+        (("model.vocab_multiple",), "vocabulary rows", num_vocab_rows),
     )
-    for keys, what, number in split:
-        if number % tp:
+    for keys, description, size in sharded_sizes:
+        if size % tp:
             yield Violation(
                 (*keys, "parallel.tp"),
-                f"{number} {what} do not divide over tp {tp}; tp can be {format_divisors(number)}",
+                f"{size} {description} do not divide over tp {tp}; tp can be {format_divisors(size)}",
             )
     # The input length of an encoder-decoder's decoder is already rounded up to a multiple of tp.
     if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
@@ -90,8 +98,9 @@ def _check_tensor(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Vio
             "the compiler overlaps the all-gathers and reduce-scatters of sequence_parallel; set compile and "
             "sequence_parallel to true, or async_tp to false",
         )
-    selects = config.parallel.recompute == "selective" or config.parallel.activations_gib
-    if tp > 1 and not config.parallel.sequence_parallel and config.compile and selects and model.dropout:
+    recomputes_selectively = config.parallel.recompute == "selective" or config.parallel.activations_gib
+    shards_compiled_heads = tp > 1 and not config.parallel.sequence_parallel and config.compile
+    if shards_compiled_heads and recomputes_selectively and model.dropout:
         yield Violation(
             ("parallel.recompute", "parallel.activations_gib", "compile", "parallel.sequence_parallel"),
             "a compiled block with selective recomputation cannot draw dropout for only its rank's heads; set "
@@ -100,36 +109,31 @@ def _check_tensor(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Vio
 
 
 def _check_context(config: UnresolvedConfig) -> Iterator[Violation]:
-    num_chunks, length = 2 * config.parallel.cp, config.data.seq_len
+    num_chunks, seq_len = 2 * config.parallel.cp, config.data.seq_len
     if config.parallel.cp > 1 and config.model.architecture == "encoder_decoder":
         yield Violation(
             ("parallel.cp", "model.architecture"),
             "context parallelism does not support encoder_decoder; set cp to 1",
         )
-    if config.parallel.cp > 1 and length % num_chunks:
-        nearest = (
-            f"{length // num_chunks * num_chunks} or {round_up(length, num_chunks)}"
-            if length > num_chunks
-            else str(num_chunks)
-        )
+    if config.parallel.cp > 1 and seq_len % num_chunks:
         yield Violation(
             ("data.seq_len", "parallel.cp"),
-            f"{length} tokens do not divide into the {num_chunks} chunks of cp {config.parallel.cp} "
-            f"(two per rank); the nearest that do: {nearest}",
+            f"{seq_len} tokens do not divide into the {num_chunks} chunks of cp {config.parallel.cp} "
+            f"(two per rank); the nearest that do: {_format_nearest_multiples(seq_len, num_chunks)}",
         )
 
 
-def _check_pipeline(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
+def _check_pipeline(config: UnresolvedConfig, num_data_ranks: int) -> Iterator[Violation]:
     parallel, data = config.parallel, config.data
     if parallel.pp == 1:
         return
-    stages = parallel.pp * (2 if parallel.pp_schedule in TWO_STAGE_SCHEDULES else 1)
-    blocks = config.model.n_layers + count_encoder_layers(config.model)
-    if blocks < stages:
+    num_stages = parallel.pp * (2 if parallel.pp_schedule in TWO_STAGE_SCHEDULES else 1)
+    num_blocks = config.model.n_layers + count_encoder_layers(config.model)
+    if num_blocks < num_stages:
         yield Violation(
             ("parallel.pp", "model.n_layers", "parallel.pp_schedule"),
-            f"{stages} stages ({parallel.pp_schedule}) need at least {stages} blocks, but the model has {blocks}; "
-            f"pp can be at most {blocks * parallel.pp // stages or 1}",
+            f"{num_stages} stages ({parallel.pp_schedule}) need at least {num_stages} blocks, but the model has "
+            f"{num_blocks}; pp can be at most {num_blocks * parallel.pp // num_stages or 1}",
         )
     if config.model.positions == "relative":
         yield Violation(
@@ -137,16 +141,18 @@ def _check_pipeline(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]
             "all layers share one table of relative positions, which cannot be split over stages; set pp to 1, or "
             "positions to rope, learned or sinusoidal",
         )
-    microbatches = data.global_batch // ranks // (data.micro_batch or max(1, data.global_batch // ranks))
+    samples_per_rank = data.global_batch // num_data_ranks
+    num_microbatches = samples_per_rank // (data.micro_batch or max(1, samples_per_rank))
     # Interleaved schedules process the microbatches in groups of pp.
-    interleaved = parallel.pp_schedule.startswith("interleaved")
-    least = 1 if parallel.pp_schedule == "gpipe" else stages if parallel.pp_schedule == "zbv" else parallel.pp
-    if microbatches < least or (interleaved and microbatches % parallel.pp):
-        rule = f"a multiple of pp {parallel.pp}" if interleaved else f"at least {least}"
+    is_interleaved = parallel.pp_schedule.startswith("interleaved")
+    min_microbatches = {"gpipe": 1, "zbv": num_stages}.get(parallel.pp_schedule, parallel.pp)
+    if num_microbatches < min_microbatches or (is_interleaved and num_microbatches % parallel.pp):
+        rule = f"a multiple of pp {parallel.pp}" if is_interleaved else f"at least {min_microbatches}"
         yield Violation(
             ("data.micro_batch", "data.global_batch", "parallel.pp", "parallel.pp_schedule"),
-            f"{parallel.pp_schedule} over pp {parallel.pp} needs {rule} microbatches, but there are {microbatches}; "
-            "lower micro_batch or raise global_batch (microbatches = global_batch / data ranks / micro_batch)",
+            f"{parallel.pp_schedule} over pp {parallel.pp} needs {rule} microbatches, but there are "
+            f"{num_microbatches}; lower micro_batch or raise global_batch (microbatches = global_batch / data ranks / "
+            "micro_batch)",
         )
     if parallel.reduce_each_microbatch:
         yield Violation(
@@ -158,7 +164,7 @@ def _check_pipeline(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]
 
 
 def _check_split_backward(config: UnresolvedConfig) -> Iterator[Violation]:
-    """Yield settings that are incompatible with computing weight gradients after activation gradients."""
+    """Yield violations for settings that prevent computing weight gradients after activation gradients."""
     parallel = config.parallel
     if config.model.architecture == "encoder_decoder":
         yield Violation(

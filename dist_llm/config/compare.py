@@ -1,9 +1,9 @@
-"""Compare two configs: classify the keys that decide which function a model computes, and find those that differ.
+"""Compare the config of a checkpoint with the current config, and find the keys that differ.
 
-`MODEL_ROLES` and `OBJECTIVE_ROLES` classify every key of their sections; a test fails if one is missing.
-
-A resume refuses every difference that changes the function. A run that starts from other weights (`init_from`) refuses
-differences that `init_allow` does not name.
+The function of a model is the mapping from tokens to logits. `MODEL_ROLES` and `OBJECTIVE_ROLES` say for every key of
+their sections whether the key changes this function; a test fails if a key is missing. A resume refuses every
+difference that changes the function. A run that starts from other weights (`init_from`) refuses the differences that
+`init_allow` does not name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,12 @@ from typing import Any, Literal
 from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import ModelConfig
-from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, mode_of
+from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import Config, UnresolvedConfig
 
-# fixed: decides the function; weights trained with another value cannot be loaded.
-# requestable: decides the function; `init_from` accepts another value if `init_allow` names the key.
-# training: does not change the function of a trained model.
+# fixed: the key decides the function; weights trained with another value cannot be loaded.
+# requestable: the key decides the function; `init_from` accepts another value if `init_allow` names the key.
+# training: the key does not change the function of a trained model.
 Role = Literal["fixed", "requestable", "training"]
 
 MODEL_ROLES: dict[str, Role] = {
@@ -70,8 +70,8 @@ OBJECTIVE_ROLES: dict[str, Role] = {
 }
 REQUESTABLE = (*(f"model.{name}" for name, role in MODEL_ROLES.items() if role == "requestable"), "objective")
 
-# Requestable keys that add parameters to the model or remove some.
-PART_KEYS = {
+# Requestable keys that add parameters to the model or remove parameters.
+PARAMETER_KEYS = {
     f"model.{name}"
     for name in (
         "n_layers",
@@ -101,7 +101,7 @@ class Difference:
         return f"{self.key}: {self.before} in the checkpoint, {self.now} in this config"
 
 
-def function_of(model: ModelConfig) -> dict[str, Any]:
+def get_function_keys(model: ModelConfig) -> dict[str, Any]:
     """Return the keys that decide the forward pass of a resolved model; a key without effect in this model is None."""
     fields = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
     if model.positions != "rope":
@@ -117,9 +117,9 @@ def function_of(model: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-def function_differences(before: Config, now: Config) -> list[Difference]:
+def find_function_differences(before: Config, now: Config) -> list[Difference]:
     """List the differences that change the function: keys of `model`, and the objective. Both configs are resolved."""
-    old, new = function_of(before.model), function_of(now.model)
+    old, new = get_function_keys(before.model), get_function_keys(now.model)
     raw = before.model.model_dump(), now.model.model_dump()
     # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported.
     keys = [key for key in old if old[key] != new[key] and raw[0][key] != raw[1][key]]
@@ -128,19 +128,20 @@ def function_differences(before: Config, now: Config) -> list[Difference]:
     return differences + ([Difference("objective", *objectives)] if objectives[0] != objectives[1] else [])
 
 
-def other_differences(before: Config, now: Config) -> list[Difference]:
+def find_other_differences(before: Config, now: Config) -> list[Difference]:
     """List the differences of the model sections that do not change the function."""
-    function = {each.key for each in function_differences(before, now)}
+    function_keys = {difference.key for difference in find_function_differences(before, now)}
     pairs = zip(before.model.model_dump().items(), now.model.model_dump().values(), strict=True)
     differences = [Difference(f"model.{key}", old, new) for (key, old), new in pairs if old != new]
-    return [each for each in differences if each.key not in function]
+    return [difference for difference in differences if difference.key not in function_keys]
 
 
-def resume_differences(before: Config, now: Config) -> list[Difference]:
+def find_resume_differences(before: Config, now: Config) -> list[Difference]:
     """List the differences that prevent a resume. The objective and the data are compared with data.json instead."""
-    differences = [each for each in function_differences(before, now) if each.key != "objective"]
-    rows = [round_up(each.model.vocab_size, each.model.vocab_multiple) for each in (before, now)]
-    if before.model.vocab_size == now.model.vocab_size and rows[0] != rows[1]:
+    differences = [diff for diff in find_function_differences(before, now) if diff.key != "objective"]
+    rows_before = round_up(before.model.vocab_size, before.model.vocab_multiple)
+    rows_now = round_up(now.model.vocab_size, now.model.vocab_multiple)
+    if before.model.vocab_size == now.model.vocab_size and rows_before != rows_now:
         differences.append(Difference("model.vocab_multiple", before.model.vocab_multiple, now.model.vocab_multiple))
     masks = before.data.document_mask, now.data.document_mask
     if masks[0] != masks[1] and now.data.on_change == "refuse":
@@ -149,43 +150,44 @@ def resume_differences(before: Config, now: Config) -> list[Difference]:
 
 
 def _objective_of(config: Config) -> str:
-    """Each kind of example that the model learns from, once, as `prefix (mode S, see_prefix true)`."""
+    """Describe the distinct objectives that the model learns, each as `prefix (mode S, see_prefix true)`."""
     is_decoder = config.model.architecture == "decoder"
-    return ", ".join(sorted({_kind_of(each, is_decoder) for each in config.objective.components}))
+    return ", ".join(sorted({_describe_spec(spec, is_decoder) for spec in config.objective.components}))
 
 
-def _kind_of(spec: ObjectiveSpec, is_decoder: bool) -> str:
-    options = [f"mode {mode}"] if (mode := mode_of(spec)) else []
+def _describe_spec(spec: ObjectiveSpec, is_decoder: bool) -> str:
+    options = [f"mode {mode}"] if (mode := get_mode_token(spec)) else []
     if is_decoder and isinstance(spec, PrefixSpec | SpanSpec):
         options.append(f"see_prefix {str(spec.see_prefix).lower()}")
     return f"{spec.name} ({', '.join(options)})" if options else spec.name
 
 
-def merge_model(
-    own: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: str, allowed: object
+def merge_model_keys(
+    user_keys: Mapping[str, Any], saved_keys: Mapping[str, Any], checkpoint: str, init_allow: object
 ) -> tuple[dict[str, Any], list[Violation]]:
-    """Merge `model: {from: checkpoint, **own}` onto the model section `saved` of the checkpoint; return violations too.
+    """Merge `model: {from: checkpoint, **user_keys}` onto the model section of the checkpoint.
 
-    Keys that decide the function must agree with the checkpoint, unless init_allow (`allowed`) names them.
+    Keys that decide the function must agree with the checkpoint, unless `init_allow` names them. Returns (merged
+    section, violations).
     """
-    names = list(allowed) if isinstance(allowed, list | tuple) else []
+    allowed_keys = list(init_allow) if isinstance(init_allow, list | tuple) else []
     conflicts = [
         (name, value)
-        for name, value in own.items()
+        for name, value in user_keys.items()
         if MODEL_ROLES.get(name, "training") != "training"
-        and value not in (saved[name], None)  # null: the size of the checkpoint
-        and f"model.{name}" not in names
+        and value not in (saved_keys[name], None)  # null: the size of the checkpoint
+        and f"model.{name}" not in allowed_keys
     ]
     violations = [
         Violation(
             (f"model.{name}",),
-            f"{value} differs from model.from: {checkpoint} has {saved[name]}; remove the key"
+            f"{value} differs from model.from: {checkpoint} has {saved_keys[name]}; remove the key"
             + (f", or add model.{name} to init_allow" if MODEL_ROLES[name] == "requestable" else ""),
         )
         for name, value in conflicts
     ]
-    changes = {name: value for name, value in own.items() if value is not None}
-    return {**saved, **changes, **{name: saved[name] for name, _ in conflicts}}, violations
+    changes = {name: value for name, value in user_keys.items() if value is not None}
+    return {**saved_keys, **changes, **{name: saved_keys[name] for name, _ in conflicts}}, violations
 
 
 def check_init(config: UnresolvedConfig) -> Iterator[Violation]:

@@ -1,4 +1,4 @@
-"""The section `data`, as a user writes it and resolved, and the entries of its lists."""
+"""The config section `data`, as a user writes it and with derived sizes, and the entries of its lists."""
 
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ from dist_llm.config.section import (
     key,
 )
 
-CACHE = "~/.cache/dist_llm"
+CACHE = "~/.cache/dist_llm"  # default directory for downloads
 
 
 class SourceConfig(Section):
@@ -26,15 +26,15 @@ class SourceConfig(Section):
     path: str = key("see data.path")
     weight: Annotated[PositiveFloat | None, UNSET] = key("share of the samples; null: use epochs", None)
     epochs: PositiveFloat = key(
-        "if no source has a weight: passes over this source, relative to those of the others", 1.0
+        "if no source has a weight: passes over this source, relative to the passes over other sources", 1.0
     )
 
 
 class StageConfig(Section):
-    """Source weights from a number of tokens on."""
+    """Source weights that apply after a number of training tokens."""
 
     from_tokens: Positive = key("number of tokens after which these weights apply")
-    weights: dict[str, NonNegative] = key("weight of each source, by name; 0: no samples of it")
+    weights: dict[str, NonNegative] = key("weight of each source, by name; 0: no samples of the source")
 
 
 class UnresolvedDataConfig(Section):
@@ -59,23 +59,23 @@ class UnresolvedDataConfig(Section):
         "shuffle: each window once per epoch; random: uniform offsets with replacement", "shuffle"
     )
     windows: Literal["stream", "document", "packed"] = key(
-        "stream: cut the token stream; document: one padded document each; packed: pack whole documents, masked "
-        "from each other",
+        "stream: cut the token stream into windows; document: one padded document per window; packed: whole documents "
+        "per window, each masked from the others",
         "stream",
     )
     score_prompts: bool = key(
-        "compute the loss on prompts too, of a corpus that was prepared with --prompt-field", False
+        "also compute the loss on prompts, in a corpus that was prepared with --prompt-field", False
     )
-    document_mask: bool = key("restrict attention to the own document, whose positions start at 0", False)
+    document_mask: bool = key("restrict attention to tokens of the same document; positions restart in each", False)
     verify: Literal["size", "hash"] = key(
-        "check the shards at the start by size, or read them completely and check their hashes", "size"
+        "check of the shards at the start: compare sizes, or read all bytes and compare hashes", "size"
     )
     prefetch: Count = key("number of steps whose batches a thread prepares in advance; 0: none", 2)
     skip: Annotated[tuple[Annotated[tuple[Count, Count], Field(strict=False)], ...], Field(strict=False)] = key(
-        "ranges [from, to) of sample numbers to leave out, such as those of a loss spike", ()
+        "ranges [from, to) of sample numbers to leave out, for example the samples of a loss spike", ()
     )
     on_change: Literal["refuse", "new_segment"] = key(
-        "resume with another corpus, seed, window or objective: refuse, or continue with the new data from here",
+        "resume with another corpus, seed, window or objective: refuse, or continue with the new data from this step",
         "refuse",
     )
     audit_every: Interval = key(

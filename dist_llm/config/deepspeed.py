@@ -1,4 +1,7 @@
-"""Convert a run's config to DeepSpeed's JSON, and check a user's JSON against the config. Imports no torch."""
+"""Convert a config to the JSON of DeepSpeed, and check the JSON of a user (`deepspeed.config`) against the config.
+
+This module does not import torch, because the config is checked before torch is imported.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,14 +12,14 @@ from typing import Any
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import UnresolvedConfig
 
-AUTO = "auto"  # in JSON files written for other trainers: use the value of the config
-DEFAULTS: dict[str, Any] = {  # a user's JSON may override these
+AUTO_VALUE = "auto"  # in JSON files written for other trainers: use the value of the config
+DEFAULTS: dict[str, Any] = {  # the JSON of a user may override these values
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU AdamW needs a compiler
     "steps_per_print": None,
 }
-# Sections and keys that change how a step is executed, but not its result or the layout of its tensors.
-FREE = (
+# Sections and keys that a user may set: they change how a step is executed, but not its result or its tensor layout.
+ALLOWED_KEYS = (
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
     "steps_per_print",
@@ -57,7 +60,7 @@ FREE = (
         )
     ),
 )
-TIMERS = ("wall_clock_breakdown", "flops_profiler.enabled")  # not supported by DeepSpeed's pipeline
+TIMER_KEYS = ("wall_clock_breakdown", "flops_profiler.enabled")  # the pipeline of DeepSpeed does not support them
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,23 @@ class ConfigValue:
     key: str
 
 
-def deepspeed_json(config: UnresolvedConfig, ranks: int) -> dict[str, Any]:
-    """Return the JSON for `deepspeed.initialize`. `ranks`: data-parallel ranks. The config is checked and resolved."""
-    user_values = {key: value for key, value in _flat(_read(config)) if not key.startswith("optimizer.")}
+def build_deepspeed_json(config: UnresolvedConfig, num_data_ranks: int) -> dict[str, Any]:
+    """Return the JSON for `deepspeed.initialize`, from a checked and resolved config."""
+    user_values = {key: value for key, value in _flatten(_read_json(config)) if not key.startswith("optimizer.")}
     config_values = {
-        key: each.value for key, each in _config_values(config, ranks).items() if not key.startswith("optimizer.")
+        key: config_value.value
+        for key, config_value in _get_config_values(config, num_data_ranks).items()
+        if not key.startswith("optimizer.")
     }
     fixed: dict[str, Any] = {}
     if config.precision == "bf16":
         fixed["communication_data_type"] = "fp32"
         if config.deepspeed.stage > 1:
             fixed["data_types.grad_accum_dtype"] = "fp32"
-    return _nested({**DEFAULTS, **fixed, **user_values, **config_values})
+    return _unflatten({**DEFAULTS, **fixed, **user_values, **config_values})
 
 
-def check_deepspeed(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
+def check_deepspeed(config: UnresolvedConfig, num_data_ranks: int) -> Iterator[Violation]:
     """Yield violations for settings that DeepSpeed does not support or computes incorrectly."""
     zero = config.deepspeed
     if config.precision == "bf16" and zero.stage == 0:
@@ -102,46 +107,51 @@ def check_deepspeed(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]
         yield Violation(("deepspeed.offload_optimizer", "deepspeed.stage"), "needs a stage of at least 1")
     if zero.offload_params != "none" and zero.stage < 3:
         yield Violation(("deepspeed.offload_params", "deepspeed.stage"), "needs stage 3")
-    yield from _contradictions(config, ranks)
+    yield from _check_user_json(config, num_data_ranks)
 
 
-def _contradictions(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
-    """Yield violations where the user's JSON contradicts the config."""
+def _check_user_json(config: UnresolvedConfig, num_data_ranks: int) -> Iterator[Violation]:
+    """Yield violations where the JSON of the user contradicts the config."""
     try:
-        user_values = dict(_flat(_read(config)))
+        user_values = dict(_flatten(_read_json(config)))
     except (OSError, ValueError) as error:
         yield Violation(("deepspeed.config",), f"{config.deepspeed.config} cannot be read as JSON: {error}")
         return
-    config_values, name = _config_values(config, ranks), config.deepspeed.config
+    config_values, file_name = _get_config_values(config, num_data_ranks), config.deepspeed.config
     for key, value in user_values.items():
-        known = config_values.get(key)
-        if key.startswith("optimizer.") and known is None:
-            yield Violation(("deepspeed.config",), f"{name}: remove {key}: the optimizer is configured by optim.*")
+        config_value = config_values.get(key)
+        is_allowed = any(key == allowed or key.startswith(allowed + ".") for allowed in ALLOWED_KEYS)
+        if key.startswith("optimizer.") and config_value is None:
+            yield Violation(("deepspeed.config",), f"{file_name}: remove {key}: the optimizer is configured by optim.*")
         elif key == "scheduler" or key.startswith("scheduler."):
-            yield Violation(("deepspeed.config",), f"{name}: remove {key}: the learning rate is set by schedule.*")
-        elif known is not None and value != AUTO and not _equal(value, known.value):
+            yield Violation(("deepspeed.config",), f"{file_name}: remove {key}: the learning rate is set by schedule.*")
+        elif config_value is not None and value != AUTO_VALUE and not _is_equal(value, config_value.value):
             yield Violation(
-                ("deepspeed.config", known.key),
-                f"{name} sets {key}: {json.dumps(value)}, but {known.key} makes it {json.dumps(known.value)}; change "
-                f'one of them, or set {key} to "auto"',
+                ("deepspeed.config", config_value.key),
+                f"{file_name} sets {key}: {json.dumps(value)}, but {config_value.key} makes it "
+                f'{json.dumps(config_value.value)}; change one of them, or set {key} to "auto"',
             )
-        elif known is None and not any(key == free or key.startswith(free + ".") for free in FREE):
+        elif config_value is None and not is_allowed:
             yield Violation(
                 ("deepspeed.config",),
-                f"{name}: remove {key}: it is unknown, or changes the result of a step or the layout of its tensors",
+                f"{file_name}: remove {key}: it is unknown, or changes the result of a step or the layout of its "
+                "tensors",
             )
-        elif key in TIMERS and value and config.parallel.pp > 1:
-            yield Violation(("deepspeed.config", "parallel.pp"), f"{name}: remove {key}: pipelines do not support it")
+        elif key in TIMER_KEYS and value and config.parallel.pp > 1:
+            yield Violation(
+                ("deepspeed.config", "parallel.pp"), f"{file_name}: remove {key}: pipelines do not support it"
+            )
 
 
-def _config_values(config: UnresolvedConfig, ranks: int) -> dict[str, ConfigValue]:
-    """Return all DeepSpeed values that our config decides, by dotted key of DeepSpeed's JSON."""
+def _get_config_values(config: UnresolvedConfig, num_data_ranks: int) -> dict[str, ConfigValue]:
+    """Return all values of DeepSpeed that our config decides, by dotted key of the JSON of DeepSpeed."""
     data, optim, zero = config.data, config.optim, config.deepspeed
-    micro = data.micro_batch or max(1, data.global_batch // ranks)
+    micro_batch = data.micro_batch or max(1, data.global_batch // num_data_ranks)
+    num_microbatches = max(1, data.global_batch // (num_data_ranks * micro_batch))
     values = {
         "train_batch_size": ConfigValue(data.global_batch, "data.global_batch"),
-        "train_micro_batch_size_per_gpu": ConfigValue(micro, "data.micro_batch"),
-        "gradient_accumulation_steps": ConfigValue(max(1, data.global_batch // (ranks * micro)), "data.micro_batch"),
+        "train_micro_batch_size_per_gpu": ConfigValue(micro_batch, "data.micro_batch"),
+        "gradient_accumulation_steps": ConfigValue(num_microbatches, "data.micro_batch"),
         "gradient_clipping": ConfigValue(optim.clip or 0.0, "optim.clip"),
         "zero_optimization.stage": ConfigValue(zero.stage, "deepspeed.stage"),
         "bf16.enabled": ConfigValue(config.precision == "bf16", "precision"),
@@ -157,14 +167,15 @@ def _config_values(config: UnresolvedConfig, ranks: int) -> dict[str, ConfigValu
     else:
         values["optimizer.params.eps"] = ConfigValue(optim.eps, "optim.eps")
         values["optimizer.params.betas"] = ConfigValue([optim.beta1, optim.beta2], "optim.beta1")
-    for name, where in (("offload_optimizer", zero.offload_optimizer), ("offload_param", zero.offload_params)):
-        key = "deepspeed.offload_params" if name == "offload_param" else f"deepspeed.{name}"
-        values[f"zero_optimization.{name}.device"] = ConfigValue(where, key)
+    values["zero_optimization.offload_optimizer.device"] = ConfigValue(
+        zero.offload_optimizer, "deepspeed.offload_optimizer"
+    )
+    values["zero_optimization.offload_param.device"] = ConfigValue(zero.offload_params, "deepspeed.offload_params")
     return values
 
 
-def _read(config: UnresolvedConfig) -> dict[str, Any]:
-    """Read the user's JSON. Raises OSError if the file cannot be read, ValueError if it is not a JSON object."""
+def _read_json(config: UnresolvedConfig) -> dict[str, Any]:
+    """Read the JSON of the user. Raises OSError if the file cannot be read, ValueError if it is not a JSON object."""
     if not config.deepspeed.config:
         return {}
     content = json.loads(Path(config.deepspeed.config).read_text(encoding="utf-8"))
@@ -173,26 +184,28 @@ def _read(config: UnresolvedConfig) -> dict[str, Any]:
     return content
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for each value of a nested mapping."""
     for key, value in nested.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested dict of a mapping with dotted keys."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        *sections, last = key.split(".")
-        section_node = nested
+        *sections, name = key.split(".")
+        node = nested
         for section in sections:
-            section_node = section_node.setdefault(section, {})
-        section_node[last] = value
+            node = node.setdefault(section, {})
+        node[name] = value
     return nested
 
 
-def _equal(user_value: Any, config_value: Any) -> bool:
+def _is_equal(user_value: Any, config_value: Any) -> bool:
     """Return whether two values are equal. 1 equals 1.0, but not true."""
     if isinstance(user_value, bool) or isinstance(config_value, bool):
         return user_value is config_value

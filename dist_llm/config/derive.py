@@ -1,14 +1,14 @@
-"""Derive the values of keys that are null, and compute sizes of layouts."""
+"""Derive the values of config keys that are null, and compute the sizes of parallel layouts."""
 
 import math
 from collections.abc import Sequence
 
 from dist_llm.config.data_sections import DataConfig
-from dist_llm.config.lengths import extra_ids, inputs_len
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.optim_sections import DecayKeys, ScheduleConfig
 from dist_llm.config.parallel_section import ParallelConfig, UnresolvedParallelConfig
 from dist_llm.config.schema import Config, UnresolvedConfig
+from dist_llm.config.sequence_lengths import compute_inputs_len, count_objective_ids
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # each rank has two stages
@@ -21,15 +21,15 @@ def splits_backward(version: str) -> bool:
 
 
 def resolve_config(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> Config:
-    """Derive all sizes of a config that has passed `check`. `tokenizer_size`: number of token ids of the corpus."""
+    """Derive all sizes of a config that has passed `check`. `tokenizer_size` is the number of ids of the tokenizer."""
     model, data, parallel = config.model, config.data, config.parallel
     dp_shard = resolve_dp_shard(parallel, world_size)
     samples_per_rank = data.global_batch // (parallel.dp_replicate * dp_shard)
     sections = {
         "model": resolve_model(
             model,
-            vocab_size=tokenizer_size + extra_ids(config),
-            max_seq_len=max(data.seq_len, inputs_len(config)),
+            vocab_size=tokenizer_size + count_objective_ids(config),
+            max_seq_len=max(data.seq_len, compute_inputs_len(config)),
         ),
         "data": DataConfig.model_validate({**dict(data), "micro_batch": data.micro_batch or samples_per_rank}),
         "parallel": ParallelConfig.model_validate({**dict(parallel), "dp_shard": dp_shard}),

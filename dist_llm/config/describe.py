@@ -1,4 +1,4 @@
-"""Describe all keys of a config: type, default and description, for `--help-config`, docs/config.md and messages."""
+"""Describe all keys of a config with type, default and description, for `--help-config`, docs/config.md and errors."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,16 +10,16 @@ import yaml
 from pydantic import BaseModel
 
 from dist_llm.config.schema import KnownNames, UnresolvedConfig
-from dist_llm.config.section import OFF, Section, union_members, unwrap
+from dist_llm.config.section import OFF, Section, get_union_members, strip_metadata
 from dist_llm.errors import ConfigError
 
-FROM = "from"  # a key of the model section that names a checkpoint
-TOP = "top level"
-WIDTH = 100  # characters per line on a terminal
+MODEL_FROM = "from"  # a key of the model section that names a checkpoint
+TOP_LEVEL = "top level"
+LINE_WIDTH = 100  # characters per line on a terminal
 
 
 class KeyHelp(NamedTuple):
-    """One key. `name` is dotted, with `*` for the index of a list entry. `default` is YAML, or `required`."""
+    """The help on one key. `name` has `*` for the index of a list entry. `default` is YAML or `required`."""
 
     name: str
     type: str
@@ -27,9 +27,11 @@ class KeyHelp(NamedTuple):
     description: str
 
 
-def describe() -> Iterator[KeyHelp]:
-    """Yield every key, section by section."""
-    yield KeyHelp("base", "path", "none", "another config to build on, relative to this file; keys here win")
+def describe_keys() -> Iterator[KeyHelp]:
+    """Yield the help on every key, section by section."""
+    yield KeyHelp(
+        "base", "path", "none", "another config to build on, relative to this file; keys of this file override its keys"
+    )
     for name, field in UnresolvedConfig.model_fields.items():
         if not _sections_of(field.annotation):
             yield _describe_field(name, field)
@@ -37,49 +39,50 @@ def describe() -> Iterator[KeyHelp]:
         yield from _describe_section(name, _sections_of(field.annotation))
         if name == "model":
             yield KeyHelp(
-                f"model.{FROM}",
+                f"model.{MODEL_FROM}",
                 "str",
                 "none",
-                "checkpoint or run whose model section is used; keys beside it that decide the model's function must "
-                "agree with it, unless init_allow names them",
+                "checkpoint or run whose model section is used; other model keys that change what the model computes "
+                "must agree with the checkpoint, unless init_allow names them",
             )
 
 
-def search(text: str) -> list[KeyHelp]:
+def search_keys(text: str) -> list[KeyHelp]:
     """Return the keys whose name or description contains `text`. Raises ConfigError if there are none."""
-    if matches := [row for row in describe() if text.lower() in f"{row.name} {row.description}".lower()]:
+    matches = [key for key in describe_keys() if text.lower() in f"{key.name} {key.description}".lower()]
+    if matches:
         return matches
     raise ConfigError(f"no key contains '{text}'; list all keys with dist-llm train --help-config")
 
 
-def format_help(rows: Sequence[KeyHelp]) -> Iterator[str]:
+def format_help(keys: Sequence[KeyHelp]) -> Iterator[str]:
     """Yield lines for a terminal: the keys of each section under its name and description."""
-    for section, keys in groupby(rows, lambda row: _section_of(row.name)):
+    for section, section_keys in groupby(keys, lambda key: _section_of(key.name)):
         yield f"{section}: {_description_of(section)}"
-        for row in keys:
-            yield f"  {row.name}"
-            yield f"      {row.type}; default: {row.default}"
-            yield textwrap.fill(row.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        for key in section_keys:
+            yield f"  {key.name}"
+            yield f"      {key.type}; default: {key.default}"
+            yield textwrap.fill(key.description, LINE_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
         yield ""
 
 
 def format_markdown() -> Iterator[str]:
     """Yield the lines of docs/config.md."""
-    for section, keys in groupby(describe(), lambda row: _section_of(row.name)):
+    for section, section_keys in groupby(describe_keys(), lambda key: _section_of(key.name)):
         yield f"## {section}\n\n{_description_of(section).capitalize()}.\n"
         yield "| key | type | default | description |\n| --- | --- | --- | --- |"
-        for row in keys:
-            cells = (f"`{row.name}`", row.type, f"`{row.default}`", row.description)
+        for key in section_keys:
+            cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.description)
             yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
         yield ""
 
 
 def _section_of(name: str) -> str:
-    return name.split(".")[0] if "." in name else TOP
+    return name.split(".")[0] if "." in name else TOP_LEVEL
 
 
 def _description_of(section: str) -> str:
-    if section == TOP:
+    if section == TOP_LEVEL:
         return "keys outside the sections"
     return UnresolvedConfig.model_fields[section].description or ""
 
@@ -88,27 +91,27 @@ def _sections_of(annotation: Any) -> dict[str, type[Section]]:
     """Return {tag: section} for a union of sections, {"": section} for one section, and {} for a value."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return {"": annotation}
-    return union_members(annotation)
+    return get_union_members(annotation)
 
 
 def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iterator[KeyHelp]:
-    """Yield each key of the members once. A key that only some members have lists these members."""
-    named = {tag: member for tag, member in members.items() if "name" in member.model_fields}
+    """Yield the help on each key of the members once. The description of a key starts with its members, if not all."""
+    named_members = {tag: member for tag, member in members.items() if "name" in member.model_fields}
     fields: dict[str, Any] = {}
     for member in members.values():
         fields |= {name: field for name, field in member.model_fields.items() if name not in fields}
     for name, field in fields.items():
         full_name, kind, default, description = _describe_field(f"{prefix}.{name}", field)
-        owners = [tag for tag, member in named.items() if name in member.model_fields]
+        tags_with_key = [tag for tag, member in named_members.items() if name in member.model_fields]
         if len(members) > 1 and name == "name":
-            kind = " | ".join(named)
-        elif len(members) > 1 and not owners:
+            kind = " | ".join(named_members)
+        elif len(members) > 1 and not tags_with_key:
             default = "none"
-        elif len(members) > 1 and len(owners) < len(named):
-            description = f"{', '.join(owners)}: {description}"
+        elif len(members) > 1 and len(tags_with_key) < len(named_members):
+            description = f"{', '.join(tags_with_key)}: {description}"
         yield KeyHelp(full_name, kind, default, description)
-        entry = unwrap(field.annotation)
-        if get_origin(entry) is tuple and not union_members(get_args(entry)[0]):
+        entry = strip_metadata(field.annotation)
+        if get_origin(entry) is tuple and not get_union_members(get_args(entry)[0]):
             yield from _describe_section(f"{prefix}.{name}.*", _sections_of(get_args(entry)[0]))
 
 

@@ -1,7 +1,8 @@
-"""The names that `engine` may have: the native engine, and those that installed packages register.
+"""Check the config key `engine`: it names the native engine, or an engine that an installed package registers.
 
-A package registers an engine as an entry point of the group `dist_llm.engines`; `dist_llm/engines/build_engine.py` says
-what the entry point refers to. DeepSpeed's and accelerate's engines are registered by this package in the same way.
+A package registers an engine as an entry point of the group `dist_llm.engines`. `dist_llm/engines/build_engine.py`
+describes the object that the entry point refers to. This package registers its engines for DeepSpeed and accelerate in
+the same way.
 """
 
 from collections.abc import Iterator
@@ -9,24 +10,24 @@ from importlib.metadata import EntryPoint, entry_points
 
 from dist_llm.config.load import Violation
 
-GROUP = "dist_llm.engines"
-NATIVE = "native"
-OWN = ("deepspeed", "accelerate")  # registered by this package
+ENTRY_POINT_GROUP = "dist_llm.engines"
+NATIVE_ENGINE = "native"
+OWN_ENGINES = ("deepspeed", "accelerate")  # registered by this package
 
 
 def find_engine(name: str) -> EntryPoint | None:
     """Return the entry point of an engine; None if none is registered."""
-    return next(iter(entry_points(group=GROUP, name=name)), None)
+    return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
 
 
 def check_engine_name(name: str) -> Iterator[Violation]:
     """Yield a violation if the engine is not registered, or registered more than once."""
-    if name == NATIVE:
+    if name == NATIVE_ENGINE:
         return
-    targets = sorted({point.value for point in entry_points(group=GROUP, name=name)})
+    targets = sorted({point.value for point in entry_points(group=ENTRY_POINT_GROUP, name=name)})
     if not targets:
-        names = sorted({NATIVE, *entry_points(group=GROUP).names})
-        package = "dist_llm again, whose metadata is older" if name in OWN else "the package that registers it"
+        names = sorted({NATIVE_ENGINE, *entry_points(group=ENTRY_POINT_GROUP).names})
+        package = "dist_llm again, whose metadata is older" if name in OWN_ENGINES else "the package that registers it"
         yield Violation(
             ("engine",), f"no installed package has {name}; set one of {', '.join(names)}, or install {package}"
         )

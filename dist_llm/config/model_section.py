@@ -1,4 +1,4 @@
-"""The section `model`, as a user writes it and resolved."""
+"""The config section `model`: as a user writes it, and with derived sizes."""
 
 from typing import Annotated, Literal
 
@@ -70,12 +70,12 @@ class UnresolvedModelConfig(Section):
     )
     bias: bool = key("biases in linear layers and layer norms", False)
     qkv_bias: bool = key("biases of queries, keys and values, independent of `bias` (Qwen2)", False)
-    tie_embeddings: bool = key("share the token embedding's weight with the head", False)
+    tie_embeddings: bool = key("share the weight of the token embedding with the output head", False)
     head: Literal["linear", "mlm"] = key(
         "mlm: a dense layer and a norm before the logits, and a bias after them (BERT)", "linear"
     )
     attention_scale: DerivedFloat = key("factor of the attention scores; null: 1 / sqrt(head_dim); T5 uses 1", None)
-    qk_norm: bool = key("RMSNorm of each head's queries and keys, which bounds the attention scores", False)
+    qk_norm: bool = key("RMSNorm of the queries and keys of each head, which bounds the attention scores", False)
     logit_cap: Limit = key("softcap: logits become cap * tanh(logits / cap)", None)
     dropout: Fraction = key("dropout of attention weights, residual branches and embeddings", 0.0)
     stochastic_depth: Fraction = key(
@@ -90,9 +90,9 @@ class UnresolvedModelConfig(Section):
 
 
 class ModelConfig(UnresolvedModelConfig):
-    """The section `model` with all sizes. `attention_scale` stays None where the default formula applies."""
+    """The section `model` with all sizes. `attention_scale` stays None if the default formula applies."""
 
-    # 0 unless encoder_decoder; a saved config then has null.
+    # 0 for a decoder and an encoder; a saved config then has null.
     n_encoder_layers: Annotated[int, BeforeValidator(lambda layers: layers or 0), Field(ge=0, le=MAX_LAYERS)] = 0
     n_kv_heads: PositiveWidth
     head_dim: PositiveWidth

@@ -1,4 +1,4 @@
-"""The section `objective`: one class for each training objective, and mixtures of them."""
+"""The config section `objective`: one class for each training objective, and mixtures of objectives."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, cast
@@ -7,7 +7,7 @@ from pydantic import Field, Tag
 
 from dist_llm.config.section import PositiveFloat, Rate, Section, key, select_by_name
 
-OBJECTIVE = "next tokens, tokens after a prefix, masked tokens, removed spans, or a removed middle (fill in the middle)"
+OBJECTIVE = "predict next tokens, tokens after a prefix, masked tokens, removed spans, or a removed middle (FIM)"
 MODE = "mode token that is put first (UL2); empty: none"
 SEE_PREFIX = "in a decoder: bidirectional attention within the prefix; false: causal"
 
@@ -64,7 +64,9 @@ class FIMSpec(ObjectiveKeys):
 
     name: Literal["fim"] = key(OBJECTIVE, "fim")
     fim_rate: Probability = key("share of the samples with a removed middle", 0.5)
-    fim_spm_rate: Probability = key("share of those samples in the order suffix, prefix, middle", 0.5)
+    fim_spm_rate: Probability = key(
+        "share of the samples with a removed middle that are in the order suffix, prefix, middle", 0.5
+    )
 
 
 _Objectives = (
@@ -80,8 +82,8 @@ ObjectiveSpec = Annotated[_Objectives, select_by_name("causal")]
 class MixtureConfig(Section):
     """Several objectives, each with a share of the samples."""
 
-    mixture: Annotated[tuple[ObjectiveSpec, ...], Field(strict=False)] = key(  # a list, in YAML
-        "several objectives instead of the one above, each with the same keys and a weight"
+    mixture: Annotated[tuple[ObjectiveSpec, ...], Field(strict=False)] = key(  # a list in YAML
+        "list of objectives instead of one; each entry has the keys of this section and a weight"
     )
 
     @property
@@ -93,6 +95,6 @@ class MixtureConfig(Section):
 ObjectiveConfig = Annotated[_Objectives | Annotated[MixtureConfig, Tag("mixture")], select_by_name("causal")]
 
 
-def mode_of(spec: ObjectiveSpec) -> str:
-    """Return the mode token of an objective; empty: none."""
+def get_mode_token(spec: ObjectiveSpec) -> str:
+    """Return the mode token of an objective. An empty string means none."""
     return spec.mode if isinstance(spec, PrefixSpec | SpanSpec) else ""

@@ -1,4 +1,4 @@
-"""The sections `optim` and `schedule`: one class for each optimizer and each learning-rate schedule."""
+"""The config sections `optim` and `schedule`: one class for each optimizer and each learning-rate schedule."""
 
 from typing import Annotated, Literal
 
@@ -28,12 +28,12 @@ class OptimKeys(Section):
     name: str = key(OPTIMIZER)
     lr: PositiveFloat = key("peak learning rate", 3e-4)
     weight_decay: NonNegative = key("decoupled weight decay (sgd: coupled)", 0.1)
-    decay_embeddings: bool = key("apply weight decay to embeddings too; norms and biases never decay", False)
+    decay_embeddings: bool = key("also apply weight decay to embeddings; norms and biases never decay", False)
     clip: Limit = key("maximum global gradient norm", 1.0)
 
 
 class AdamWKeys(OptimKeys):
-    """The keys of AdamW, which also updates the parameters that Muon does not."""
+    """The keys of AdamW. Under Muon, AdamW updates the parameters that are not matrices of the blocks."""
 
     beta1: Fraction = key("decay of the first moment", 0.9)
     beta2: Fraction = key("decay of the second moment", 0.95)
@@ -81,8 +81,8 @@ class DecayKeys(ScheduleKeys):
     decay_steps: DerivedCount = key("step at which the decay reaches min_ratio; null: run.steps", None)
     min_ratio: Ratio = key("final learning rate as a share of optim.lr", 0.1)
     on_extend: Literal["keep", "replan"] = key(
-        "resume with another run.steps and decay_steps null: keep the planned decay (after it the rate stays at its "
-        "minimum), or replan it to end at the new run.steps (the rate jumps)",
+        "resume with another run.steps while decay_steps is null: keep the planned decay (the rate then stays at its "
+        "minimum), or replan the decay to end at the new run.steps (the rate jumps)",
         "keep",
     )
 
@@ -104,7 +104,8 @@ class WSDConfig(DecayKeys):
 
     name: Literal["wsd"] = key(SCHEDULE, "wsd")
     decay_fraction: Fraction = key(
-        "last share of decay_steps, in which the rate decays; 0: it drops at once after decay_steps", 0.2
+        "share of decay_steps, at their end, in which the rate decays; 0: the rate drops at once after decay_steps",
+        0.2,
     )
 
 

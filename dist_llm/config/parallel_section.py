@@ -1,4 +1,4 @@
-"""The section `parallel`, as a user writes it and resolved."""
+"""The config section `parallel`: as a user writes it, and with derived sizes."""
 
 from typing import Annotated, Literal
 
@@ -42,7 +42,8 @@ class UnresolvedParallelConfig(Section):
         "none",
     )
     recompute_budget: Annotated[float, Field(ge=0.0, le=1.0)] = key(
-        "with compile: share of the activations that a block may keep; those cheapest to recompute are dropped first",
+        "with compile: share of the activations that a block may keep; activations that are cheap to recompute are "
+        "dropped first",
         1.0,
     )
     activations_gib: Limit = key(

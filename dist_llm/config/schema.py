@@ -1,9 +1,11 @@
-"""All keys of a config: one frozen model per section, one description per key.
+"""Define all keys of a config: one frozen pydantic model per section, one description per key.
 
-Types are strict (`steps: "20"` is an error). Rules of a single key are here; rules that involve several keys, the
-corpus or the world size are in `check.py`. A user writes an `UnresolvedConfig`: null means that the value is derived
-from other keys. `derive.resolve_config` turns it into a `Config`, which has all sizes; engines and models accept only
-that type.
+Types are strict (`steps: "20"` is an error). This file has the rules of a single key. `check.py` has the rules that
+involve several keys, the corpus or the world size.
+
+A user writes an `UnresolvedConfig`, in which null means that the value is derived from other keys.
+`derive.resolve_config` turns an `UnresolvedConfig` into a `Config`, which has all sizes. Engines and models accept only
+a `Config`.
 """
 
 from typing import Annotated, Literal
@@ -35,7 +37,7 @@ Policy = Literal["stop", "skip", "rewind", "warn"]
 
 
 class KnownNames:
-    """Marks a string key whose values other packages may extend; the help lists the names that this one knows."""
+    """Marks a string key whose values other packages may extend. The help lists the names that dist_llm knows."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -58,12 +60,14 @@ class RunConfig(Section):
 
 
 class LossConfig(Section):
-    label_smoothing: Fraction = key("share of the target's probability that is spread over the vocabulary", 0.0)
+    label_smoothing: Fraction = key("share of the target probability that is spread over the vocabulary", 0.0)
     z_loss: NonNegative = key("weight of the squared log-partition function, which keeps logits from drifting", 0.0)
 
 
 class DeepSpeedConfig(Section):
-    stage: Literal[0, 1, 2, 3] = key("ZeRO stage: shard nothing, optimizer state, also gradients, also weights", 2)
+    stage: Literal[0, 1, 2, 3] = key(
+        "ZeRO stage; 0: shard nothing; 1: optimizer state; 2: also gradients; 3: also weights", 2
+    )
     offload_optimizer: Literal["none", "cpu"] = key("device of the optimizer state and its step", "none")
     offload_params: Literal["none", "cpu"] = key("stage 3: device of weights that are not in use", "none")
     config: str = key("DeepSpeed JSON file with further settings; an error if it contradicts this config", "")
@@ -82,49 +86,50 @@ class CheckpointConfig(Section):
     keep_every: Interval = key("also keep every checkpoint whose step is a multiple of this number", None)
     keep_best: Count = key("also keep this many checkpoints with the lowest held-out loss", 0)
     probe: Literal["refuse", "warn"] = key(
-        "when loaded weights give a small fixed batch another loss than at the save, by more than rounding: "
-        "refuse to start, or warn",
+        "if the loss of a small fixed batch differs between save and load by more than rounding: refuse to start, or "
+        "warn",
         "refuse",
     )
     background: bool = key(
-        "write checkpoints in the background from a copy in host memory; false: training waits, without that copy", True
+        "write checkpoints in the background from a copy in host memory; false: make no copy, and training waits", True
     )
 
 
 class GuardConfig(Section):
-    """Detection and handling of bad steps."""
+    """Detection and handling of bad steps: a loss or gradient that is not finite, or a loss spike."""
 
     not_finite: Policy = key(
-        "a loss or gradient that is not finite: stop the run; skip the update; rewind to the newest checkpoint "
-        "and leave out the step's samples; or warn and continue. Checked when metrics are written (log.every) and "
+        "if a loss or gradient is not finite: stop the run; skip the update; rewind to the newest checkpoint and "
+        "leave out the samples of the step; or warn and continue. Checked when metrics are written (log.every) and "
         "before each checkpoint; skip synchronizes with the device in each step",
         "stop",
     )
-    spike: Policy = key("a loss far above the recent ones: the same choices", "warn")
+    spike: Policy = key("if a loss is far above the recent losses: the same choices as not_finite", "warn")
     spike_z: PositiveFloat = key(
         "a spike is this many standard deviations above the median of recent losses (1.4826 times their median "
         "absolute deviation)",
         10.0,
     )
-    window: Annotated[int, Field(ge=4)] = key("number of recent losses to compare with; no step is checked before", 128)
+    window: Annotated[int, Field(ge=4)] = key(
+        "number of recent losses to compare with; spikes are not detected before so many steps", 128
+    )
     skip_steps: Count = key(
-        "rewind: number of steps whose samples are left out, the bad step last; 0: none, if hardware and not data "
-        "is at fault",
+        "rewind: number of steps whose samples are left out, the bad step last; 0: none, if the hardware is the cause",
         1,
     )
-    budget: Count = key("number of bad steps that may be skipped or rewound in a run; one more ends it", 10)
+    budget: Count = key("number of bad steps that may be skipped or rewound in a run; one more ends the run", 10)
     corrupt: Literal["stop", "rewind"] = key(
-        "ranks that should have or compute the same values, but do not: stop the run, or rewind to the newest "
-        "checkpoint and repeat the same samples",
+        "if ranks that must have equal values differ: stop the run, or rewind to the newest checkpoint and repeat the "
+        "same samples",
         "stop",
     )
     digest_every: Interval = key(
-        "steps between comparisons of digests of replicated weights, which also precede each checkpoint",
+        "steps between comparisons of digests of replicated weights; each checkpoint is also preceded by one",
         100,
     )
     replay_every: Interval = key(
         "engine: native, no dropout: steps between checks in which each data rank also computes the batch of its "
-        "neighbour, and both results must agree; a check costs two steps",
+        "neighbor, and the results must agree; a check costs two steps",
         None,
     )
 
@@ -133,12 +138,14 @@ class EvalConfig(Section):
     every: Interval = key("steps between evaluations on held-out text; off: only at the end", None)
     windows: DerivedCount = key("number of held-out windows per evaluation; null: all", None)
     sample_prompt: str = key("prompt of the generated sample in TensorBoard at each evaluation; empty: none", "")
-    sample_tokens: Positive = key("number of tokens of that sample", 64)
+    sample_tokens: Positive = key("number of tokens of the generated sample", 64)
 
 
 class LogConfig(Section):
     every: Positive = key(
-        "steps between progress lines; the metrics of all steps are written then, with one device synchronization", 10
+        "steps between progress lines; the metrics of all steps since the last line are written at the same time, with "
+        "one device synchronization",
+        10,
     )
     stragglers_seconds: Limit = key(
         "seconds of training between straggler reports: how long each rank is busy in a step, and which rank is slow",
@@ -152,7 +159,7 @@ class LogConfig(Section):
 
 
 class UnresolvedConfig(Section):
-    """A config as a user writes it."""
+    """A config as a user writes it. null means that the value is derived from other keys."""
 
     run: RunConfig = Field(description="length, directory and seed of the run")
     model: UnresolvedModelConfig = Field(description="architecture")
@@ -169,35 +176,36 @@ class UnresolvedConfig(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig, description="evaluation during training")
     log: LogConfig = Field(default_factory=LogConfig, description="logging")
     precision: Literal["fp32", "bf16", "fp16"] = key(
-        "compute dtype (fp16 with a dynamic loss scale); weights, gradient reduction and optimizer state stay fp32",
+        "compute dtype (fp16: with a dynamic loss scale); weights, gradient reduction and optimizer state stay fp32",
         "fp32",
     )
     fp8: bool = key(
-        "precision: bf16, engine: native: matrix products of the blocks in float8 with a scale per tensor; needs "
-        "GPUs of compute capability 8.9 or later, emulated on a CPU",
+        "compute the matrix products of the blocks in float8, with a scale per tensor; needs precision bf16, engine "
+        "native, and GPUs of compute capability 8.9 or later; emulated on a CPU",
         False,
     )
     compile: bool = key("torch.compile each block", False)
     engine: Annotated[str, KnownNames("native", "deepspeed", "accelerate")] = key(
-        "training engine; also the name of one that an installed package registers", "native"
+        "training engine; an installed package can register further engines", "native"
     )
     deepspeed: DeepSpeedConfig = Field(
-        default_factory=DeepSpeedConfig, description="engine deepspeed, and accelerate with its deepspeed plugin"
+        default_factory=DeepSpeedConfig,
+        description="settings of engine deepspeed, and of engine accelerate with its deepspeed plugin",
     )
-    accelerate: AccelerateConfig = Field(default_factory=AccelerateConfig, description="engine accelerate")
+    accelerate: AccelerateConfig = Field(default_factory=AccelerateConfig, description="settings of engine accelerate")
 
     init_from: str = key(
-        "checkpoint or run with the initial weights of a new run; a model or objective that differs from the "
-        "checkpoint's is an error unless init_allow has its key; empty: none",
+        "checkpoint or run with the initial weights of a new run; its model and objective must agree with this config, "
+        "except for the keys in init_allow; empty: none",
         "",
     )
     init_allow: Annotated[tuple[str, ...], Field(strict=False)] = key(
-        "init_from: keys that may differ from the checkpoint's, such as [model.vocab_size, objective]; each "
-        "difference is logged, new parameters keep their initial values, and unused parameters are dropped",
+        "init_from: keys that may differ from the checkpoint, such as [model.vocab_size, objective]; each difference "
+        "is logged, new parameters keep their initial values, and unused parameters are dropped",
         (),
     )
     init_optimizer: Literal["fresh", "keep"] = key(
-        "init_from: start with new optimizer state, or with the checkpoint's", "fresh"
+        "init_from: start with new optimizer state, or keep the optimizer state of the checkpoint", "fresh"
     )
 
     @property
@@ -207,7 +215,10 @@ class UnresolvedConfig(Section):
 
 
 class Config(UnresolvedConfig):
-    """The config of a run: all sizes are set. `schedule.decay_steps` is set by `training/rate.py:plan_rate`."""
+    """The resolved config of a run: all sizes are set.
+
+    On a resume, `training/learning_rate_plan.py:plan_learning_rate` updates `schedule.decay_steps`.
+    """
 
     model: ModelConfig
     data: DataConfig

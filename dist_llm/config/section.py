@@ -1,7 +1,8 @@
-"""Define the base of all config sections, the types of their values, and unions of sections.
+"""Define the base class of all config sections, the types of their values, and unions of sections.
 
-A union is a section whose keys depend on its key `name`: `optim.name: muon` selects the keys of MuonConfig. A key of
-another member is an error, because it would have no effect.
+A union is a section whose keys depend on its key `name`: `optim.name: muon` selects the keys of MuonConfig. Each class
+of a union is a member, and its `name` is its tag. A key of an unselected member is an error, because the key would have
+no effect.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,8 +11,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31  # a larger model means a damaged config
-MIXTURE = "mixture"  # tag of a union's member, and the key that selects it
+# Limits of the sizes of a model. A larger value means that the config is damaged.
+MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31
+MIXTURE = "mixture"  # tag of the member that is a mixture of objectives, and the key that selects this member
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
 Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
@@ -73,14 +75,14 @@ def _tag_of(raw: Mapping[str, Any], default: str) -> str:
     return MIXTURE if raw.get(MIXTURE) else str(raw.get("name", default))
 
 
-def unwrap(annotation: Any) -> Any:
+def strip_metadata(annotation: Any) -> Any:
     """Return an annotation without its metadata."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def union_members(annotation: Any) -> dict[str, type[Section]]:
+def get_union_members(annotation: Any) -> dict[str, type[Section]]:
     """Return {tag: section} for a union of sections; {} for another annotation."""
-    annotation = unwrap(annotation)
+    annotation = strip_metadata(annotation)
     if get_origin(annotation) not in (Union, UnionType):
         return {}
     return {
@@ -92,16 +94,16 @@ def union_members(annotation: Any) -> dict[str, type[Section]]:
     }
 
 
-def owners_of(annotation: Any, name: str) -> list[str]:
-    """Return the tags of the union's members that have the key `name`."""
-    return [tag for tag, member in union_members(annotation).items() if name in member.model_fields]
+def find_tags_with_key(annotation: Any, name: str) -> list[str]:
+    """Return the tags of the members of a union that have the key `name`."""
+    return [tag for tag, member in get_union_members(annotation).items() if name in member.model_fields]
 
 
 def drop_unused_defaults(section: type[BaseModel], raw: Any) -> Any:
-    """Return a raw section without the default values of keys that only other members of a union have.
+    """Return a raw section without the default values of keys that only unselected members of a union have.
 
-    Version 0.1.0 saved the keys of all members and accepted any value of them. A union with several such defaults was
-    saved by that version, so all keys of other members are removed.
+    Version 0.1.0 saved the keys of all members and accepted any value for them. If a union has several default values
+    of unselected members, version 0.1.0 saved it. Then all keys of unselected members are removed.
     """
     if not isinstance(raw, Mapping):
         return raw
@@ -112,23 +114,22 @@ def drop_unused_defaults(section: type[BaseModel], raw: Any) -> Any:
 
 
 def _drop_in_value(annotation: Any, raw: Any) -> Any:
-    annotation = unwrap(annotation)
+    annotation = strip_metadata(annotation)
     if get_origin(annotation) is tuple and isinstance(raw, list | tuple):
-        return [_drop_in_value(get_args(annotation)[0], each) for each in raw]
+        return [_drop_in_value(get_args(annotation)[0], entry) for entry in raw]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return drop_unused_defaults(annotation, raw)
-    members = union_members(annotation)
+    members = get_union_members(annotation)
     if not members or not isinstance(raw, Mapping):
         return raw
     member = members.get(_tag_of(raw, next(iter(members))))  # the first member is the default
     if member is None:
         return raw
-    misplaced = {name: owners_of(annotation, name) for name in raw.keys() - member.model_fields.keys()}
-    defaults = {
-        name for name, owners in misplaced.items() if owners and _is_default(members[owners[0]], name, raw[name])
-    }
-    unused = {name for name, owners in misplaced.items() if owners} if len(defaults) > 1 else defaults
-    return drop_unused_defaults(member, {name: value for name, value in raw.items() if name not in unused})
+    tags_of_key = {name: find_tags_with_key(annotation, name) for name in raw.keys() - member.model_fields.keys()}
+    tags_of_unused_key = {name: tags for name, tags in tags_of_key.items() if tags}
+    defaults = {name for name, tags in tags_of_unused_key.items() if _is_default(members[tags[0]], name, raw[name])}
+    dropped = tags_of_unused_key.keys() if len(defaults) > 1 else defaults
+    return drop_unused_defaults(member, {name: value for name, value in raw.items() if name not in dropped})
 
 
 def _is_default(section: type[Section], name: str, value: Any) -> bool:
@@ -139,54 +140,58 @@ def _is_default(section: type[Section], name: str, value: Any) -> bool:
 
 
 def list_outdated_values(section: type[BaseModel], raw: Any, prefix: str = "") -> Iterator[str]:
-    """Yield a message for each 0 or -1 of version 0.1.0 in a raw section that is null or off now."""
+    """Yield a message for each 0 or -1 in a raw section that version 0.1.0 used instead of null or off."""
     for name, value in raw.items() if isinstance(raw, Mapping) else ():
         field, key_name = section.model_fields.get(name), f"{prefix}{name}"
         if field is None:
             continue
         for marker, parse in ((UNSET, _unset_to_none), (ALL_RANKS, _all_ranks_to_none), (OFF, _off_to_none)):
             if marker in field.metadata and type(value) in (int, float) and parse(value) is None:
-                word = "off" if marker is OFF else "null"
-                yield f"{key_name}: {value} still means {word}, but a later version will refuse it; write {word}"
+                new_value = "off" if marker is OFF else "null"
+                yield (
+                    f"{key_name}: {value} still means {new_value}, but a later version will refuse it; "
+                    f"write {new_value}"
+                )
         for entry_name, entry, annotation in _iter_entries(field.annotation, value):
             yield from list_outdated_values(annotation, entry, f"{key_name}.{entry_name}")
 
 
 def _iter_entries(annotation: Any, raw: Any) -> Iterator[tuple[str, Any, type[BaseModel]]]:
-    """Yield (prefix of its keys, raw section, class) for a section, the member of a union, or each entry of a list."""
-    annotation = unwrap(annotation)
+    """Yield (key prefix, raw section, class) for a section, the selected member of a union, or each entry of a list."""
+    annotation = strip_metadata(annotation)
     if get_origin(annotation) is tuple and isinstance(raw, list | tuple):
         for index, entry in enumerate(raw):
-            yield from ((f"{index}.{name}", *rest) for name, *rest in _iter_entries(get_args(annotation)[0], entry))
+            for prefix, raw_section, section in _iter_entries(get_args(annotation)[0], entry):
+                yield f"{index}.{prefix}", raw_section, section
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield "", raw, annotation
-    elif (members := union_members(annotation)) and isinstance(raw, Mapping):
+    elif (members := get_union_members(annotation)) and isinstance(raw, Mapping):
         yield "", raw, members.get(_tag_of(raw, next(iter(members))), Section)
 
 
 def parse_union(annotation: Any, raw: Mapping[str, Any]) -> Any:
-    """Parse the section of a union from saved keys. Keys that no member has (of another version) are ignored."""
-    known = {name: value for name, value in raw.items() if name == "name" or owners_of(annotation, name)}
-    return TypeAdapter(annotation).validate_python(_drop_in_value(annotation, known))
+    """Parse the section of a union from saved keys. Unknown keys, which another version saved, are ignored."""
+    known_keys = {name: value for name, value in raw.items() if name == "name" or find_tags_with_key(annotation, name)}
+    return TypeAdapter(annotation).validate_python(_drop_in_value(annotation, known_keys))
 
 
 def strip_tags(section: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Return the location of a validation error without the tags of unions, as keys of the YAML."""
+    """Return the location of a validation error as keys of the YAML file, without the tags of unions."""
     return tuple(_iter_keys(section, location))
 
 
 def _iter_keys(annotation: Any, location: tuple[int | str, ...]) -> Iterator[int | str]:
     if not location:
         return
-    annotation, (first, *rest) = unwrap(annotation), location
-    if first in (members := union_members(annotation)):
-        yield from _iter_keys(members[str(first)], tuple(rest))
+    annotation, (key_or_tag, *inner_location) = strip_metadata(annotation), location
+    if key_or_tag in (members := get_union_members(annotation)):
+        yield from _iter_keys(members[str(key_or_tag)], tuple(inner_location))
         return
-    yield first
+    yield key_or_tag
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        field = annotation.model_fields.get(str(first))
-        yield from _iter_keys(field.annotation if field else None, tuple(rest))
+        field = annotation.model_fields.get(str(key_or_tag))
+        yield from _iter_keys(field.annotation if field else None, tuple(inner_location))
     elif get_origin(annotation) is tuple:
-        yield from _iter_keys(get_args(annotation)[0], tuple(rest))
+        yield from _iter_keys(get_args(annotation)[0], tuple(inner_location))
     else:
-        yield from rest
+        yield from inner_location

@@ -1,26 +1,28 @@
-"""The configs that come with the package, so that `--config demo` works without a clone of the repository."""
+"""Find the configs that come with the package: `--config demo` works without a clone of the repository."""
 
 from pathlib import Path
 
 from dist_llm.errors import ConfigError
 
-DIRECTORY = Path(__file__).parents[1] / "configs"
+SHIPPED_DIRECTORY = Path(__file__).parents[1] / "configs"
 
 
-def shipped_names() -> list[str]:
+def list_shipped_configs() -> list[str]:
     """Return the names of the shipped configs, such as `demo` and `families/encoder`."""
-    return sorted(path.relative_to(DIRECTORY).with_suffix("").as_posix() for path in DIRECTORY.rglob("*.yaml"))
+    return sorted(
+        path.relative_to(SHIPPED_DIRECTORY).with_suffix("").as_posix() for path in SHIPPED_DIRECTORY.rglob("*.yaml")
+    )
 
 
 def find_config(path: Path, name: str = "") -> Path:
-    """Return `path` if it is a file, else the shipped config called `name` (default: `path`).
+    """Return `path` if it is a file, else the path of the shipped config `name` (default: `path`).
 
-    A name has no suffix. Raises ConfigError if there is neither a file nor a shipped config.
+    The name of a shipped config has no suffix. Raises ConfigError if there is neither a file nor a shipped config.
     """
     name = name or path.as_posix()
     if path.is_file() or Path(name).suffix in (".yaml", ".yml"):
         return path  # a missing file is reported by the reader
-    names = shipped_names()
+    names = list_shipped_configs()
     if name in names:
-        return DIRECTORY / f"{name}.yaml"
+        return SHIPPED_DIRECTORY / f"{name}.yaml"
     raise ConfigError(f"{path}: is neither a file nor a config of the package; the package has {', '.join(names)}")

@@ -29,8 +29,9 @@ def export_tokenizer(
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, for `transformers.AutoTokenizer`, into `directory`.
 
-    `num_extra_ids` is the number of ids that objectives add (`dist_llm/config/lengths.py:extra_ids`); None: all ids of
-    `model` beyond those of the tokenizer. They become special tokens: `<start>`, `<mask>`, ..., `<sentinel 0>`, ...
+    `num_extra_ids` is the number of ids that objectives add (`config/sequence_lengths.py:count_objective_ids`); None:
+    all ids of `model` beyond those of the tokenizer. The extra ids become special tokens: `<start>`, `<mask>`, ...,
+    `<sentinel 0>`, ...
     `<|endoftext|>` is eos_token and pad_token. bos_token is `<|endoftext|>` for a decoder and `<start>` for other
     architectures. `<mask>` in a text absorbs the blanks before it, as words do. No id is added before or after a text.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dist_llm.config.compare import function_of
+from dist_llm.config.compare import get_function_keys
 from dist_llm.config.derive import resolve_model
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import MAX_LAYERS
@@ -57,13 +57,13 @@ def build_hf_config(model: ModelConfig, family: str = "") -> dict[str, Any]:
     """
     if family and family not in WRITERS:
         raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
-    expected = function_of(model)
+    expected = get_function_keys(model)
     closest: tuple[str, list[str]] | None = None  # (family with the fewest mismatches, its mismatches)
     for name in (family,) if family else WRITERS:
         content = {"model_type": name, "architectures": [CLASSES[name]], **WRITERS[name](model)}
         content |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
         try:
-            actual = function_of(parse_hf_config(content))
+            actual = get_function_keys(parse_hf_config(content))
         except CheckpointError:
             continue
         mismatches = [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dist_llm.checkpoint.init_from import VOCAB_TENSORS
-from dist_llm.config.lengths import extra_ids
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
+from dist_llm.config.sequence_lengths import count_objective_ids
 from dist_llm.convert.export_tokenizers import export_chars, export_files, export_tokenizer
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_tensors import TensorMapping, group_by_hf_name, tensor_mappings, to_hf, to_native
@@ -228,7 +228,7 @@ def _token_ids(config: Config, tokenizer: Tokenizer | None) -> dict[str, int | N
 
 def _export_tokenizer(tokenizer: Tokenizer | None, directory: Path, config: Config) -> None:
     if isinstance(tokenizer, BPETokenizer):
-        export_tokenizer(tokenizer, directory, config.model, extra_ids(config))
+        export_tokenizer(tokenizer, directory, config.model, count_objective_ids(config))
     elif isinstance(tokenizer, CharTokenizer):
         export_chars(tokenizer, directory)
     elif tokenizer is not None:

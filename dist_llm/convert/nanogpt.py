@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dist_llm.config.compare import function_of
+from dist_llm.config.compare import get_function_keys
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import AdamWConfig, AdamWKeys
 from dist_llm.config.schema import Config
@@ -82,7 +82,10 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     model = config.model
     arguments: dict[str, Any] = {argument: getattr(model, key) for argument, key in SIZES.items()}
     arguments |= {"bias": model.bias, "dropout": model.dropout}
-    expected, actual = function_of(model), function_of(from_nanogpt({"model_args": arguments, "model": {}})[0])
+    expected, actual = (
+        get_function_keys(model),
+        get_function_keys(from_nanogpt({"model_args": arguments, "model": {}})[0]),
+    )
     if mismatches := [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]:
         raise CheckpointError(f"nanoGPT does not support this model: it has {', '.join(mismatches)}")
     view = to_huggingface(weights, model, "nanogpt")

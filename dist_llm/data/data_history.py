@@ -12,10 +12,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from dist_llm.config.data_sections import SourceConfig
-from dist_llm.config.lengths import sample_tokens
 from dist_llm.config.objective_sections import MixtureConfig, ObjectiveSpec
 from dist_llm.config.schema import Config
 from dist_llm.config.section import parse_union
+from dist_llm.config.sequence_lengths import count_sample_tokens
 from dist_llm.data.order import Mixture
 from dist_llm.data.plan import MixtureStage, SamplePlan, build_stages
 from dist_llm.data.streams import DataSource, compute_quotas, compute_weights, open_sources
@@ -115,7 +115,7 @@ def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segmen
     mix = DataSpec(
         first=0,
         tokens=0,
-        sample_tokens=sample_tokens(config),
+        sample_tokens=count_sample_tokens(config),
         seed=config.run.seed,
         order=data.order,
         windows=data.windows,

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from dist_llm.config.lengths import Lengths
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.data.corpus import Corpus, DocumentLocation
 from dist_llm.data.order import Ints
 from dist_llm.objectives.examples import TokenWindow
@@ -28,7 +28,7 @@ class PackedWindows:
     `is_packed`: pack several documents into a window; else a window has one document.
     """
 
-    def __init__(self, corpus: Corpus, lengths: Lengths, is_packed: bool) -> None:
+    def __init__(self, corpus: Corpus, lengths: SequenceLengths, is_packed: bool) -> None:
         self.corpus, self.lengths, self.is_packed = corpus, lengths, is_packed
         self.groups = [  # (index of the shard, index of the first document in the shard)
             (shard, first_document)
@@ -77,7 +77,7 @@ class PackedWindows:
 
         An adopted shard may begin inside a document. The tokens before its first document start count as a document.
         """
-        corpus, window_tokens, stride = self.corpus, self.lengths.window, self.lengths.stride
+        corpus, window_tokens, stride = self.corpus, self.lengths.window_tokens, self.lengths.stride_tokens
         starts = corpus.read_document_starts(shard, first_document, first_document + GROUP_DOCUMENTS + 1)
         group_end = corpus.shards[shard].tokens
         if len(starts) > GROUP_DOCUMENTS:  # the last one is the start of the next group

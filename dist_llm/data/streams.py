@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from dist_llm.config.check_data import BLOCK, list_sources, starved
+from dist_llm.config.check_data import SHARE_BLOCK_SAMPLES, find_starved_sources, list_sources
 from dist_llm.config.data_sections import DataConfig
-from dist_llm.config.lengths import Lengths, all_lengths
 from dist_llm.config.schema import Config
+from dist_llm.config.sequence_lengths import SequenceLengths, compute_component_lengths
 from dist_llm.data.corpus import Corpus, Tokens
 from dist_llm.data.order import Ints, Mixture, Order, RandomOrder, ShuffledOrder
 from dist_llm.data.packed_windows import PackedWindows, Spans
@@ -127,7 +127,7 @@ def open_sources(config: Config) -> list[DataSource]:
         source_seed = derive_seed(seed, name)
         streams = tuple(
             _build_stream(data, corpus, source_seed ^ component_id, lengths)
-            for component_id, lengths in enumerate(all_lengths(config))
+            for component_id, lengths in enumerate(compute_component_lengths(config))
         )
         component_mixture = Mixture.from_weights(
             [component.weight for component in config.objective.components], source_seed
@@ -141,12 +141,12 @@ def derive_seed(seed: int, name: str) -> int:
     return seed ^ (int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") >> 1 if name else 0)
 
 
-def _build_stream(data: DataConfig, corpus: Corpus, seed: int, lengths: Lengths) -> WindowStream:
+def _build_stream(data: DataConfig, corpus: Corpus, seed: int, lengths: SequenceLengths) -> WindowStream:
     if data.windows == "stream":
         return WindowStream(
             corpus,
             build_order(data, corpus, seed, lengths),
-            lengths.window,
+            lengths.window_tokens,
             score_prompts=data.score_prompts,
             document_mask=data.document_mask,
         )
@@ -160,21 +160,21 @@ def _build_stream(data: DataConfig, corpus: Corpus, seed: int, lengths: Lengths)
         if data.order == "random"
         else ShuffledOrder(seed, packed_windows.num_windows, stride=1)
     )
-    return WindowStream(corpus, order, lengths.window, packed_windows, data.score_prompts)
+    return WindowStream(corpus, order, lengths.window_tokens, packed_windows, data.score_prompts)
 
 
-def build_order(data: DataConfig, corpus: Corpus, seed: int, lengths: Lengths) -> Order:
+def build_order(data: DataConfig, corpus: Corpus, seed: int, lengths: SequenceLengths) -> Order:
     """Build the order that `data.order` names. Raises DataError if the corpus is shorter than a window."""
-    num_windows = corpus.count_windows(lengths.window, lengths.stride)
+    num_windows = corpus.count_windows(lengths.window_tokens, lengths.stride_tokens)
     if num_windows < 1:
         hint = f"lower seq_len (to make it {corpus.num_tokens} or fewer) or " if corpus.num_tokens > 1 else ""
         raise DataError(
             f"{corpus.directory}: {corpus.num_tokens} {corpus.split} tokens are too few for a window of "
-            f"{lengths.window}, which data.seq_len {data.seq_len} needs; {hint}prepare more text"
+            f"{lengths.window_tokens}, which data.seq_len {data.seq_len} needs; {hint}prepare more text"
         )
     if data.order == "random":
-        return RandomOrder(seed, corpus.num_tokens - lengths.window + 1)
-    return ShuffledOrder(seed, num_windows, lengths.stride)
+        return RandomOrder(seed, corpus.num_tokens - lengths.window_tokens + 1)
+    return ShuffledOrder(seed, num_windows, lengths.stride_tokens)
 
 
 def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[float]:
@@ -184,7 +184,7 @@ def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[flo
         source.name: configured[source.name].weight or configured[source.name].epochs * source.corpus.num_tokens
         for source in sources
     }
-    for message in starved(weights):
+    for message in find_starved_sources(weights):
         raise DataError(f"data.sources: {message}. Give it more epochs, or leave it out")
     return list(weights.values())
 
@@ -195,5 +195,5 @@ def masks_prompts(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
 
 
 def compute_quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return how many of BLOCK consecutive samples each source gets."""
-    return Mixture.from_weights(weights, 0, BLOCK).quotas if len(weights) > 1 else (BLOCK,)
+    """Return how many of SHARE_BLOCK_SAMPLES consecutive samples each source gets."""
+    return Mixture.from_weights(weights, 0, SHARE_BLOCK_SAMPLES).quotas if len(weights) > 1 else (SHARE_BLOCK_SAMPLES,)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.config.engine_names import NATIVE, check_engine_name, find_engine
+from dist_llm.config.engine_names import NATIVE_ENGINE, check_engine_name, find_engine
 from dist_llm.config.load import raise_violations
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
@@ -23,7 +23,7 @@ from dist_llm.errors import ConfigError
 def check_engine_config(config: Config, device: torch.device) -> None:
     """Raise ConfigError if the engine cannot be loaded, or rejects the config on this device."""
     if (
-        config.engine != NATIVE
+        config.engine != NATIVE_ENGINE
         and (check_config := getattr(_load_engine(config.engine), "check_config", None)) is not None
     ):
         raise_violations(list(check_config(config, device)))
@@ -31,7 +31,7 @@ def check_engine_config(config: Config, device: torch.device) -> None:
 
 def build_engine(config: Config, device: torch.device) -> Engine:
     """Build the engine of a resolved config. A process group must exist, except for the native engine on one rank."""
-    if config.engine == NATIVE:
+    if config.engine == NATIVE_ENGINE:
         return NativeEngine(config, device)
     engine: Engine = _load_engine(config.engine).build_engine(config, device)
     return engine

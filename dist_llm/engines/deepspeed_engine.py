@@ -8,7 +8,7 @@ from torch import Tensor, nn, optim
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState, check_moment_names, moment_shapes
 from dist_llm.checkpoint.flat_shard import FlatShard
-from dist_llm.config.deepspeed import deepspeed_json
+from dist_llm.config.deepspeed import build_deepspeed_json
 from dist_llm.config.schema import Config
 from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout, per_param_layout
 from dist_llm.engines.base import Engine
@@ -47,7 +47,7 @@ class DeepSpeedEngine(DataParallelEngine):
         super().__init__(config, device)
         deepspeed = prepare_deepspeed(device)
         self.stage = config.deepspeed.stage
-        settings = deepspeed_json(config, self.dp_rank_and_size[1])
+        settings = build_deepspeed_json(config, self.dp_rank_and_size[1])
         self.model = self.build_model_part(deepspeed, settings)
         optimizer = build_optimizer(config.optim, self.model.named_parameters())
         self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)

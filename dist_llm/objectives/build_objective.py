@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_llm.config.lengths import Lengths, all_lengths, inputs_len
 from dist_llm.config.objective_sections import (
     CausalSpec,
     FIMSpec,
@@ -22,6 +21,7 @@ from dist_llm.config.objective_sections import (
     SpanSpec,
 )
 from dist_llm.config.schema import Config
+from dist_llm.config.sequence_lengths import SequenceLengths, compute_component_lengths, compute_inputs_len
 from dist_llm.counter_rng import splitmix64
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
@@ -43,7 +43,7 @@ class Objective:
     An example depends only on (window, seed, sample id), so it is the same on all ranks and after a resume.
     """
 
-    components: tuple[tuple[ObjectiveSpec, Lengths], ...]
+    components: tuple[tuple[ObjectiveSpec, SequenceLengths], ...]
     vocabulary: ObjectiveVocabulary
     layout: BatchLayout
     inputs_len: int  # tokens of an example, which is padded to this length
@@ -88,7 +88,11 @@ class Objective:
         return example.pad(self.inputs_len, self.encoder_len, filler=self.vocabulary.eot)
 
     def _apply_objective(
-        self, window: npt.NDArray[Any] | TokenWindow, rng: np.random.Generator, spec: ObjectiveSpec, lengths: Lengths
+        self,
+        window: npt.NDArray[Any] | TokenWindow,
+        rng: np.random.Generator,
+        spec: ObjectiveSpec,
+        lengths: SequenceLengths,
     ) -> Example:
         window = window if isinstance(window, TokenWindow) else TokenWindow(window)
         if self.layout.has_document_mask and window.segment_ids_W is None and window.document_ids_W is None:
@@ -109,7 +113,7 @@ class Objective:
 
 def build_objective(config: Config, vocabulary: ObjectiveVocabulary, mask_prompts: bool = False) -> Objective:
     """Build the objective of a resolved config. `mask_prompts`: windows have loss masks that leave out prompts."""
-    specs, lengths_of_specs = config.objective.components, all_lengths(config)
+    specs, lengths_of_specs = config.objective.components, compute_component_lengths(config)
     is_encoder_decoder = config.model.architecture == "encoder_decoder"
     is_prefix_bidirectional = any(isinstance(spec, PrefixSpec | SpanSpec) and spec.see_prefix for spec in specs)
     layout = BatchLayout(
@@ -125,4 +129,4 @@ def build_objective(config: Config, vocabulary: ObjectiveVocabulary, mask_prompt
     )
     encoder_len = config.data.seq_len if is_encoder_decoder else 0
     components = tuple(zip(specs, lengths_of_specs, strict=True))
-    return Objective(components, vocabulary, layout, inputs_len(config), encoder_len, config.run.seed)
+    return Objective(components, vocabulary, layout, compute_inputs_len(config), encoder_len, config.run.seed)

@@ -5,8 +5,8 @@ A sentinel token takes the place of each removed span.
 
 import numpy as np
 
-from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import SpanSpec
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.examples import Example, Ints, TokenWindow
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
@@ -16,7 +16,7 @@ def make_span_example(
     window: TokenWindow,
     rng: np.random.Generator,
     spec: SpanSpec,
-    lengths: Lengths,
+    lengths: SequenceLengths,
     vocabulary: ObjectiveVocabulary,
     is_encoder_decoder: bool,
 ) -> Example:
@@ -28,7 +28,7 @@ def make_span_example(
     followed by the removed spans.
     """
     tokens, documents = window.tokens_W.astype(np.int64), window.get_document_ids()
-    segment_ids = sample_segment_ids(rng, len(tokens), lengths.noise, lengths.spans)
+    segment_ids = sample_segment_ids(rng, len(tokens), lengths.num_noise_tokens, lengths.num_spans)
     mode = np.array([vocabulary.special_id(spec.mode)] if spec.mode else [], dtype=np.int64)
     corrupted, corrupted_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, replace_spans=True)
     removed, removed_documents = _replace_segments(tokens, documents, segment_ids, vocabulary, replace_spans=False)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.compat import scaled_mm
-from dist_llm.config.check_fp8 import MULTIPLE
+from dist_llm.config.check_fp8 import FP8_MULTIPLE
 from dist_llm.errors import ConfigError
 from dist_llm.models.decoder import Decoder
 
@@ -59,8 +59,8 @@ def float8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) ->
     """[..., K] -> [..., N] in bf16, multiplied in float8."""
     x_MK = x.to(torch.bfloat16).flatten(0, -2)
     num_tokens = len(x_MK)
-    if num_tokens % MULTIPLE:  # the config check ensures that K and N are multiples
-        x_MK = F.pad(x_MK, (0, 0, 0, -num_tokens % MULTIPLE))
+    if num_tokens % FP8_MULTIPLE:  # the config check ensures that K and N are multiples
+        x_MK = F.pad(x_MK, (0, 0, 0, -num_tokens % FP8_MULTIPLE))
     y_MN: Tensor = _Float8MatMul.apply(x_MK, weight_NK)  # type: ignore[no-untyped-call]
     y = y_MN[:num_tokens].unflatten(0, x.shape[:-1])
     return y if bias_N is None else y + bias_N.to(y.dtype)

@@ -53,7 +53,9 @@ class HeldoutData:
     def check(self) -> None:
         """Raise DataError if a corpus has too few tokens to score."""
         min_tokens = (
-            2 if self.objective.is_causal_only else max(lengths.window for _, lengths in self.objective.components)
+            2
+            if self.objective.is_causal_only
+            else max(lengths.window_tokens for _, lengths in self.objective.components)
         )
         for corpus in self.corpora.values():
             if self.objective.layout.has_document_mask:
@@ -129,9 +131,9 @@ def iter_heldout_batches(
     objective = heldout.objective
     lengths = objective.components[component_index][1]
     if objective.is_causal_only:
-        n_windows = max(1, -(-(corpus.num_tokens - 1) // lengths.stride))
+        n_windows = max(1, -(-(corpus.num_tokens - 1) // lengths.stride_tokens))
     else:
-        n_windows = corpus.count_windows(lengths.window, lengths.stride)
+        n_windows = corpus.count_windows(lengths.window_tokens, lengths.stride_tokens)
     n_windows = min(heldout.max_windows, n_windows) if heldout.max_windows else n_windows
     windows_per_rank = -(-n_windows // dp_size)
     first_window, end_window = dp_rank * windows_per_rank, (dp_rank + 1) * windows_per_rank
@@ -139,11 +141,11 @@ def iter_heldout_batches(
         window_ids = np.arange(batch_start, min(batch_start + heldout.micro_batch, end_window))
         is_window = window_ids < n_windows
         if objective.is_causal_only:
-            yield _build_causal_batch(corpus, lengths.stride, window_ids, is_window)
+            yield _build_causal_batch(corpus, lengths.stride_tokens, window_ids, is_window)
         else:
             valid_ids = np.where(is_window, window_ids, 0)  # window 0 fills the rest; its targets are ignored below
-            starts, with_documents = valid_ids * lengths.stride, objective.layout.has_document_mask
-            windows = read_windows(corpus, starts, lengths.window, heldout.score_prompts, with_documents)
+            starts, with_documents = valid_ids * lengths.stride_tokens, objective.layout.has_document_mask
+            windows = read_windows(corpus, starts, lengths.window_tokens, heldout.score_prompts, with_documents)
             batch = objective(windows, valid_ids, [component_index] * len(valid_ids))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE_INDEX)
             yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))

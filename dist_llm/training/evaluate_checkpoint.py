@@ -6,10 +6,10 @@ from pathlib import Path
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
-from dist_llm.config.lengths import all_lengths
 from dist_llm.config.load import load_saved
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.config.schema import Config
+from dist_llm.config.sequence_lengths import compute_component_lengths
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import Split
 from dist_llm.data.streams import masks_prompts, open_corpora
@@ -96,7 +96,7 @@ def _with_seq_len(config: Config, seq_len: int, is_trained: bool) -> tuple[Confi
             seq_len, origin = IMPORTED_SEQ_LEN, f"the default; the model takes up to {max_seq_len}, see --seq-len"
     updated = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
     try:
-        all_lengths(updated)
+        compute_component_lengths(updated)
     except ValueError as error:
         raise ConfigError(f"--seq-len {seq_len}: {error}; raise it") from None
     return updated, origin

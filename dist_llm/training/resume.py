@@ -16,7 +16,7 @@ from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, log_init_differences, read_config
 from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.probe import PROBE, TOLERANCES, compare_probes, parse_probe
-from dist_llm.config.compare import PART_KEYS
+from dist_llm.config.compare import PARAMETER_KEYS
 from dist_llm.config.load import parse_saved
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
@@ -46,7 +46,7 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     """Load the weights of another run. Raises CheckpointError if they do not fit or differ from the saved ones."""
     requested = check_init_from(path, config)
     log_init_differences(path, config, requested)
-    changes_parts = any(difference.key in PART_KEYS for difference in requested)
+    changes_parts = any(difference.key in PARAMETER_KEYS for difference in requested)
     added, dropped = check_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
     for description, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
         if names:

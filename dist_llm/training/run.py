@@ -21,8 +21,8 @@ from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log_harmless_differences
 from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
 from dist_llm.config.derive import AXES, format_layout
-from dist_llm.config.engine_names import NATIVE
-from dist_llm.config.load import dump
+from dist_llm.config.engine_names import NATIVE_ENGINE
+from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
 from dist_llm.data.data_history import (
     HISTORY_FILE,
@@ -91,7 +91,7 @@ def train(config: Config, world: World) -> int:
     with open_directories(config, store.directory, world, saves_checkpoints=not is_finished), _logging(run_dir, world):
         start_recording(device)
         watchdog = Watchdog(world, config.run.hang_seconds)
-        with watchdog, process_group(world, device, even_if_single=config.engine != NATIVE):
+        with watchdog, process_group(world, device, even_if_single=config.engine != NATIVE_ENGINE):
             watchdog.register()
             verified = store.latest_verified()
             if verified is not None:
@@ -267,7 +267,7 @@ def build_run_files(config: Config, corpus_dir: Path, start: CheckpointFolder | 
     the corpus, and may have a chat template and other settings.
     """
     files = {
-        "config.yaml": dump(config).encode(),
+        "config.yaml": dump_config(config).encode(),
         "environment.json": json.dumps(describe_environment(), indent=2).encode() + b"\n",
         TOKENIZER_FILE: (corpus_dir / TOKENIZER_FILE).read_bytes(),
     }

@@ -9,9 +9,9 @@ from typing import Any
 
 from dist_llm.config.check import check
 from dist_llm.config.check_data import list_sources
-from dist_llm.config.compare import merge_model
+from dist_llm.config.compare import merge_model_keys
 from dist_llm.config.derive import resolve_config
-from dist_llm.config.describe import FROM
+from dist_llm.config.describe import MODEL_FROM
 from dist_llm.config.load import Violation, load_config, raise_violations
 from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.config.schema import Config
@@ -37,16 +37,18 @@ def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[s
     from dist_llm.checkpoint.compatibility import read_config  # imports torch, so only if needed
     from dist_llm.checkpoint.store import resolve_checkpoint
 
-    checkpoint, own_keys = section[FROM], {name: value for name, value in section.items() if name != FROM}
+    checkpoint, own_keys = section[MODEL_FROM], {name: value for name, value in section.items() if name != MODEL_FROM}
     # After an error, a placeholder model lets `read_config` check the other sections.
     placeholder = {"d_model": 2, "n_layers": 1, "n_heads": 1, **own_keys}
     if not isinstance(checkpoint, str) or not checkpoint:
-        return placeholder, [Violation((f"model.{FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")]
+        return placeholder, [
+            Violation((f"model.{MODEL_FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")
+        ]
     try:
         saved = read_config(resolve_checkpoint(checkpoint)).model.model_dump()
     except (UserError, OSError) as error:
-        return placeholder, [Violation((f"model.{FROM}",), str(error))]
-    return merge_model(own_keys, saved, checkpoint, allowed)
+        return placeholder, [Violation((f"model.{MODEL_FROM}",), str(error))]
+    return merge_model_keys(own_keys, saved, checkpoint, allowed)
 
 
 def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str], world_size: int) -> Config:

@@ -14,8 +14,8 @@ from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.checkpoint.flat_shard import local_chunks
 from dist_llm.checkpoint.probe import PROBE
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.config.lengths import inputs_len, sample_tokens
 from dist_llm.config.schema import Config, LossConfig
+from dist_llm.config.sequence_lengths import compute_inputs_len, count_sample_tokens
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.loader import Loader
 from dist_llm.data.repetition import find_repetitions
@@ -77,7 +77,7 @@ class Trainer:
             self.progress.guard = replace(guard_state, losses=self.progress.guard.losses)
         self.stragglers = StragglerMonitor(world, engine, config.log.stragglers_seconds)
         self.guard = Guard(config.guard, self.progress.guard, engine, self.run_dir)
-        self.tokens_per_sample = sample_tokens(config)
+        self.tokens_per_sample = count_sample_tokens(config)
         num_samples = (config.run.steps - self.progress.step) * config.data.global_batch
         end_sample = loader.plan.advance(self.progress.samples, num_samples)
         self.repetitions = find_repetitions(loader.plan, self.progress.samples, end_sample)
@@ -283,7 +283,7 @@ class Trainer:
         peak, peak_origin = peak_flops(device, config.precision)
         if config.log.peak_tflops:
             peak, peak_origin = config.log.peak_tflops * 1e12, "log.peak_tflops"
-        sample_flops = flops_per_sample(config.model, inputs_len(config), self.loader.objective.encoder_len)
+        sample_flops = flops_per_sample(config.model, compute_inputs_len(config), self.loader.objective.encoder_len)
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, peak_origin)
         sinks: list[MetricsFile | TensorBoard | ProgressLine] = []
         if self.world.is_main:

@@ -7,7 +7,7 @@ import pytest
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, check_resume
-from dist_llm.config.load import dump
+from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
@@ -30,7 +30,7 @@ FIXED = {"model.n_heads", "model.head_dim"}
 
 
 def write_config(directory: Path, model: dict[str, Any], **sections: Any) -> Path:
-    (directory / "config.yaml").write_text(dump(make_config(1, model, **sections)), encoding="utf-8")
+    (directory / "config.yaml").write_text(dump_config(make_config(1, model, **sections)), encoding="utf-8")
     return directory
 
 

@@ -7,15 +7,15 @@ import pytest
 
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES, format_divisors, resolve_config, resolve_dp_shard, round_up
-from dist_llm.config.describe import describe
-from dist_llm.config.lengths import SPECIALS, all_lengths
+from dist_llm.config.describe import describe_keys
 from dist_llm.config.schema import UnresolvedConfig
+from dist_llm.config.sequence_lengths import SPECIAL_TOKENS, compute_component_lengths
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import ConfigError
 from dist_llm.training.settings import read_config
 
 TOKENIZER_SIZE = 300  # token ids of the corpus
-KEYS = {row[0] for row in describe()}
+KEYS = {row[0] for row in describe_keys()}
 
 
 def make_config(**keys):
@@ -39,8 +39,8 @@ def test_sizes_that_the_objective_implies_are_derived():
     config = resolve_config(
         make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, TOKENIZER_SIZE
     )
-    lengths = all_lengths(config)[0]
-    assert config.model.vocab_size == TOKENIZER_SIZE + len(SPECIALS) + lengths.spans
+    lengths = compute_component_lengths(config)[0]
+    assert config.model.vocab_size == TOKENIZER_SIZE + len(SPECIAL_TOKENS) + lengths.num_spans
     assert config.model.n_encoder_layers == config.model.n_layers == 2
     assert config.model.max_seq_len == 64
     assert resolve_config(make_config(), 1, TOKENIZER_SIZE).model.vocab_size == TOKENIZER_SIZE, (

@@ -11,17 +11,17 @@ import torch
 from dist_llm.config.compare import (
     MODEL_ROLES,
     OBJECTIVE_ROLES,
-    PART_KEYS,
+    PARAMETER_KEYS,
     REQUESTABLE,
-    function_differences,
-    function_of,
-    other_differences,
-    resume_differences,
+    find_function_differences,
+    find_other_differences,
+    find_resume_differences,
+    get_function_keys,
 )
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.objective_sections import ObjectiveConfig
 from dist_llm.config.schema import Config
-from dist_llm.config.section import union_members
+from dist_llm.config.section import get_union_members
 from dist_llm.models.attention_mask import CAUSAL, EncoderInput
 from dist_llm.models.build_model import build_model
 from tests.laws.law import make_config
@@ -75,21 +75,21 @@ def make_config_pair(key: str) -> tuple[Config, Config]:
 
 def test_every_key_has_a_role() -> None:
     assert set(MODEL_ROLES) == set(ModelConfig.model_fields) == set(OTHER_VALUES), "classify the new key of ModelConfig"
-    objective_keys = {key for member in union_members(ObjectiveConfig).values() for key in member.model_fields}
+    objective_keys = {key for member in get_union_members(ObjectiveConfig).values() for key in member.model_fields}
     assert set(OBJECTIVE_ROLES) == objective_keys, "classify the new key of the objectives"
-    assert set(REQUESTABLE) >= PART_KEYS
+    assert set(REQUESTABLE) >= PARAMETER_KEYS
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_a_change_is_reported_by_the_role_of_its_key(key: str) -> None:
     previous, current = make_config_pair(key)
-    of_function, of_training = function_differences(previous, current), other_differences(previous, current)
+    of_function, of_training = find_function_differences(previous, current), find_other_differences(previous, current)
     expected = of_function if MODEL_ROLES[key] != "training" else of_training
     assert [(difference.key, difference.before, difference.now) for difference in expected] == [
         (f"model.{key}", getattr(previous.model, key), getattr(current.model, key))
     ]
     assert len(of_function) + len(of_training) == 1
-    assert function_differences(previous, previous) == other_differences(previous, previous) == []
+    assert find_function_differences(previous, previous) == find_other_differences(previous, previous) == []
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
@@ -120,30 +120,30 @@ def compute_logits(config: Config) -> torch.Tensor:
 def test_a_change_without_effect_is_not_a_difference() -> None:
     previous = make_config(1, {"positions": "none"})
     changed = change_model(previous, rope_theta=5e5, max_seq_len=64, relative_buckets=8)
-    assert function_differences(previous, changed) == []
+    assert find_function_differences(previous, changed) == []
     explicit = change_model(previous, attention_scale=previous.model.head_dim**-0.5)
-    assert function_differences(previous, explicit) == []
+    assert find_function_differences(previous, explicit) == []
     biased = make_config(1, {"bias": True})
-    assert function_differences(biased, change_model(biased, qkv_bias=True)) == []
-    assert function_of(biased.model)["rope_theta"] == 10_000.0
+    assert find_function_differences(biased, change_model(biased, qkv_bias=True)) == []
+    assert get_function_keys(biased.model)["rope_theta"] == 10_000.0
 
 
 def test_objectives_are_compared_by_their_effect_on_the_function() -> None:
     previous = make_config(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
     denser = previous.model_copy(update={"objective": previous.objective.model_copy(update={"noise_density": 0.5})})
-    assert function_differences(previous, denser) == []
+    assert find_function_differences(previous, denser) == []
     for key, value in (("name", "prefix"), ("mode", "X"), ("see_prefix", False)):
         changed = previous.model_copy(update={"objective": previous.objective.model_copy(update={key: value})})
-        assert [difference.key for difference in function_differences(previous, changed)] == ["objective"]
-        assert resume_differences(previous, changed) == [], "the data history handles changed objectives"
+        assert [difference.key for difference in find_function_differences(previous, changed)] == ["objective"]
+        assert find_resume_differences(previous, changed) == [], "the data history handles changed objectives"
 
 
 def test_a_resume_cannot_change_vocabulary_padding_or_the_mask() -> None:
     previous = make_config(1, {})
     padded = change_model(previous, vocab_multiple=64)
-    assert [difference.key for difference in resume_differences(previous, padded)] == ["model.vocab_multiple"]
-    assert resume_differences(previous, change_model(previous, vocab_multiple=2)) != []
+    assert [difference.key for difference in find_resume_differences(previous, padded)] == ["model.vocab_multiple"]
+    assert find_resume_differences(previous, change_model(previous, vocab_multiple=2)) != []
     masked = previous.model_copy(update={"data": previous.data.model_copy(update={"document_mask": True})})
-    assert [difference.key for difference in resume_differences(previous, masked)] == ["data.document_mask"]
+    assert [difference.key for difference in find_resume_differences(previous, masked)] == ["data.document_mask"]
     new_segment = masked.model_copy(update={"data": masked.data.model_copy(update={"on_change": "new_segment"})})
-    assert resume_differences(previous, new_segment) == []
+    assert find_resume_differences(previous, new_segment) == []

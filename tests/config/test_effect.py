@@ -11,8 +11,8 @@ from pydantic import BaseModel
 
 from dist_llm.config.check import check
 from dist_llm.config.check_effect import RULES
-from dist_llm.config.lengths import lengths
 from dist_llm.config.section import Section
+from dist_llm.config.sequence_lengths import compute_sequence_lengths
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
 from dist_llm.text.build_tokenizer import build_tokenizer
@@ -152,7 +152,7 @@ def test_a_run_reads_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             sections[name] = {**sections.get(name, {}), **value} if isinstance(value, dict) else value
         Path("config.yaml").write_text(json.dumps(sections))
         read_config(Path("config.yaml"), [], 1)  # raises an error if the config violates a rule
-        lengths.cache_clear()
+        compute_sequence_lengths.cache_clear()
         with monkeypatch.context() as patch_context:
             patch_context.setattr(settings, "check", lambda *rest: [])  # reading a key in a rule is not an effect
             patch_context.setattr(Section, "__getattribute__", record_and_read)

@@ -12,7 +12,7 @@ import torch
 
 from dist_llm.config import check_engine
 from dist_llm.config.check import check
-from dist_llm.config.deepspeed import deepspeed_json
+from dist_llm.config.deepspeed import build_deepspeed_json
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.launch.environment import check_accelerate
@@ -210,7 +210,7 @@ def test_a_json_that_does_not_contradict_the_config_is_accepted(tmp_path: Path) 
     }
     assert not find_problems_of_json(content, tmp_path)
     config = make_config(engine="deepspeed", deepspeed={"config": str(tmp_path / "ds.json")})
-    deepspeed_config = deepspeed_json(resolve_config(config, 2, 300), 2)
+    deepspeed_config = build_deepspeed_json(resolve_config(config, 2, 300), 2)
     assert deepspeed_config["train_batch_size"] == 12
     assert deepspeed_config["gradient_accumulation_steps"] == 3
     assert deepspeed_config["zero_optimization"]["stage"] == 2
@@ -222,9 +222,9 @@ def test_a_json_that_does_not_contradict_the_config_is_accepted(tmp_path: Path) 
 
 def test_bf16_gradients_are_reduced_in_fp32() -> None:
     config = resolve_config(make_config(engine="deepspeed", precision="bf16"), 2, 300)
-    assert deepspeed_json(config, 2)["communication_data_type"] == "fp32"
-    assert deepspeed_json(config, 2)["bf16"] == {"enabled": True}
-    assert deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, (
+    assert build_deepspeed_json(config, 2)["communication_data_type"] == "fp32"
+    assert build_deepspeed_json(config, 2)["bf16"] == {"enabled": True}
+    assert build_deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, (
         "stage 2 accumulates in bf16, its default"
     )
 

@@ -8,12 +8,12 @@ import yaml
 from pydantic import BaseModel
 
 from dist_llm.config.data_sections import SourceConfig, StageConfig
-from dist_llm.config.describe import describe
-from dist_llm.config.load import dump, load_config, parse_yaml, raise_violations
-from dist_llm.config.nearest import ALIASES
+from dist_llm.config.describe import describe_keys
+from dist_llm.config.key_suggestions import ALIASES
+from dist_llm.config.load import dump_config, load_config, parse_yaml, raise_violations
 from dist_llm.config.optim_sections import AdamWConfig, ScheduleConfig, WSDConfig
 from dist_llm.config.schema import UnresolvedConfig
-from dist_llm.config.section import union_members
+from dist_llm.config.section import get_union_members
 from dist_llm.errors import ConfigError
 from dist_llm.optim.schedule import learning_rate
 
@@ -27,7 +27,7 @@ SECTIONS = [
     for name, field in UnresolvedConfig.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
 ]
-KEYS = [row[0] for row in describe()]
+KEYS = [row[0] for row in describe_keys()]
 
 
 @pytest.fixture
@@ -346,23 +346,23 @@ def test_overrides_alone_can_be_a_config():
 
 def test_a_dumped_config_loads_as_the_same_config(load_minimal, write_config):
     config, _ = load_minimal("optim.lr=1e-7", "optim.eps=1e-20", "compile=true", "eval.sample_prompt='a: \"b\"\\n'")
-    assert load_config(write_config(dump(config), "dumped.yaml")) == (config, [])
+    assert load_config(write_config(dump_config(config), "dumped.yaml")) == (config, [])
 
 
 def test_describe_covers_every_key_with_a_description():
-    columns_by_key = {name: columns for name, *columns in describe()}
+    columns_by_key = {name: columns for name, *columns in describe_keys()}
     expected_keys = {"base", "model.from"}
     expected_keys |= {f"data.sources.*.{name}" for name in SourceConfig.model_fields}
     expected_keys |= {f"data.stages.*.{name}" for name in StageConfig.model_fields}
     for name, field in UnresolvedConfig.model_fields.items():
         if name in SECTIONS:
             expected_keys |= {f"{name}.{inner}" for inner in field.annotation.model_fields}
-        elif members := union_members(field.annotation):
+        elif members := get_union_members(field.annotation):
             expected_keys |= {f"{name}.{inner}" for member in members.values() for inner in member.model_fields}
         else:
             expected_keys.add(name)
     assert set(columns_by_key) == expected_keys
-    assert len(list(describe())) == len(columns_by_key), "a key is described twice"
+    assert len(list(describe_keys())) == len(columns_by_key), "a key is described twice"
     for name, (kind, default, description) in columns_by_key.items():
         assert kind, name
         assert default, name
@@ -374,9 +374,9 @@ def test_describe_covers_every_key_with_a_description():
 
 
 def test_the_description_of_decay_steps_names_the_schedules_that_have_it():
-    (description,) = [row[3] for row in describe() if row[0] == "schedule.decay_steps"]
+    (description,) = [row[3] for row in describe_keys() if row[0] == "schedule.decay_steps"]
     assert description.startswith("cosine, linear, wsd: step at which")
-    for name, schedule in union_members(ScheduleConfig).items():
+    for name, schedule in get_union_members(ScheduleConfig).items():
         assert (name in description) == ("decay_steps" in schedule.model_fields), name
         if "decay_steps" in schedule.model_fields:
             rate = learning_rate(AdamWConfig(lr=1.0), schedule(decay_steps=10), 10)
@@ -387,7 +387,7 @@ def test_wsd_with_decay_fraction_0_drops_in_one_step():
     schedule = WSDConfig(decay_steps=10, decay_fraction=0.0)
     assert [learning_rate(AdamWConfig(lr=1.0), schedule, step) for step in (9, 10, 11)] == pytest.approx([1, 1, 0.1])
     description = WSDConfig.model_fields["decay_fraction"].description
-    assert "0: it drops at once after decay_steps" in description
+    assert "0: the rate drops at once after decay_steps" in description
 
 
 @pytest.mark.parametrize("text", ["3e-4", "1E5", ".5e3", "-2e3", "+1e0", "3.e2"])

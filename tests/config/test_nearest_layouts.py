@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from dist_llm.config.check import check, nearest_layouts
+from dist_llm.config.check import check, find_nearest_layouts
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.shard import Manifest
@@ -92,7 +92,7 @@ def test_suggested_layouts_are_valid_and_nearest(sections, parallel, world_size)
         layout = dict(zip(AXES, sizes, strict=True))
         if check(make_config(**sections, **layout), world_size, TOKENIZER_SIZE) == []:
             valid_layouts.append(layout)
-    suggested = nearest_layouts(config, world_size, TOKENIZER_SIZE)
+    suggested = find_nearest_layouts(config, world_size, TOKENIZER_SIZE)
     assert len(suggested) == min(3, len(valid_layouts))
     assert all(layout in valid_layouts for layout in suggested)
     assert [count_changed_axes(layout, config) for layout in suggested] == sorted(

@@ -11,12 +11,12 @@ import yaml
 
 from dist_llm.config.check import check
 from dist_llm.config.derive import resolve_config
-from dist_llm.config.describe import describe
-from dist_llm.config.load import dump, load_config, load_saved, parse_saved
+from dist_llm.config.describe import describe_keys
+from dist_llm.config.load import dump_config, load_config, load_saved, parse_saved
 from dist_llm.config.objective_sections import MixtureConfig, ObjectiveSpec, SpanSpec
 from dist_llm.config.optim_sections import ConstantConfig, MuonConfig, OptimConfig, ScheduleConfig, SGDConfig
 from dist_llm.config.schema import UnresolvedConfig
-from dist_llm.config.section import parse_union, union_members
+from dist_llm.config.section import get_union_members, parse_union
 
 RUN: dict[str, Any] = {
     "run": {"dir": "runs/x", "steps": 20},
@@ -59,7 +59,7 @@ def test_a_key_of_another_member_is_refused(section: str, keys: dict[str, Any], 
 def test_every_key_of_some_members_is_tested() -> None:
     tested_keys = {(section, key.rpartition(".")[2]) for section, _, key, _ in MISPLACED}
     for section, annotation in UNIONS.items():
-        members = union_members(annotation).values()
+        members = get_union_members(annotation).values()
         for name in {name for member in members for name in member.model_fields}:
             if not all(name in member.model_fields for member in members):
                 untested_names = {
@@ -102,7 +102,7 @@ def test_the_name_of_a_section_selects_its_class() -> None:
     assert isinstance(config.objective, MixtureConfig)
     assert config.objective.components[0] == SpanSpec(mode="R")
     resolved = resolve_config(config, 1, 300)
-    assert parse_saved(dump(resolved), "config.yaml") == resolved
+    assert parse_saved(dump_config(resolved), "config.yaml") == resolved
 
 
 # Version 0.1.0 saved all sizes, and 0 instead of null.
@@ -155,7 +155,7 @@ def test_saved_keys_of_another_version_are_ignored() -> None:
 
 
 def test_the_help_names_the_members_that_have_a_key() -> None:
-    row_by_key = {row[0]: row for row in describe()}
+    row_by_key = {row[0]: row for row in describe_keys()}
     assert row_by_key["optim.name"][1] == "adamw | muon | sgd"
     assert row_by_key["optim.muon_momentum"][3] == "muon: Nesterov momentum"
     assert row_by_key["schedule.name"][2] == "cosine"

@@ -5,20 +5,20 @@ from pathlib import Path
 import pytest
 
 from dist_llm.config.load import load_config
-from dist_llm.config.shipped import DIRECTORY, find_config, shipped_names
+from dist_llm.config.shipped import SHIPPED_DIRECTORY, find_config, list_shipped_configs
 from dist_llm.errors import ConfigError
 
 
 def test_every_config_of_the_package_has_a_name() -> None:
-    names = shipped_names()
+    names = list_shipped_configs()
     assert {"demo", "debug", "llama3-8b", "families/encoder", "layouts/one"} <= set(names)
-    assert len(names) == len(list(DIRECTORY.rglob("*.yaml")))
+    assert len(names) == len(list(SHIPPED_DIRECTORY.rglob("*.yaml")))
 
 
-@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("name", list_shipped_configs())
 def test_a_name_loads_the_file_of_the_package(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_config(Path(name)) == load_config(DIRECTORY / f"{name}.yaml")
+    assert load_config(Path(name)) == load_config(SHIPPED_DIRECTORY / f"{name}.yaml")
 
 
 def test_a_file_takes_precedence_over_a_config_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

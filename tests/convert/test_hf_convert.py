@@ -21,7 +21,7 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.checkpoint.manifest import verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.config.load import dump, load_config
+from dist_llm.config.load import dump_config, load_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.convert import hf_convert
@@ -131,7 +131,7 @@ def write_native_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     }
     progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
     files = {
-        "config.yaml": dump(config).encode(),
+        "config.yaml": dump_config(config).encode(),
         "tokenizer.json": tokenizer.to_json_bytes(),
         "progress.json": progress,
     }
@@ -472,7 +472,7 @@ def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None
     weights = LazyWeights(
         {f"model.{name}": shape for name, shape in shapes.items()}, lambda name: torch.randn(shapes[name[6:]])
     )
-    files = {"config.yaml": dump(config).encode(), "progress.json": b'{"step": 0}'}
+    files = {"config.yaml": dump_config(config).encode(), "progress.json": b'{"step": 0}'}
     write_native(tmp_path / "native", weights, files)
     for arguments in (
         ("to-hf", tmp_path / "native", tmp_path / "hf_model"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.config.compare import function_of
+from dist_llm.config.compare import get_function_keys
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_config_fields import HARMLESS_FIELDS
 from dist_llm.convert.hf_convert import find_unused_heads, from_huggingface, model_shapes, to_huggingface
@@ -57,7 +57,7 @@ def make_other_value(value: Any) -> Any:
 def test_every_field_is_used_or_reported(family: str) -> None:
     """With another value of a field, the model's function differs, or an error names the field."""
     hf = make_fields(family)
-    expected = function_of(parse_hf_config(hf))
+    expected = get_function_keys(parse_hf_config(hf))
     for name in hf.keys() - {"model_type"} - HARMLESS_FIELDS - NO_EFFECT:
         assert import_function_or_error({**hf, name: make_other_value(hf[name])}) != expected, name
 
@@ -65,7 +65,7 @@ def test_every_field_is_used_or_reported(family: str) -> None:
 def import_function_or_error(hf: dict[str, Any]) -> dict[str, Any] | None:
     """Return the function that the config describes; None if an error names a field."""
     try:
-        return function_of(parse_hf_config(hf))
+        return get_function_keys(parse_hf_config(hf))
     except CheckpointError:
         return None
 

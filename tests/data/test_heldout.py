@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import CausalSpec, MaskedSpec
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
@@ -16,7 +16,7 @@ from dist_llm.training.evaluate import HeldoutData, evaluate, iter_heldout_batch
 SEQ = 8  # sequence length in tokens
 VOCABULARY = ObjectiveVocabulary(num_tokenizer_ids=99, eot=98)
 CAUSAL_OBJECTIVE = Objective(
-    ((CausalSpec(), Lengths(window=SEQ + 1, stride=SEQ, inputs=SEQ)),),
+    ((CausalSpec(), SequenceLengths(window_tokens=SEQ + 1, stride_tokens=SEQ, input_tokens=SEQ)),),
     VOCABULARY,
     BatchLayout(causal=True, has_prefix=False, has_document_mask=False, has_encoder_padding=False),
     inputs_len=SEQ,
@@ -58,7 +58,7 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, dp_size, 
     num_windows = 7
     corpus = make_counting_corpus(num_windows * SEQ, "heldout")
     masked_objective = Objective(
-        ((MaskedSpec(mask_rate=0.9), Lengths(window=SEQ, stride=SEQ, inputs=SEQ + 1)),),
+        ((MaskedSpec(mask_rate=0.9), SequenceLengths(window_tokens=SEQ, stride_tokens=SEQ, input_tokens=SEQ + 1)),),
         VOCABULARY,
         BatchLayout(causal=False, has_prefix=True, has_document_mask=False, has_encoder_padding=False),
         inputs_len=SEQ + 1,

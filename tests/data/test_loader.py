@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dist_llm.config.data_sections import DataConfig
-from dist_llm.config.lengths import Lengths
 from dist_llm.config.objective_sections import CausalSpec
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.data.loader import Loader
 from dist_llm.data.order import Mixture, RandomOrder, ShuffledOrder
 from dist_llm.data.plan import MixtureStage, SamplePlan
@@ -27,7 +27,7 @@ BATCH = 24  # sequences of a step; divisible by all DP_SIZES
 EPOCH_STEPS = 3
 DP_SIZES = (1, 2, 3, 4, 8)
 SEED = 3
-LENGTHS = Lengths(window=SEQ + 1, stride=SEQ, inputs=SEQ)
+LENGTHS = SequenceLengths(window_tokens=SEQ + 1, stride_tokens=SEQ, input_tokens=SEQ)
 CAUSAL_OBJECTIVE = Objective(
     ((CausalSpec(), LENGTHS),),
     ObjectiveVocabulary(num_tokenizer_ids=1000, eot=999),

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_llm.config.derive import resolve_config
-from dist_llm.config.lengths import Lengths
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
@@ -41,7 +40,7 @@ DOCUMENT_SIZES = (  # in tokens
     1,
     6,
 )
-LENGTHS = Lengths(window=SEQ + 1, stride=SEQ, inputs=SEQ)
+LENGTHS = SequenceLengths(window_tokens=SEQ + 1, stride_tokens=SEQ, input_tokens=SEQ)
 
 
 def write_corpus(directory, sizes=DOCUMENT_SIZES, prompts=None):

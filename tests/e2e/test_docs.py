@@ -91,7 +91,7 @@ def test_a_command_parses_and_its_keys_exist(arguments: list[str]) -> None:
     assert violations == []
     assert config is not None
     if not options.debug:
-        assert check(config, count_ranks(arguments), config.model.vocab_size) == []
+        assert check(config, count_ranks(arguments), tokenizer_size=config.model.vocab_size or 0) == []
 
 
 @pytest.mark.parametrize(

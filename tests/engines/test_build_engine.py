@@ -10,8 +10,8 @@ import torch
 
 from dist_llm.config import engine_names
 from dist_llm.config.check import check
-from dist_llm.config.engine_names import GROUP, find_engine
-from dist_llm.config.load import describe
+from dist_llm.config.engine_names import ENTRY_POINT_GROUP, find_engine
+from dist_llm.config.load import describe_keys
 from dist_llm.config.schema import Config
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.engines.native import NativeEngine
@@ -100,12 +100,14 @@ def test_outdated_metadata_of_our_package_is_reported(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["deepspeed", "accelerate"])
 def test_our_engines_are_registered(name: str) -> None:
     entry_point = find_engine(name)
-    assert entry_point is not None, f"the metadata of dist_llm is older than pyproject.toml: install it again ({GROUP})"
+    assert entry_point is not None, (
+        f"the metadata of dist_llm is older than pyproject.toml: install it again ({ENTRY_POINT_GROUP})"
+    )
     assert callable(entry_point.load().build_engine)
 
 
 def test_the_help_lists_the_known_engines() -> None:
-    assert {row[0]: row[1] for row in describe()}["engine"] == "native | deepspeed | accelerate | ..."
+    assert {row[0]: row[1] for row in describe_keys()}["engine"] == "native | deepspeed | accelerate | ..."
 
 
 def test_a_native_run_imports_no_other_engine(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def build_samples(config: Config, step: int, indices: range) -> Batch:
     windows = []
     for sample, component in zip(samples.tolist(), component_ids, strict=True):
         rng = np.random.default_rng(sample)
-        window = rng.integers(0, TEXT_IDS - 1, objective.components[component][1].window)
+        window = rng.integers(0, TEXT_IDS - 1, objective.components[component][1].window_tokens)
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
     if objective.is_causal_only:
         return objective(windows, samples, component_ids)

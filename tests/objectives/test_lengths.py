@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_llm.config.lengths import lengths
 from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec
 from dist_llm.config.section import parse_union
+from dist_llm.config.sequence_lengths import compute_sequence_lengths
 
 span_specs = st.builds(
     lambda density, mean, mode: SpanSpec(noise_density=density, mean_span=mean, mode=mode),
@@ -18,34 +18,39 @@ span_specs = st.builds(
 
 @given(span_specs, st.integers(5, 2000))
 def test_encoder_input_fills_seq_len_exactly(spec, seq_len):
-    size = lengths(spec, "encoder_decoder", seq_len)
+    size = compute_sequence_lengths(spec, "encoder_decoder", seq_len)
     mode = 1 if spec.mode else 0
-    assert mode + size.window - size.noise + size.spans + 1 == size.source == seq_len
-    assert size.inputs == size.noise + size.spans + 1
-    assert 1 <= size.spans <= min(size.noise, size.window - size.noise)
+    assert mode + size.window_tokens - size.num_noise_tokens + size.num_spans + 1 == size.encoder_tokens == seq_len
+    assert size.input_tokens == size.num_noise_tokens + size.num_spans + 1
+    assert 1 <= size.num_spans <= min(size.num_noise_tokens, size.window_tokens - size.num_noise_tokens)
 
 
 @given(span_specs, st.integers(6, 2000))
 def test_decoder_input_fills_seq_len_exactly(spec, seq_len):
-    size = lengths(spec, "decoder", seq_len)
+    size = compute_sequence_lengths(spec, "decoder", seq_len)
     mode = 1 if spec.mode else 0
-    assert mode + (size.window - size.noise + size.spans + 1) + (size.noise + size.spans + 1) == seq_len + 1
-    assert size.inputs == seq_len
-    assert 1 <= size.spans <= min(size.noise, size.window - size.noise)
+    assert (
+        mode
+        + (size.window_tokens - size.num_noise_tokens + size.num_spans + 1)
+        + (size.num_noise_tokens + size.num_spans + 1)
+        == seq_len + 1
+    )
+    assert size.input_tokens == seq_len
+    assert 1 <= size.num_spans <= min(size.num_noise_tokens, size.window_tokens - size.num_noise_tokens)
 
 
 @pytest.mark.parametrize("seq_len", [100, 512, 2048])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 def test_spans_have_the_configured_density_and_mean_length(architecture, seq_len):
-    size = lengths(SpanSpec(), architecture, seq_len)
-    assert size.noise / size.window == pytest.approx(0.15, abs=1 / size.window)
-    assert abs(size.spans - size.noise / 3.0) < 1
+    size = compute_sequence_lengths(SpanSpec(), architecture, seq_len)
+    assert size.num_noise_tokens / size.window_tokens == pytest.approx(0.15, abs=1 / size.window_tokens)
+    assert abs(size.num_spans - size.num_noise_tokens / 3.0) < 1
 
 
 def test_lengths_equal_those_of_t5():
     """With 15% noise in spans of 3 tokens, 568 tokens give 512 inputs and 114 targets, as in the code of T5."""
-    size = lengths(SpanSpec(), "encoder_decoder", 512)
-    assert (size.window, size.source, size.inputs) == (568, 512, 114)
+    size = compute_sequence_lengths(SpanSpec(), "encoder_decoder", 512)
+    assert (size.window_tokens, size.encoder_tokens, size.input_tokens) == (568, 512, 114)
 
 
 @pytest.mark.parametrize(
@@ -53,13 +58,13 @@ def test_lengths_equal_those_of_t5():
     [("causal", "decoder", 9, 8), ("prefix", "decoder", 9, 8), ("fim", "decoder", 9, 8), ("masked", "encoder", 7, 7)],
 )
 def test_consecutive_windows_leave_no_gap(name, architecture, window, stride):
-    size = lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, 8)
-    assert (size.window, size.stride, size.inputs) == (window, stride, 8)
+    size = compute_sequence_lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, 8)
+    assert (size.window_tokens, size.stride_tokens, size.input_tokens) == (window, stride, 8)
 
 
 @pytest.mark.parametrize(("name", "min_length"), [("span", 5), ("prefix", 2), ("masked", 2), ("fim", 7)])
 def test_too_short_sequence_is_rejected(name, min_length):
     architecture = "encoder" if name == "masked" else "decoder"
-    lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, min_length)
+    compute_sequence_lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, min_length)
     with pytest.raises(ValueError, match=f"{name} needs at least {min_length} tokens"):
-        lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, min_length - 1)
+        compute_sequence_lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, min_length - 1)

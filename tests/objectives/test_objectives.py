@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_llm.config.lengths import SPECIALS, Lengths, lengths
 from dist_llm.config.objective_sections import FIMSpec, MaskedSpec, PrefixSpec, SpanSpec
+from dist_llm.config.sequence_lengths import SPECIAL_TOKENS, SequenceLengths, compute_sequence_lengths
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.build_objective import Objective, build_objective
 from dist_llm.objectives.examples import TokenWindow, compute_document_positions
@@ -117,8 +117,8 @@ def test_word_edges_of_a_bpe_tokenizer():
 )
 def test_span_corruption_keeps_all_tokens(seq_len, density, mean, is_encoder_decoder, mode, seed):
     spec = SpanSpec(noise_density=density, mean_span=mean, mode=mode)
-    size = lengths(spec, "encoder_decoder" if is_encoder_decoder else "decoder", seq_len)
-    tokens = make_text(size.window, seed)
+    size = compute_sequence_lengths(spec, "encoder_decoder" if is_encoder_decoder else "decoder", seq_len)
+    tokens = make_text(size.window_tokens, seed)
     row = make_span_example(TokenWindow(tokens), make_rng(seed), spec, size, VOCABULARY, is_encoder_decoder)
     num_prefix = 1 if mode else 0
     if is_encoder_decoder:
@@ -135,7 +135,7 @@ def test_span_corruption_keeps_all_tokens(seq_len, density, mean, is_encoder_dec
     assert np.array_equal(reconstruct_text(source[num_prefix:], target), tokens)
     for sequence in (source, target):
         sentinels = sequence[sequence >= VOCABULARY.sentinel_id(0)] - VOCABULARY.sentinel_id(0)
-        assert sentinels.tolist() == list(range(size.spans)), "each occurs once, in order"
+        assert sentinels.tolist() == list(range(size.num_spans)), "each occurs once, in order"
         assert sequence[-1] == EOT
 
 
@@ -239,7 +239,7 @@ def test_document_ids_follow_reordered_tokens(architecture):
     )
     objective = build_objective(config, VOCABULARY)
     window = np.concatenate([[*range(100 * d, 100 * d + 7), EOT] for d in range(9)])
-    window = window[: objective.components[0][1].window]
+    window = window[: objective.components[0][1].window_tokens]
     with pytest.raises(ValueError, match="without document ids"):
         objective([window], np.arange(1))
     document_ids = np.arange(len(window)) // 8
@@ -271,7 +271,7 @@ MIXED = {
 
 def test_example_depends_only_on_its_sample_id():
     objective = make_objective(objective=MIXED)
-    sizes = [size.window for _, size in objective.components]
+    sizes = [size.window_tokens for _, size in objective.components]
     component_ids = [0, 1, 2, 0]
     windows = [make_text(sizes[component_id], seed) for seed, component_id in enumerate(component_ids)]
     batch = objective(windows, np.arange(4), component_ids)
@@ -289,7 +289,7 @@ def test_example_depends_only_on_its_sample_id():
 def test_causal_components_have_no_prefix():
     objective = make_objective(objective=MIXED)
     rows = [
-        objective.build_example(make_text(size.window), 0, component_id)
+        objective.build_example(make_text(size.window_tokens), 0, component_id)
         for component_id, (_, size) in enumerate(objective.components)
     ]
     assert rows[0].prefix_len > 0
@@ -308,8 +308,8 @@ def test_causal_batch_equals_shifted_windows():
 
 
 def test_added_ids_have_names():
-    assert [VOCABULARY.describe_added_id(V + number) for number in range(len(SPECIALS))] == [
-        f"<{name}>" for name in SPECIALS
+    assert [VOCABULARY.describe_added_id(V + number) for number in range(len(SPECIAL_TOKENS))] == [
+        f"<{name}>" for name in SPECIAL_TOKENS
     ]
     assert VOCABULARY.describe_added_id(VOCABULARY.sentinel_id(7)) == "<sentinel 7>"
     assert VOCABULARY.describe_added_id(EOT) is None
@@ -319,8 +319,8 @@ def test_padding_has_no_loss():
     config = make_config(1, {"architecture": "encoder_decoder", "vocab_size": 0}, objective={"name": "prefix"})
     objective = build_objective(config, VOCABULARY)
     assert isinstance(objective, Objective)
-    assert isinstance(objective.components[0][1], Lengths)
-    batch = objective([make_text(objective.components[0][1].window, seed) for seed in range(5)], np.arange(5))
+    assert isinstance(objective.components[0][1], SequenceLengths)
+    batch = objective([make_text(objective.components[0][1].window_tokens, seed) for seed in range(5)], np.arange(5))
     assert batch.encoder_input is not None
     assert batch.encoder_input.tokens_BT.shape == (5, 32)
     padding = batch.encoder_input.mask.documents_BT == -1

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_llm.config.optim_sections import AdamWConfig, ScheduleConfig
-from dist_llm.config.section import union_members
+from dist_llm.config.section import get_union_members
 from dist_llm.optim.schedule import learning_rate
 
 PEAK, FLOOR = 2.0, 0.5
@@ -19,7 +19,7 @@ FALLING_TO_THE_FLOOR = ("cosine", "linear", "wsd")
 
 def rate(name, step, warmup=WARMUP, end=END, min_ratio=FLOOR / PEAK, **kwargs):
     keys = {"warmup_steps": warmup, "decay_steps": end, "min_ratio": min_ratio, **kwargs}
-    member = union_members(ScheduleConfig)[name]
+    member = get_union_members(ScheduleConfig)[name]
     schedule = member(**{key: value for key, value in keys.items() if key in member.model_fields})
     return learning_rate(AdamWConfig(lr=PEAK), schedule, step)
 

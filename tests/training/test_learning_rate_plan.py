@@ -9,7 +9,7 @@ import pytest
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.config.derive import resolve_config
-from dist_llm.config.load import dump
+from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config, UnresolvedConfig
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.training.learning_rate_plan import plan_learning_rate
@@ -30,7 +30,7 @@ def make_config(steps: int, **schedule: object) -> Config:
 
 
 def write_checkpoint(config: Config, step: int, directory: Path) -> CheckpointFolder:
-    (directory / "config.yaml").write_text(dump(plan_learning_rate(config, None)))
+    (directory / "config.yaml").write_text(dump_config(plan_learning_rate(config, None)))
     (directory / "progress.json").write_text(json.dumps(Progress(step=step).as_dict()))
     return CheckpointFolder(directory)
 
@@ -93,7 +93,7 @@ def test_an_unchanged_rate_is_not_logged(
 def test_the_next_resume_keeps_the_plan(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(make_config(100), 100, tmp_path)
     extended = plan_learning_rate(make_config(200), checkpoint)
-    (tmp_path / "config.yaml").write_text(dump(extended))
+    (tmp_path / "config.yaml").write_text(dump_config(extended))
     assert plan_learning_rate(make_config(300), checkpoint) == make_config(300).model_copy(
         update={"schedule": extended.schedule}
     )

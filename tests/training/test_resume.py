@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dist_llm.config.load import dump
+from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
 from dist_llm.training.resume import NUM_COMPARED_STEPS, EarlierSteps
 from tests.laws.law import make_config
@@ -23,7 +23,7 @@ def write_run(directory: Path, config: Config) -> Path:
         '{"step": 31, "lo',
     ]
     (directory / "metrics.jsonl").write_text("\n".join(lines + incomplete_rows), encoding="utf-8")
-    (directory / "config.yaml").write_text(dump(config), encoding="utf-8")
+    (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     return directory
 
 

@@ -1,9 +1,9 @@
-"""Suggest the key that an unknown key probably means."""
+"""Suggest the config key that a user probably means by an unknown key."""
 
 import difflib
 from collections.abc import Sequence
 
-# The name of a key in other trainers -> our key.
+# Name of a key in other trainers -> our key.
 ALIASES = {
     "adam_epsilon": "optim.eps",
     "batch_size": "data.global_batch",
@@ -61,26 +61,27 @@ ALIASES = {
 }
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of the message on the unknown key `name`: similar keys, or else the valid keys of its section.
+def suggest_keys(unknown_key: str, valid_keys: Sequence[str]) -> str:
+    """Return the end of the message on an unknown key: similar keys, or else the valid keys of its section.
 
-    Only the last component of each name is compared, since full names within a section look alike.
+    Only the last component of each dotted key is compared, because full keys of one section look alike.
     """
-    section, _, leaf = name.rpartition(".")
-    neighbours = [key for key in known if key.rpartition(".")[0] == section]
+    section, _, name = unknown_key.rpartition(".")
+    section_keys = [key for key in valid_keys if key.rpartition(".")[0] == section]
     # In this order: the same name in another section, an alias, a similar name in the section, any similar name.
-    suggestions = [key for key in known if _leaf(key) == leaf]
-    suggestions = suggestions or [meaning for alias, meaning in ALIASES.items() if alias == leaf]
-    suggestions = suggestions or _misspelt(leaf, neighbours) or _misspelt(leaf, known)
+    suggestions = [key for key in valid_keys if _last_component(key) == name]
+    suggestions = suggestions or [key for alias, key in ALIASES.items() if alias == name]
+    suggestions = suggestions or _find_similar(name, section_keys) or _find_similar(name, valid_keys)
     if suggestions:
         return f"; did you mean {' or '.join(suggestions)}?"
-    return f"; valid here: {', '.join(map(_leaf, neighbours))}" if neighbours else ""
+    return f"; valid here: {', '.join(map(_last_component, section_keys))}" if section_keys else ""
 
 
-def _misspelt(leaf: str, known: Sequence[str]) -> list[str]:
-    close = difflib.get_close_matches(leaf, map(_leaf, known), n=1, cutoff=0.6)
-    return [key for key in known if [_leaf(key)] == close]
+def _find_similar(name: str, keys: Sequence[str]) -> list[str]:
+    """Return the keys whose last component is the closest match of `name`."""
+    closest = difflib.get_close_matches(name, map(_last_component, keys), n=1, cutoff=0.6)
+    return [key for key in keys if [_last_component(key)] == closest]
 
 
-def _leaf(key: str) -> str:
+def _last_component(key: str) -> str:
     return key.rpartition(".")[2]
