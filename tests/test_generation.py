@@ -87,7 +87,7 @@ def test_encoder_runs_once_per_prompt(positions):
 
 def encode_prompt_for(prompt="ab", architecture="decoder", **objective):
     """Encode a prompt for a model that was trained with this objective."""
-    config = make_config(1, {"architecture": architecture, "vocab_size": None}, objective=objective)
+    config = make_config(1, {"architecture": architecture, "vocab_size": 400}, objective=objective)
     return encode_prompt(config, make_byte_tokenizer(), prompt)
 
 

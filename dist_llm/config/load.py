@@ -5,7 +5,6 @@ of a run or checkpoint.
 """
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -74,7 +73,10 @@ def raise_violations(violations: Sequence[Violation]) -> None:
 
 
 def load_config(
-    source: Path | Mapping[str, Any] | None, overrides: Sequence[str] = (), read_model: ModelReader | None = None
+    source: Path | Mapping[str, Any] | None,
+    overrides: Sequence[str] = (),
+    read_model: ModelReader | None = None,
+    log_outdated: bool = True,
 ) -> tuple[UnresolvedConfig | None, list[Violation]]:
     """Read `source` (a file or a mapping) and its bases, apply the `section.key=value` overrides, and validate.
 
@@ -84,6 +86,8 @@ def load_config(
 
     `read_model` takes (model section, init_allow), where the section has `from: CHECKPOINT`. It returns (the section
     merged onto the model section of the checkpoint, violations).
+
+    With `log_outdated`, a 0 or -1 of version 0.1.0 that is null or off now is logged.
     """
     raw = {}
     if isinstance(source, Path):
@@ -92,9 +96,8 @@ def load_config(
         raw = _add_base(deepcopy(dict(source)), Path(), "the config", ())
     for override in overrides:
         _apply_override(raw, override)
-    if os.environ.get("RANK", "0") == "0":
-        for message in list_outdated_values(UnresolvedConfig, raw):
-            log.warning(message)
+    for message in list_outdated_values(UnresolvedConfig, raw) if log_outdated else ():
+        log.warning(message)
     violations: list[Violation] = []
     if isinstance(model := raw.get("model"), dict) and MODEL_FROM in model:
         if read_model is None:

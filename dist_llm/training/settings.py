@@ -18,6 +18,7 @@ from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.shard import Manifest
 from dist_llm.errors import DataError, UserError
+from dist_llm.launch.world import read_world
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str
     A schedule.decay_steps of null stays null. `learning_rate_plan.py:plan_learning_rate` derives the value from the
     checkpoint.
     """
-    config, violations = load_config(source, overrides, read_model_section)
+    config, violations = load_config(source, overrides, read_model_section, log_outdated=read_world().is_main)
     if config is None:
         raise_violations(violations)
         raise AssertionError("no config and no violation")

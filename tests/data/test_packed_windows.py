@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.schema import UnresolvedConfig
+from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader

@@ -235,7 +235,7 @@ def test_document_ids_follow_reordered_tokens(architecture):
     """The ids of document d are from 100 d to 100 d + 6, so an id identifies its document."""
     name = {"decoder": "span", "encoder": "masked", "encoder_decoder": "span"}[architecture]
     config = make_config(
-        1, {"architecture": architecture, "vocab_size": 0}, objective={"name": name}, data={"document_mask": True}
+        1, {"architecture": architecture, "vocab_size": 400}, objective={"name": name}, data={"document_mask": True}
     )
     objective = build_objective(config, VOCABULARY)
     window = np.concatenate([[*range(100 * d, 100 * d + 7), EOT] for d in range(9)])
@@ -257,7 +257,7 @@ def test_document_ids_follow_reordered_tokens(architecture):
 
 
 def make_objective(seed=3, **changes):
-    return build_objective(make_config(1, {"vocab_size": 0}, run={"seed": seed}, **changes), VOCABULARY)
+    return build_objective(make_config(1, {"vocab_size": 400}, run={"seed": seed}, **changes), VOCABULARY)
 
 
 MIXED = {
@@ -316,7 +316,7 @@ def test_added_ids_have_names():
 
 
 def test_padding_has_no_loss():
-    config = make_config(1, {"architecture": "encoder_decoder", "vocab_size": 0}, objective={"name": "prefix"})
+    config = make_config(1, {"architecture": "encoder_decoder", "vocab_size": 400}, objective={"name": "prefix"})
     objective = build_objective(config, VOCABULARY)
     assert isinstance(objective, Objective)
     assert isinstance(objective.components[0][1], SequenceLengths)
