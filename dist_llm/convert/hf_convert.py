@@ -186,7 +186,7 @@ def export_hf(
 ) -> Weights:
     """Write all files that `from_pretrained` needs into `directory`. Return the view of the written tensors.
 
-    If the model was imported from Hugging Face, `ids` has the special TOKEN_IDS and `generation` is the content of
+    If the model was imported from Hugging Face, `ids` has the special ids and `generation` is the content of
     generation_config.json. Otherwise they come from the tokenizer. An imported tokenizer is written back unchanged.
 
     Raises CheckpointError if no Hugging Face model is equivalent.

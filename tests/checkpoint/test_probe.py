@@ -67,7 +67,7 @@ LAYOUTS = [
     Layout(2, {"cp": 2}, "tied"),
     Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
     Layout(2, {"tp": 2}, "t5"),
-    Layout(2, {"pp": 2}, "two", 6),
+    Layout(2, {"pp": 2}, "encoder_decoder", 6),
     Layout(2, {"cp": 2}, "bert"),
     Layout(3, {"cp": 3}, "bert"),
     Layout(3, {"cp": 3}, "gpt"),
@@ -84,9 +84,8 @@ def test_every_layout_measures_the_same_probe(layout: Layout) -> None:
         model, data = model | {"max_seq_len": 40}, {"seq_len": 36}
     sections = {"optim": ADAMW, "data": data}
     expected = measure_twice(make_config(1, model, **sections))
-    config = make_config(
-        layout.ranks, model, **{**sections, "data": data | {"micro_batch": layout.micro}}, parallel=layout.parallel
-    )
+    sections["data"] = data | {"micro_batch": layout.micro_batch}
+    config = make_config(layout.ranks, model, parallel=layout.parallel, **sections)
     for actual in get_world(layout.ranks).run(measure_twice, config):
         assert actual.loss == pytest.approx(expected.loss, rel=2e-5)
         assert (actual.logits is None) == ("dp_shard" not in layout.parallel or "pp" in layout.parallel)

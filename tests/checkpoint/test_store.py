@@ -185,7 +185,11 @@ LAYOUTS = [
 
 def make_layout_config(layout: Layout) -> Config:
     return make_config(
-        layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data={"micro_batch": layout.micro}
+        layout.ranks,
+        MODELS[layout.model],
+        optim=ADAMW,
+        parallel=layout.parallel,
+        data={"micro_batch": layout.micro_batch},
     )
 
 

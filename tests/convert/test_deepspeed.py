@@ -377,21 +377,21 @@ def test_a_shared_parameter_is_written_under_both_names(
 def test_a_missing_rank_is_reported(copy_run: Any) -> None:
     directory = copy_run("1")
     (resolve_tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"saved by 2 deepspeed_worlds; the optim states of 1 are missing"):
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the optim states of 1 are missing"):
         open_deepspeed(directory)
 
 
 def test_a_missing_model_state_of_stage_3_is_reported(copy_run: Any) -> None:
     directory = copy_run("3")
     (resolve_tag_directory(directory) / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"saved by 2 deepspeed_worlds; the model states of 1 are missing"):
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks; the model states of 1 are missing"):
         open_deepspeed(directory)
 
 
 def test_an_additional_rank_is_reported(copy_run: Any) -> None:
     tag = resolve_tag_directory(copy_run("2"))
     shutil.copy(tag / "zero_pp_rank_1_mp_rank_00_optim_states.pt", tag / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
-    with pytest.raises(CheckpointError, match=r"saved by 2 deepspeed_worlds, but has optim states of 2"):
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks, but has optim states of 2"):
         open_deepspeed(tag)
 
 

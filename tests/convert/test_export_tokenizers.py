@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 import dist_llm.convert.export_tokenizers as convert
-from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.derive import resolve_model
+from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.convert.export_tokenizers import export_tokenizer, import_tokenizer
 from dist_llm.convert.hf_config import READERS
 from dist_llm.data.tokenizer_file import hash_tokenizer_ids
@@ -177,7 +178,8 @@ def test_hugging_face_encodes_special_strings_as_special_tokens(bpe, tmp_path):
 )
 def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
     size = {"d_model": 8, "n_layers": 1, "n_heads": 1, "max_seq_len": 77}
-    export_tokenizer(bpe, tmp_path, ModelConfig(architecture=architecture, vocab_size=620, **size))
+    model = resolve_model(UnresolvedModelConfig(architecture=architecture, vocab_size=620, **size))
+    export_tokenizer(bpe, tmp_path, model)
     hf_tokenizer = load(tmp_path)
     assert (len(hf_tokenizer), hf_tokenizer.model_max_length) == (620, 77)
     assert (hf_tokenizer.bos_token, hf_tokenizer.eos_token, hf_tokenizer.pad_token, hf_tokenizer.unk_token) == (
@@ -199,17 +201,17 @@ def test_ids_of_objectives_have_names(bpe, architecture, bos, tmp_path):
 
 
 def test_vocabulary_padding_has_no_tokens(bpe, tmp_path):
-    size = {"d_model": 8, "n_layers": 1, "n_heads": 1}
-    export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=640, **size), num_extra_ids=0)
+    sizes = {"d_model": 8, "n_layers": 1, "n_heads": 1, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "max_seq_len": 8}
+    export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=640, **sizes), num_extra_ids=0)
     assert (len(load(tmp_path)), load(tmp_path).mask_token) == (600, None)
     with pytest.raises(CheckpointError, match="vocab_size: 599, but"):
-        export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=599, **size))
+        export_tokenizer(bpe, tmp_path, ModelConfig(vocab_size=599, **sizes))
 
 
 def test_a_reserved_name_in_use_is_replaced(bpe, tmp_path):
     with_mask = BPETokenizer("x", bpe.pattern, bpe.ranks, {ENDOFTEXT: 599, "<mask>": 600})
     export_tokenizer(with_mask, tmp_path, num_extra_ids=10)
-    assert load(tmp_path).mask_token_id == with_mask.vocabulary().special_id("mask") == 602
+    assert load(tmp_path).mask_token_id == with_mask.build_objective_vocabulary().special_id("mask") == 602
 
 
 def swap_items(items, a, b):

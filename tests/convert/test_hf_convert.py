@@ -155,7 +155,7 @@ def test_token_ids_survive_a_round_trip(run_convert: Callable[..., int], tmp_pat
     assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native") == 0
     assert run_convert("to-hf", tmp_path / "native", tmp_path / "round_trip") == 0
     actual = json.loads((tmp_path / "round_trip" / "generation_config.json").read_text())
-    assert [actual[key] for key in hf_convert.TOKEN_IDS] == [1, 2, 0, 1]
+    assert [actual[key] for key in hf_convert.TOKEN_ID_KEYS] == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("family", NATIVE_MODELS)

@@ -113,12 +113,11 @@ def test_all_architectures_have_init_rules(architecture, init, settings):
         assert (rule.constant, rule.scale > 0) == (float(ones), not (ones or zeros)), name
 
 
-def test_relative_buckets_equal_those_of_t5():
+def test_relative_buckets_equal_those_of_t5(settings):
     """Expected buckets follow Raffel et al. 2020, 2.1, with 8 buckets, the last of them from distance 16 on."""
-    from dist_llm.config.model_section import ModelConfig
     from dist_llm.models.positional_encoding import RelativeBias
 
-    config = ModelConfig(d_model=8, n_layers=1, n_heads=2, relative_buckets=8, relative_distance=16)
+    config = settings(n_heads=2, relative_buckets=8, relative_distance=16)
     causal_buckets = RelativeBias(config, bidirectional=False).compute_buckets(
         -torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 40])
     )
