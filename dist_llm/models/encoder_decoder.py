@@ -109,9 +109,8 @@ class EncoderDecoder(Decoder):
             mask = self._materialize_mask(encoder_input.mask, self.source_relative, (B, T), 0, inputs.device)
             rotation = self._rotary_cos_sin(positions_BT)
             for layer, block in encoder_blocks:
-                x_BTD = block(
-                    x_BTD, rotation, mask, cache=None, depth_scale_BS1=self._depth_scale(sample_hash_B, layer)
-                )
+                depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
+                x_BTD = block(x_BTD, rotation, mask, None, depth_scale_BS1)  # positional: a pre-hook reads them
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
     def _materialize_memory_mask(

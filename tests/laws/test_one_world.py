@@ -21,7 +21,7 @@ from tests.laws.space import ACTIVATION_BUDGET_BYTES
 from tests.laws.worlds import get_world
 
 RANKS = 4
-ROUNDS = 12
+ROUNDS = 5
 STEPS_PER_ENGINE = 20
 BUDGET_GIB = ACTIVATION_BUDGET_BYTES / RANKS / (1 << 30)
 PARALLEL_SECTIONS = (

@@ -65,6 +65,7 @@ def test_the_flop_count_of_gpt3_matches_the_published_one():
         head_dim=128,
         d_ff=4 * 12288,
         vocab_size=50257,
+        max_seq_len=2048,
         activation="gelu",
     )
     assert 6 * count_matmul_weights(gpt3) == pytest.approx(6 * 174.6e9, rel=1e-3)
