@@ -39,7 +39,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return dist.get_rank() % dp_size, dp_size
 
     @property
-    def replica_group(self) -> dist.ProcessGroup:
+    def replica_process_group(self) -> dist.ProcessGroup:
         group: dist.ProcessGroup = self.deepspeed.grid.get_data_parallel_group()
         return group
 

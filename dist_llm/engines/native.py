@@ -20,7 +20,7 @@ from dist_llm.optim.loss_scale import LossScale
 from dist_llm.optim.muon import Orthogonalize, orthogonalize
 from dist_llm.parallel.activation_budget import fit_activation_budget
 from dist_llm.parallel.context_parallel import shard_sequences
-from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalizer
 from dist_llm.parallel.fsdp import prepare_microbatch, reshard
 from dist_llm.parallel.mesh import (
     DATA_AXES,
@@ -62,7 +62,7 @@ class NativeEngine:
         orthogonalize_fn: Orthogonalize = partial(orthogonalize, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
             matrices = list(select_muon_params(self.named_parameters()).values())
-            orthogonalize_fn = DistributedOrthogonalize(self.mesh, matrices, dtype)
+            orthogonalize_fn = DistributedOrthogonalizer(self.mesh, matrices, dtype)
         return build_optimizer(config, self.named_parameters(), to_local, local_with_offset, orthogonalize_fn)
 
     @property
@@ -84,7 +84,7 @@ class NativeEngine:
         return TorchState(self, self.optimizer, self._drop_gathered_weights)
 
     @property
-    def replicated_params(self) -> ReplicaGroups:
+    def replica_groups(self) -> ReplicaGroups:
         if self.mesh is None:
             return []
         params = dict(self.named_parameters())

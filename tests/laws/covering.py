@@ -1,8 +1,8 @@
 """The covering array of the law tests: a list of cases that contains each compatible pair of values.
 
-A target is a combination of values that at least one case must have: a pair of values of two factors (space.py), or a
-triple of axes. `covering.json` contains the cases, and the incompatible targets, which no valid run can have. After a
-change of the factors or of the config rules, write the file again, which takes some minutes:
+A target is a combination of values that at least one case must have: a pair of values of two factors (run_space.py), or
+a triple of axes that are larger than 1. `covering.json` contains the cases, and the incompatible targets, which no
+valid run can have. After a change of the factors or of the config rules, write the file again. This takes some minutes:
 
   python -m tests.laws.covering
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.config.derive import AXES
-from tests.laws.space import (
+from tests.laws.run_space import (
     FACTORS,
     Case,
     complete_case,
@@ -95,7 +95,7 @@ def _iter_candidates(target: Target, remaining: Iterable[Target], rng: random.Ra
         preferred = dict(value for sampled_target in sampled_targets for value in sampled_target)
         # Each rank compiles separately, so compiled cases use few ranks.
         cheap = dict.fromkeys(AXES, 1) if index % 2 else {"compile": False}
-        case = complete_case(fixed, rng, preferred | cheap)
+        case = complete_case(rng, fixed, preferred | cheap)
         if not any(find_violations(case)):
             yield case
     if (last_case := draw_valid_case(rng, fixed, preferred={"compile": False})) is not None:

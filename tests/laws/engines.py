@@ -1,7 +1,7 @@
 """Run steps of DeepSpeed and accelerate on the ranks of a world, and compare them with one native process.
 
-Used by test_engines.py, test_engines_pipeline.py and space.py. The learning rate changes in each step, so that a rate
-that is set too late is detected.
+Used by test_engines.py, test_engines_pipeline.py and run_space.py. The learning rate changes in each step, so that a
+rate that is set too late is detected.
 """
 
 import json

@@ -36,7 +36,7 @@ from dist_llm.objectives.examples import TokenWindow
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.step import train_step
 from tests.laws import bugs
-from tests.laws.layouts import MODELS, OBJECTIVES, Layout
+from tests.laws.layouts import MODELS, OBJECTIVE_OF_ARCHITECTURE, Layout
 from tests.laws.worlds import get_world, restart_world
 
 # d_ff and the number of heads are multiples of 4, for up to 4 tensor ranks. The vocabulary size is not a multiple of 4,
@@ -97,7 +97,7 @@ def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
     """
     architecture = model.get("architecture", "decoder")
     raw: dict[str, Any] = {
-        "objective": OBJECTIVES[architecture],
+        "objective": OBJECTIVE_OF_ARCHITECTURE[architecture],
         "run": {"dir": "unused", "steps": 20, "seed": 3},
         "model": MODEL | model,
         "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": GLOBAL_BATCH, "micro_batch": 0},

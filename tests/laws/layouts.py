@@ -66,7 +66,7 @@ MODELS = {
     "bounded": BOUNDED,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
-OBJECTIVES: dict[str, dict[str, Any]] = {
+OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "encoder": {"name": "masked"},
     "encoder_decoder": {"name": "span"},
     "decoder": {},

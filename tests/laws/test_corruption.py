@@ -42,7 +42,7 @@ def find_mismatches_after_steps(config: Config, faulty_rank: int) -> list[str]:
         if torch.distributed.get_rank() == faulty_rank:
             weight = next(parameter for name, parameter in engine.named_parameters() if "norm" in name)
             to_local(weight.detach()).view(-1).view(torch.int32)[:1] ^= 1
-        return find_mismatches(engine.replicated_params, "here")
+        return find_mismatches(engine.replica_groups, "here")
 
 
 def make_layout_config(layout: Layout) -> Config:

@@ -108,7 +108,7 @@ def test_an_engine_evaluates_to_the_native_heldout_loss(engine: str) -> None:
 
 @pytest.mark.parametrize("name", BUGS)
 @pytest.mark.parametrize("engine", ["zero0", "zero2", "ddp"])
-def test_a_planted_bug_breaks_the_law(engine: str, name: str) -> None:
+def test_a_planted_bug_is_detected(engine: str, name: str) -> None:
     with pytest.raises(AssertionError, match=r"differ|off by|the rate of each step"):
         assert_engine_matches_one_process(
             2, make_engine_config(2, ENGINES[engine], "tied", CLIPPED_MOMENTUM_SGD, micro_batch=4), steps=3, bug=name

@@ -114,6 +114,6 @@ def test_a_skipped_step_has_no_effect(layout: Layout) -> None:
     assert_skipped_without_effect(layout)
 
 
-def test_a_planted_bug_breaks_the_law() -> None:
+def test_a_planted_bug_is_detected() -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_skipped_without_effect(LAYOUTS["dp_shard2_micro4_tied"], bug=True)

@@ -116,7 +116,7 @@ def test_messages_compute_the_step_of_one_process(layout: Layout) -> None:
     [("P2PReduceScatter", ReduceScatterWithoutSum), ("P2PAllGather", AllGatherWithSwappedShards)],
     ids=["unadded", "swapped"],
 )
-def test_a_planted_bug_breaks_the_law(bug: tuple[str, type]) -> None:
+def test_a_planted_bug_is_detected(bug: tuple[str, type]) -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_messages_match_one_process(LAYOUTS["dp_shard4_micro3_tied"], bug)
 
@@ -142,7 +142,7 @@ def trace_with_broken_activations(config: Config, bug: tuple[str, type]) -> Rank
     [("P2PReduceScatter", ReduceScatterWithoutSum), ("P2PAllGather", AllGatherWithSwappedShards)],
     ids=["unadded", "swapped"],
 )
-def test_a_bug_in_messages_of_activations_breaks_the_law(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
+def test_a_planted_bug_in_messages_of_activations_is_detected(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
     config = make_config(2, {}, optim=ADAMW, parallel=parallel)
     traces = get_world(2).run(trace_with_broken_activations, config, bug)
     with pytest.raises(AssertionError, match="off by"):
