@@ -1,7 +1,7 @@
 """Planted bugs: faults of parallel training, each of which must make the comparison with one process fail.
 
-A bug is a context manager that patches dist_llm or torch in this process while it is open. Its name says the fault.
-test_planted_bugs.py and test_optimizers.py check that each bug is detected.
+A bug is a context manager that patches dist_llm or torch in this process while it is open. The name of a bug says what
+is wrong. test_planted_bugs.py and test_optimizers.py check that each bug is detected.
 """
 
 from collections.abc import Callable, Iterator
@@ -115,14 +115,14 @@ def _gather_local_gradients_only(region: tensor_parallel.TensorParallelRegion, x
 
 @register_bug
 def token_slices_use_the_depth_scale_of_full_sequences() -> Iterator[Any]:
-    """With stochastic depth. The tokens of a token shard may belong to several sequences."""
+    """A bug of stochastic depth: a rank holds a slice of the tokens, which may belong to several sequences."""
     with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
 
 
 @register_bug
 def tensor_ranks_use_the_positions_of_the_first_rank() -> Iterator[Any]:
-    """With learned positions. The token shard of a rank may start within a sequence."""
+    """A bug of learned positions: the token slice of a rank may start within a sequence."""
 
     def take_first_chunk(self: Any, values_BS: torch.Tensor) -> torch.Tensor:
         return values_BS.flatten(0, 1).chunk(self.tp_size)[0].unflatten(0, (len(values_BS), -1))
@@ -161,7 +161,9 @@ def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
 
 @register_bug
 def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
-    def normalize_each_microbatch(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
+    def normalize_each_microbatch(
+        self: NativeEngine, batches: Any, num_valid_tokens: torch.Tensor, step: int
+    ) -> torch.Tensor:
         losses = [
             original(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
             for batch in batches
@@ -176,7 +178,11 @@ def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
 @register_bug
 def loss_is_divided_twice() -> Iterator[Any]:
     original = NativeEngine.accumulate
-    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b, scored * scored, s)):
+    with patch.object(
+        NativeEngine,
+        "accumulate",
+        lambda self, b, num_valid_tokens, s: original(self, b, num_valid_tokens * num_valid_tokens, s),
+    ):
         yield
 
 
@@ -193,7 +199,9 @@ def loss_is_averaged_over_padding() -> Iterator[Any]:
 @register_bug
 def only_the_last_microbatch_is_accumulated() -> Iterator[Any]:
     original = NativeEngine.accumulate
-    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b[-1:], scored, s)):
+    with patch.object(
+        NativeEngine, "accumulate", lambda self, b, num_valid_tokens, s: original(self, b[-1:], num_valid_tokens, s)
+    ):
         yield
 
 
@@ -300,7 +308,7 @@ def vocabulary_maximum_is_not_reduced_over_tensor_ranks() -> Iterator[Any]:
 
 
 @register_bug
-def vocabulary_padding_is_scored() -> Iterator[Any]:
+def vocabulary_padding_is_in_the_softmax() -> Iterator[Any]:
     original = tensor_parallel.VocabParallelHead._build_vocab_shard
 
     def include_padding_rows(self: Any, weight_WD: Any) -> Any:
@@ -330,7 +338,7 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
 
 @register_bug
 def context_ranks_mask_queries_as_if_they_were_the_last() -> Iterator[Any]:
-    """Document and prefix masks then describe tokens of another rank."""
+    """Document and prefix masks then describe the tokens of a different rank."""
     with patch.object(
         AttentionMask, "with_query_positions", lambda self, _, num_keys: replace(self, num_keys=num_keys)
     ):
@@ -368,7 +376,7 @@ def encoder_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
 
 @register_bug
 def qk_norm_gradients_are_not_reduced() -> Iterator[Any]:
-    """With QK norm. Each tensor rank normalizes queries and keys of its own heads with replicated weights."""
+    """Each tensor rank normalizes queries and keys of its own heads with replicated weights (config key qk_norm)."""
     with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
         yield
 

@@ -27,7 +27,7 @@ from tests.laws.run_space import (
 )
 
 FILE = Path(__file__).with_suffix(".json")
-NUM_CANDIDATES = 60  # random cases from which each next case of the array is chosen
+NUM_CANDIDATES = 60  # number of random cases that are drawn to choose the next case of the array
 
 Target = tuple[tuple[str, Any], ...]  # ((factor, value), ...)
 
@@ -63,7 +63,10 @@ def estimate_seconds(case: Case) -> float:
 
 
 def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
-    """Build the array greedily: each step adds the candidate that covers most targets per second of its run."""
+    """Build the array greedily. Return the cases, and the targets that no valid run can have.
+
+    Each step adds the candidate that covers most remaining targets per second of run time.
+    """
     rng = random.Random(seed)
     cases: list[Case] = []
     incompatible: list[Target] = []
@@ -88,7 +91,7 @@ def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
 
 
 def _iter_candidates(target: Target, remaining: Iterable[Target], rng: random.Random) -> Iterator[Case]:
-    """Yield random valid cases with the values of the target, and if possible with those of other targets."""
+    """Yield random valid cases with the values of `target`, and if possible with those of other remaining targets."""
     fixed, open_targets = dict(target), list(remaining)
     for index in range(NUM_CANDIDATES):
         sampled_targets = rng.sample(open_targets, min(6, len(open_targets)))

@@ -13,7 +13,7 @@ from typing import Any
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import UnresolvedConfig
-from tests.laws.engines import ENGINES, OFFLOADED, assert_engine_matches_one_process
+from tests.laws.engines import ENGINE_SECTIONS, OFFLOADED_ENGINE_SECTIONS, assert_engine_matches_one_process
 from tests.laws.law import GLOBAL_BATCH, assert_config_matches_one_process, make_config, make_raw_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
 
@@ -69,7 +69,7 @@ WIDE_FACTORS = FACTORS | {
     "cp": (1, 2, 4),
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
-    "engine": ("native", *ENGINES, *OFFLOADED),
+    "engine": ("native", *ENGINE_SECTIONS, *OFFLOADED_ENGINE_SECTIONS),
 }
 # The values of these factors are not copied to the config section `parallel`. `recompute` is a key of that section, but
 # its value "budget" stands for another key (`make_recompute_keys`).
@@ -117,7 +117,7 @@ def make_config_sections(case: Case) -> dict[str, Any]:
         "data": {**sections.get("data", {}), "micro_batch": choose_micro_batch(case)},
         "parallel": {key: case[key] for key in PARALLEL_SECTION_KEYS} | make_recompute_keys(case),
         "compile": case["compile"],
-        **(ENGINES | OFFLOADED).get(case.get("engine", "native"), {}),
+        **(ENGINE_SECTIONS | OFFLOADED_ENGINE_SECTIONS).get(case.get("engine", "native"), {}),
     }
 
 

@@ -24,10 +24,10 @@ from tests.laws.law import (
     record_trace,
     trace_one_process,
 )
-from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
+from tests.laws.layouts import ADAMW, MODELS, Layout, index_by_name
 from tests.laws.worlds import get_world, restart_world
 
-LAYOUTS = by_name(
+LAYOUTS = index_by_name(
     Layout(2, {"dp_shard": 2}),
     Layout(4, {"dp_shard": 4}, "tied", micro_batch=3),
     Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro_batch=3),

@@ -35,7 +35,7 @@ LAYOUT_OF_BUG = {
     "causal_mask_is_aligned_to_the_first_key": Layout(2, {"cp": 2}),
     "tied_head_uses_a_copy_of_the_embedding": Layout(2, {"tp": 2}, "tied"),
     "vocabulary_maximum_is_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2}),
-    "vocabulary_padding_is_scored": Layout(2, {"tp": 2}),
+    "vocabulary_padding_is_in_the_softmax": Layout(2, {"tp": 2}),
     "all_ranks_initialize_the_same_shard": Layout(2, {"dp_shard": 2}),
     "pipeline_rescales_gradients": Layout(2, {"pp": 2}, micro_batch=6),
     "context_ranks_mask_queries_as_if_they_were_the_last": Layout(2, {"cp": 2}, sections=PREFIX),
@@ -57,7 +57,7 @@ OPTIMIZER_BUG_NAMES = {  # tested in test_optimizers.py
 MESSAGES = (
     "off by",  # most bugs: a loss, norm, gradient or parameter deviates from one process
     "differ",  # a reduction over ranks is missing: values that several ranks must agree on are not equal
-    "scored tokens",  # loss_is_averaged_over_padding, all_ranks_read_the_same_samples
+    "valid tokens",  # loss_is_averaged_over_padding, all_ranks_read_the_same_samples
     # weights_stay_gathered_after_the_last_backward, if the version of torch leaves a rank without gradients:
     "gradients:",
     "parameters:",
