@@ -1,4 +1,4 @@
-"""The context of a case of `gpu.py`: a device, sizes, and a comparison of values that also runs on a fake GPU.
+"""The context of a case of `gpu.py`: its device and sizes, and a comparison of values that also runs on a fake GPU.
 
 There are three kinds of device:
   cuda  a GPU
@@ -16,15 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import fake_gpu
 from dist_llm.config.schema import Config
 from dist_llm.launch.process_group import process_group
 from dist_llm.launch.world import World
+from fake_gpu import FakeGpu
 from models import make_config
 
-# Sizes are multiples of 16, as float8 matrix products require; there are two groups of heads.
-SMALL = ("model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=128")
-SMALL_VOCAB_SIZE = 512
+# The sizes of --tiny, and of checks that compare a GPU with a CPU. Float8 matrix products need multiples of 16. With 4
+# query heads and 2 key-value heads, the model has grouped-query attention.
+TINY_MODEL_OVERRIDES = (
+    "model.d_model=64",
+    "model.n_layers=2",
+    "model.n_heads=4",
+    "model.n_kv_heads=2",
+    "model.d_ff=128",
+)
+TINY_VOCAB_SIZE = 512
 TINY_SEQ_LEN_DIVISOR = 64  # --tiny divides sequence lengths by this number
 
 
@@ -36,18 +43,19 @@ class SkippedError(Exception):
 class CaseContext:
     """The device and the sizes of a case.
 
-    `device_kind` is cuda, cpu or fake. `tiny` asks for tiny sizes. `folder` is for files that the case writes.
-    `fake_gpu` is the active fake GPU, or None on a real device.
+    `device_kind` is cuda, cpu or fake. If `tiny` is set, the case uses tiny sizes. `folder` is for files that the case
+    writes. `active_fake_gpu` is the fake GPU of `fake_gpu.activate`, or None on a real device.
     """
 
     device_kind: str
     tiny: bool
     folder: Path
-    fake_gpu: Any = None
+    active_fake_gpu: FakeGpu | None = None
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu") if self.device_kind == "cpu" else fake_gpu.DEVICE
+        """The device of tensors: the CPU or cuda:0. A fake GPU also has the name cuda:0."""
+        return torch.device("cpu") if self.device_kind == "cpu" else torch.device("cuda", 0)
 
     @property
     def has_values(self) -> bool:
@@ -70,46 +78,53 @@ class CaseContext:
             dist.destroy_process_group()
 
 
-def make_small_config(*overrides: str, model: str = "llama-cpu") -> Config:
-    """Make the config of a model small enough to compare a GPU with a CPU in seconds."""
-    heads = [key for key in SMALL if "n_kv_heads" not in key or model.startswith("llama")]
-    sizes = [f"model.vocab_size={SMALL_VOCAB_SIZE}", "data.seq_len=64", "data.global_batch=4"]
-    return make_config(model, [*heads, *sizes, *overrides])
+def make_tiny_config(*overrides: str, model: str = "llama-cpu") -> Config:
+    """Make a config of `model` (models.py) with tiny sizes, so that a comparison of a GPU with a CPU takes seconds."""
+    # GPT-2 has no grouped-query attention.
+    model_sizes = [key for key in TINY_MODEL_OVERRIDES if "n_kv_heads" not in key or model.startswith("llama")]
+    data_sizes = [f"model.vocab_size={TINY_VOCAB_SIZE}", "data.seq_len=64", "data.global_batch=4"]
+    return make_config(model, [*model_sizes, *data_sizes, *overrides])
 
 
 class Comparison:
-    """Collects the errors and failures of a check.
+    """Compares values with expected values, and collects the deviations and the failures of a case.
 
-    A case fails if `failures` has an entry. The key of `failures` in the results is `broken`. Each method takes a
-    `label`, which names the compared quantity in messages.
+    A case fails if `failures` has an entry. `label` names the compared quantity in messages. In the results, the keys
+    of `deviations` and `failures` are `errors` and `broken`.
     """
 
     def __init__(self, context: CaseContext) -> None:
         self.context = context
-        self.errors: dict[str, float] = {}
+        self.deviations: dict[str, float] = {}  # the largest deviation by label
         self.failures: list[str] = []
 
     def check_close(self, label: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-        """Check that the largest difference, relative to the largest expected value, is at most `tolerance`.
+        """Check that the largest difference is at most `tolerance` times the largest expected absolute value.
 
-        NaN fails. On a fake GPU, check only the shapes.
+        A NaN is a failure. On a fake GPU, only the shapes are compared.
         """
         if actual.shape != expected.shape:
             self.failures.append(f"{label}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
         elif self.context.has_values:
             actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-            error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
-            self.check_at_most(label, error.item(), tolerance)
+            deviation = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30)  # avoids 0 / 0
+            self.check_at_most(label, deviation.item(), tolerance)
 
-    def check_at_most(self, label: str, error: float, tolerance: float) -> None:
-        """Check an error that the caller has computed, and record the largest error of each label. NaN fails."""
-        largest_error = self.errors.get(label, error)
-        self.errors[label] = error if not error <= largest_error else largest_error
-        if not error <= tolerance:
-            self.failures.append(f"{label}: error {error:.3g}, at most {tolerance:g} is allowed")
+    def check_at_most(self, label: str, deviation: float, tolerance: float) -> None:
+        """Check a deviation that the caller has computed, and record the largest one of each label.
+
+        A NaN is a failure and counts as the largest deviation.
+        """
+        largest_deviation = self.deviations.get(label, deviation)
+        self.deviations[label] = deviation if not deviation <= largest_deviation else largest_deviation
+        if not deviation <= tolerance:
+            self.failures.append(f"{label}: error {deviation:.3g}, at most {tolerance:g} is allowed")
 
     def check_equal(self, label: str, actual: Tensor | Sequence[int], expected: Tensor | Sequence[int]) -> None:
-        """Check that tensors have equal bits, or sequences equal numbers."""
+        """Check that two tensors have the same dtype and values, or two sequences the same numbers.
+
+        On a fake GPU, only shapes and dtypes of tensors are compared.
+        """
         if isinstance(actual, Tensor) and isinstance(expected, Tensor):
             is_equal = actual.shape == expected.shape and actual.dtype == expected.dtype
             if is_equal and self.context.has_values:
@@ -124,7 +139,7 @@ class Comparison:
         if not condition:
             self.failures.append(failure)
 
-    def make_result(self, **figures: Any) -> dict[str, Any]:
-        """Return the result of the check: `figures`, the errors by label, and the failures."""
-        errors = {label: float(f"{error:.3g}") for label, error in self.errors.items()}
-        return {**figures, "errors": errors, "broken": self.failures}
+    def make_result(self, **measurements: Any) -> dict[str, Any]:
+        """Return the result of the case: `measurements`, the largest deviation by label, and the failures."""
+        deviations = {label: float(f"{deviation:.3g}") for label, deviation in self.deviations.items()}
+        return {**measurements, "errors": deviations, "broken": self.failures}

@@ -22,7 +22,7 @@ import memory
 import optimizer
 from dist_llm.config.schema import Config
 from dist_llm.observe.flops import flops_per_token, peak_flops
-from gpu_context import SMALL, SMALL_VOCAB_SIZE, TINY_SEQ_LEN_DIVISOR, CaseContext, SkippedError
+from gpu_context import TINY_MODEL_OVERRIDES, TINY_SEQ_LEN_DIVISOR, TINY_VOCAB_SIZE, CaseContext, SkippedError
 from measure import measure_copy_rate, measure_matmul_rate
 from models import make_config
 from train import make_native_stepper
@@ -39,8 +39,8 @@ def make_training_config(
     sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.max_seq_len={seq_len}"]
     if context.tiny:
         seq_len //= TINY_SEQ_LEN_DIVISOR
-        sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.vocab_size={SMALL_VOCAB_SIZE}"]
-        sizes += [*SMALL, "model.n_layers=1"]
+        sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.vocab_size={TINY_VOCAB_SIZE}"]
+        sizes += [*TINY_MODEL_OVERRIDES, "model.n_layers=1"]
     return make_config(model, ["precision=bf16", *sizes, *overrides])
 
 
@@ -52,8 +52,8 @@ def measure_training(
     row_keys: dict[str, Any] = {"model": model, "seq_len": config.data.seq_len, "batch": batch, "sliced": sliced}
     row_keys |= {"compile": config.compile, "fp8": config.fp8, "recompute": config.parallel.recompute}
     with nullcontext() if sliced else memory.full_logits():
-        if context.fake_gpu is not None:
-            traced = memory.trace_steps(config, context.fake_gpu)
+        if context.active_fake_gpu is not None:
+            traced = memory.trace_steps(config, context.active_fake_gpu)
             return {**row_keys, "traced_peak": traced["peak"], "traced_at": traced["at"]}
         return {**row_keys, **measure_steps(config, context)}
 
@@ -116,7 +116,7 @@ def measure_attention_kernels(context: CaseContext, mask: str, seq_len: int, bat
 
 def measure_optimizers(context: CaseContext) -> list[dict[str, Any]]:
     """Measure each variant of the update (optimizer.py), one row per variant, for four layers of llama-1b."""
-    overrides = [*SMALL, f"model.vocab_size={SMALL_VOCAB_SIZE}"] if context.tiny else ["model.n_layers=4"]
+    overrides = [*TINY_MODEL_OVERRIDES, f"model.vocab_size={TINY_VOCAB_SIZE}"] if context.tiny else ["model.n_layers=4"]
     options = argparse.Namespace(overrides=overrides, rounds=1 if context.tiny else 3)
     return [{"row": row["way"], **row} for row in optimizer.measure_case("llama-1b", options, context.device)]
 

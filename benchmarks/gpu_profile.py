@@ -51,8 +51,8 @@ def profile_step(
     On a fake GPU, return only the predicted peak memory.
     """
     config = make_training_config(context, model, seq_len, batch, overrides)
-    if context.fake_gpu is not None:
-        return {"traced_peak": memory.trace_steps(config, context.fake_gpu)["peak"]}
+    if context.active_fake_gpu is not None:
+        return {"traced_peak": memory.trace_steps(config, context.active_fake_gpu)["peak"]}
     run_steps = make_native_stepper(config, context.device)
     run_steps(2)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.device_kind == "cuda" else [])]

@@ -26,7 +26,7 @@ from dist_llm.parallel.mesh import build_mesh
 from dist_llm.parallel.parallelize import init_parameters
 from dist_llm.sharded import to_local
 from dist_llm.training.step import train_step
-from gpu_context import SMALL_VOCAB_SIZE, CaseContext, Comparison, SkippedError, make_small_config
+from gpu_context import TINY_VOCAB_SIZE, CaseContext, Comparison, SkippedError, make_tiny_config
 
 CPU = torch.device("cpu")
 Steps = tuple[list[Tensor], dict[str, Tensor]]  # loss and gradient norm of each step; update of each parameter
@@ -94,7 +94,7 @@ def check_step(context: CaseContext) -> dict[str, object]:
     comparison = Comparison(context)
     for model in ("llama-cpu", "gpt2-cpu"):
         for name, overrides in (("sgd", SGD), ("adamw", ADAMW), ("muon", MUON)):
-            config = make_small_config(*overrides, model=model)
+            config = make_tiny_config(*overrides, model=model)
             actual = take_steps(NativeEngine(config, context.device), NUM_STEPS if context.has_values else 1)
             expected = take_steps(NativeEngine(config, CPU)) if context.has_values else actual
             compare_steps(
@@ -114,8 +114,8 @@ def check_step_bf16(context: CaseContext) -> dict[str, object]:
     The loss must agree within 1%, the gradient norm within 5%, and the updates by a cosine similarity of 0.99.
     """
     comparison = Comparison(context)
-    expected = take_steps(NativeEngine(make_small_config(*SGD), CPU), num_steps=1)
-    actual = take_steps(NativeEngine(make_small_config(*SGD, "precision=bf16"), context.device), num_steps=1)
+    expected = take_steps(NativeEngine(make_tiny_config(*SGD), CPU), num_steps=1)
+    actual = take_steps(NativeEngine(make_tiny_config(*SGD, "precision=bf16"), context.device), num_steps=1)
     comparison.check_close("loss", actual[0][0], expected[0][0], 1e-2)
     comparison.check_close("grad_norm", actual[0][1], expected[0][1], 5e-2)
     if context.has_values:
@@ -134,9 +134,9 @@ def check_compile(context: CaseContext) -> dict[str, object]:
     """Check that steps of compiled blocks equal steps of eager blocks in fp32, also with selective recomputation."""
     comparison = Comparison(context)
     num_steps = NUM_STEPS if context.has_values else 1
-    expected = take_steps(NativeEngine(make_small_config(*SGD), context.device), num_steps)
+    expected = take_steps(NativeEngine(make_tiny_config(*SGD), context.device), num_steps)
     for recompute in ("none", "selective"):
-        config = make_small_config(*SGD, "compile=true", f"parallel.recompute={recompute}")
+        config = make_tiny_config(*SGD, "compile=true", f"parallel.recompute={recompute}")
         actual = take_steps(NativeEngine(config, context.device), num_steps)
         label = f"recompute {recompute}"
         compare_steps(comparison, label, actual, expected, scalar_tolerance=1e-4, update_tolerance=1e-4)
@@ -148,7 +148,7 @@ def check_fp8_step(context: CaseContext, compiled: bool) -> dict[str, object]:
     comparison, num_steps = Comparison(context), 10 if context.has_values else 1
     losses = {}
     for fp8 in (True, False):
-        config = make_small_config("precision=bf16", f"fp8={fp8}", f"compile={compiled}", "optim.lr=0.003")
+        config = make_tiny_config("precision=bf16", f"fp8={fp8}", f"compile={compiled}", "optim.lr=0.003")
         engine = NativeEngine(config, context.device)
         losses[fp8] = [train_step(engine, [make_batch(config, 0)], 3e-3, step).loss for step in range(num_steps)]
     fp8_losses, bf16_losses = losses[True], losses[False]
@@ -162,7 +162,7 @@ def check_fp8_step(context: CaseContext, compiled: bool) -> dict[str, object]:
 def check_generation(context: CaseContext) -> dict[str, object]:
     """Check that the device generates the tokens of the CPU, with and without the KV cache; logits within 1e-4."""
     comparison = Comparison(context)
-    config = make_small_config()
+    config = make_tiny_config()
     model = build_model(config.model).eval()
     init_parameters(model, config)
     device_model = copy.deepcopy(model).to(context.device)
@@ -187,7 +187,7 @@ def check_generation(context: CaseContext) -> dict[str, object]:
 def check_checkpoint(context: CaseContext) -> dict[str, object]:
     """Check that a checkpoint of the device, loaded on the CPU, has the same bits and takes the same next step."""
     comparison = Comparison(context)
-    config = make_small_config(*ADAMW)
+    config = make_tiny_config(*ADAMW)
     engine, cpu_engine = NativeEngine(config, context.device), NativeEngine(config, CPU)
     take_steps(engine, num_steps=2)
     with tempfile.TemporaryDirectory() as folder:
@@ -211,7 +211,7 @@ def check_checkpoint(context: CaseContext) -> dict[str, object]:
 def check_one_rank(context: CaseContext) -> dict[str, object]:
     """Check that collectives work in a process group of one rank, and that a step with FSDP2 equals one without."""
     comparison = Comparison(context)
-    config = make_small_config(*SGD)
+    config = make_tiny_config(*SGD)
     expected = take_steps(NativeEngine(config, context.device), num_steps=1)
     with context.process_group():
         x = torch.arange(8.0, device=context.device)
@@ -253,7 +253,7 @@ def check_host_syncs(context: CaseContext, overrides: Sequence[str], documents: 
     if context.device_kind == "cpu":
         raise SkippedError("a CPU has no host syncs")
     comparison = Comparison(context)
-    config = make_small_config("precision=bf16", *overrides)
+    config = make_tiny_config("precision=bf16", *overrides)
     engine = NativeEngine(config, context.device)
     ids_BT = torch.arange(config.data.seq_len).expand(config.data.global_batch, -1) * 4 // config.data.seq_len
     attention_mask = AttentionMask(causal=True, documents_BT=ids_BT) if documents else CAUSAL
@@ -274,4 +274,4 @@ def check_host_syncs(context: CaseContext, overrides: Sequence[str], documents: 
     return comparison.make_result(syncs=len(lines), lines=lines)
 
 
-assert SMALL_VOCAB_SIZE > 20, "`check_generation` uses token ids up to 19"
+assert TINY_VOCAB_SIZE > 20, "`check_generation` uses token ids up to 19"

@@ -53,7 +53,7 @@ def run_case(case: BenchmarkCase, context: CaseContext) -> list[Outcome]:
 def run_on_fake_gpu(case: BenchmarkCase, context: CaseContext) -> list[Outcome]:
     """Run a case on a new fake GPU and drop its timings, which mean nothing there."""
     with fake_gpu.activate() as active_gpu:
-        outcomes = run_case(case, replace(context, fake_gpu=active_gpu))
+        outcomes = run_case(case, replace(context, active_fake_gpu=active_gpu))
     gc.collect()
     return [{key: value for key, value in outcome.items() if key not in TIMED_KEYS} for outcome in outcomes]
 

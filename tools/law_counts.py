@@ -46,7 +46,7 @@ def format_table() -> str:
     from tests.laws import covering
     from tests.laws.bugs import BUGS
     from tests.laws.layouts import ARCHITECTURE_LAYOUTS, COMPILED_LAYOUTS, LAYOUTS
-    from tests.laws.space import FACTORS
+    from tests.laws.run_space import FACTORS
 
     layouts = {str(layout): layout for layout in LAYOUTS.values()}.values()
     num_layouts_by_ranks = Counter(layout.ranks for layout in layouts)

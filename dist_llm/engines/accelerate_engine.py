@@ -1,9 +1,7 @@
-"""The engine of `engine: accelerate`, in which accelerate builds DDP, FSDP2 or DeepSpeed.
+"""The accelerate engine (engine: accelerate), for runs that `accelerate launch` starts.
 
-It is meant for runs that `accelerate launch` starts.
-
-Loss scaling, clipping and the learning rate are ours, because accelerate would divide the loss by the number of
-microbatches and step a scheduler once per process.
+accelerate wraps the model in DDP, FSDP2 or DeepSpeed. Loss scaling, clipping and the learning rate are ours, because
+accelerate would divide the loss by the number of microbatches and step a scheduler once per process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +33,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl"}  # backend of the process group, by d
 
 
 def build_engine(config: Config, device: torch.device) -> Engine:
-    """Build the engine that accelerate.plugin selects."""
+    """Build the engine that the config key `accelerate.plugin` selects."""
     return (AccelerateDeepSpeedEngine if config.uses_deepspeed else AccelerateEngine)(config, device)
 
 
@@ -45,7 +43,7 @@ def check_config(config: Config, device: torch.device) -> Iterator[Violation]:
 
 
 class AccelerateEngine(DataParallelEngine):
-    """An `Engine` of accelerate's DDP or FSDP2. `config` must be resolved, and a process group must exist."""
+    """An `Engine` with DDP or FSDP2 of accelerate. `config` must be resolved, and a process group must exist."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
@@ -120,7 +118,7 @@ class AccelerateDeepSpeedEngine(DeepSpeedEngine):
 
 
 def _check_plugin(accelerator: Any, plugin: str, world_size: int, prepared: nn.Module) -> None:
-    """Raise ConfigError unless accelerate runs the requested plugin. On CPUs it may silently run another one."""
+    """Raise ConfigError unless accelerate runs the requested plugin. On CPUs it may silently run a different one."""
     actual = str(accelerator.distributed_type.value)
     expected = {"ddp": ("MULTI_CPU", "MULTI_GPU"), "fsdp2": ("FSDP",), "deepspeed": ("DEEPSPEED",)}[plugin]
     single_process = world_size == 1 and plugin == "ddp"

@@ -45,8 +45,11 @@ class Engine(Protocol):
         ...
 
     @property
-    def replicated_params(self) -> ReplicaGroups:
-        """Parameters of which other ranks must hold bitwise equal replicas, by process group."""
+    def replica_groups(self) -> ReplicaGroups:
+        """The parameters that are replicated, by process group: all ranks of a group hold bitwise equal tensors.
+
+        The list is empty if no parameter of this rank is replicated.
+        """
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,7 +3,7 @@
 An entry point in the group `dist_llm.engines` refers to a module or an object with two functions:
 
 build_engine(config, device)    return the `Engine` of a resolved config. A process group exists, even with one rank.
-check_config(config, device)    optional: yield a `Violation` for each broken rule, before any process group starts.
+check_config(config, device)    optional: yield a `Violation` for each broken rule. No process group exists yet.
 
 Only the selected engine is imported, so a native run does not need the packages of other engines.
 """
@@ -44,7 +44,7 @@ def _load_engine(name: str) -> Any:
     assert entry_point is not None
     try:
         engine_module = entry_point.load()
-    except Exception as error:  # importing another package can raise anything
+    except Exception as error:  # the import of a foreign package can raise any exception
         raise ConfigError(
             f"engine: {name}: {entry_point.value} cannot be imported: {type(error).__name__}: {error}; install it "
             "again, or set engine=native"

@@ -1,6 +1,7 @@
-"""The base class of engines with data parallelism only: each rank reads different samples, in full sequences.
+"""The base class of the third-party engines, DeepSpeed and accelerate, which are data-parallel.
 
-The DeepSpeed and accelerate engines derive from it.
+Each data-parallel rank reads different samples. These engines do not split sequences or matrix products over ranks. The
+DeepSpeed engine with a pipeline (deepspeed_pipeline.py) splits the model into stages.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ from dist_llm.sharded import is_sharded
 
 
 class DataParallelEngine:
-    """The methods of `Engine` that data-parallel engines share. A process group must exist."""
+    """The methods of the interface `engines/base.py:Engine` that data-parallel engines share.
+
+    A process group must exist.
+    """
 
     loss_scale: LossScale | None = None
     model: Decoder
@@ -36,16 +40,16 @@ class DataParallelEngine:
         return self.model.named_parameters()
 
     @property
-    def replicated_params(self) -> ReplicaGroups:
-        """All parameters, if every rank holds them unsharded."""
+    def replica_groups(self) -> ReplicaGroups:
+        """One group with all parameters, or an empty list if FSDP or ZeRO stage 3 shards the parameters."""
         parameters = dict(self.named_parameters())
         if any(is_sharded(parameter) for parameter in parameters.values()):
-            return []  # sharded by FSDP or by ZeRO stage 3
-        return [(self.replica_group, parameters)]
+            return []
+        return [(self.replica_process_group, parameters)]
 
     @property
-    def replica_group(self) -> dist.ProcessGroup | None:
-        """The process group of the ranks that hold the same parameters; None for all ranks."""
+    def replica_process_group(self) -> dist.ProcessGroup | None:
+        """The process group of the ranks that hold the same parameters. None is the group of all ranks."""
         return None
 
     @property
@@ -54,7 +58,7 @@ class DataParallelEngine:
 
     @property
     def coordinates(self) -> tuple[int, ...]:
-        """The coordinates (pp, dp_replicate, dp_shard, cp) that this rank has in a mesh of the native engine."""
+        """The coordinates (pp, dp_replicate, dp_shard, cp) of this rank in the corresponding native mesh."""
         return 0, 0, dist.get_rank(), 0
 
     def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
@@ -69,7 +73,8 @@ class DataParallelEngine:
         return batch.to(self.device)
 
     def seed_dropout(self, step: int, microbatch: int) -> None:
-        """Seed dropout as the native engine does on a mesh with as many dp_shard ranks."""
+        """Seed dropout as the native engine does on a rank with the same coordinates."""
         if self.config.model.dropout:
+            # The native engine adds the tp coordinate, which is 0 here, if sequence_parallel is set.
             tp_coordinate = (0,) if self.config.parallel.sequence_parallel else ()
             torch.manual_seed(hash_seed(self.config.run.seed, step, microbatch, *self.coordinates, *tp_coordinate))

@@ -1,4 +1,4 @@
-"""The private interfaces of DeepSpeed that the DeepSpeed engine uses. No other module may use one.
+"""The private interfaces of DeepSpeed that the DeepSpeed engine uses. Only this module may use private interfaces.
 
 The interfaces match DeepSpeed 0.19; `tests/test_compat.py` checks each of them in the installed version. The functions
 take objects of DeepSpeed, so this module does not import DeepSpeed.
@@ -20,7 +20,10 @@ def run_optimizer_step(engine: Any) -> None:
 
 
 def release_small_weights(zero_optimizer: Any) -> None:
-    """Partition the small weights of ZeRO 3 again. Forward and optimizer step leave them gathered."""
+    """Partition the small weights of ZeRO 3 again. Forward passes and the optimizer step leave them gathered.
+
+    DeepSpeed keeps weights below stage3_param_persistence_threshold elements gathered on all ranks.
+    """
     zero_optimizer._post_step(set())
 
 

@@ -40,7 +40,7 @@ class DeepSpeedEngine(DataParallelEngine):
     """An `Engine` that wraps DeepSpeed's engine. `config` must be resolved, and a process group must exist.
 
     DeepSpeed averages gradients over ranks, so losses are multiplied by the number of ranks. `update` sets the learning
-    rate of each step; DeepSpeed's scheduler is not used.
+    rate of each step. The scheduler of DeepSpeed is not used.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -60,7 +60,10 @@ class DeepSpeedEngine(DataParallelEngine):
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
-        """Build the full model with its initial values. At ZeRO 3 no rank ever holds the full model."""
+        """Build the model with its initial values.
+
+        At ZeRO 3, DeepSpeed shards each layer when it is built, and `__init__` initializes the shards later.
+        """
         config, loss = self.config, CrossEntropy(self.config.loss.label_smoothing, self.config.loss.z_loss)
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -109,7 +112,7 @@ class DeepSpeedEngine(DataParallelEngine):
         """Clip, step and clear the gradients. From ZeRO 1 on, DeepSpeed skips a step with a non-finite gradient."""
         self.deepspeed.step()
         if self.stage == 3 and self.deepspeed.optimizer.overflow:
-            # a skipped step does not release the small weights
+            # A step that DeepSpeed skips leaves the small weights gathered.
             release_small_weights(self.deepspeed.optimizer)
 
     def _unreduced_grad_norm(self) -> Tensor:
@@ -130,8 +133,8 @@ class DeepSpeedEngine(DataParallelEngine):
 class ZeroPartitions:
     """The `CheckpointState` of ZeRO 1 to 3.
 
-    DeepSpeed concatenates the fp32 weights of a parameter group into one flat tensor and partitions it over the ranks;
-    likewise the moments. `flats` are the partitions of this rank, one per group.
+    DeepSpeed concatenates the fp32 weights of a parameter group into one flat tensor and partitions it over the ranks.
+    It stores the moments in the same way. `flats` has the weight partitions of this rank, one per group.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The DeepSpeed engine with pipeline parallelism: DeepSpeed's schedule and communication, and ZeRO 1 on each stage.
 
-The stages are those of the native engine. DeepSpeed would run a step as one call. Here `accumulate` runs forward and
-backward of all microbatches and reduces the gradients; `update` then sets the learning rate and runs the optimizer.
+The model is split into the same stages as in the native engine. DeepSpeed would run a full step in one call. Here
+`accumulate` runs forward and backward of all microbatches and reduces the gradients. `update` then sets the learning
+rate and runs the optimizer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return dist.get_rank() % dp_size, dp_size
 
     @property
-    def replica_group(self) -> dist.ProcessGroup:
+    def replica_process_group(self) -> dist.ProcessGroup:
         group: dist.ProcessGroup = self.deepspeed.grid.get_data_parallel_group()
         return group
 

@@ -1,7 +1,7 @@
-"""Measure the probe of the weights of an engine: the loss and some logits of a fixed batch, by one forward pass.
+"""Measure the probe of the weights of an engine: the loss and some logits of a fixed batch, from one forward pass.
 
-A checkpoint stores the probe; `checkpoint/probe.py` compares it after loading. Any layout can measure it, without
-gathering the model.
+A checkpoint stores the probe. After loading, `checkpoint/probe.py` compares the stored probe with a new one, to detect
+damaged weights. Every layout can measure a probe without gathering the model.
 """
 
 import math

@@ -20,7 +20,7 @@ from dist_llm.optim.loss_scale import LossScale
 from dist_llm.optim.muon import Orthogonalize, orthogonalize
 from dist_llm.parallel.activation_budget import fit_activation_budget
 from dist_llm.parallel.context_parallel import shard_sequences
-from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalizer
 from dist_llm.parallel.fsdp import prepare_microbatch, reshard
 from dist_llm.parallel.mesh import (
     DATA_AXES,
@@ -62,7 +62,7 @@ class NativeEngine:
         orthogonalize_fn: Orthogonalize = partial(orthogonalize, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
             matrices = list(select_muon_params(self.named_parameters()).values())
-            orthogonalize_fn = DistributedOrthogonalize(self.mesh, matrices, dtype)
+            orthogonalize_fn = DistributedOrthogonalizer(self.mesh, matrices, dtype)
         return build_optimizer(config, self.named_parameters(), to_local, local_with_offset, orthogonalize_fn)
 
     @property
@@ -74,8 +74,8 @@ class NativeEngine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank, the shards, with their names in the full model.
 
-        From a forward pass until the end of the backward pass, FSDP replaces the shards in the modules by gathered
-        weights. So the shards are collected once, before the first forward pass.
+        The list is made in `__init__`, because from a forward pass until the end of the backward pass, FSDP replaces
+        the shards in the modules by gathered weights.
         """
         yield from self._named_parameters
 
@@ -84,7 +84,7 @@ class NativeEngine:
         return TorchState(self, self.optimizer, self._drop_gathered_weights)
 
     @property
-    def replicated_params(self) -> ReplicaGroups:
+    def replica_groups(self) -> ReplicaGroups:
         if self.mesh is None:
             return []
         params = dict(self.named_parameters())
@@ -92,8 +92,8 @@ class NativeEngine:
         if self.mesh["dp_replicate"].size() > 1:
             shards = {name: to_local(parameter) for name, parameter in params.items()}
             groups.append((self.mesh.get_group("dp_replicate"), shards))
-        # Without sequence_parallel, gradients of replicated parameters are not reduced over tp. Then the replicas are
-        # bitwise equal only if the kernels of all tensor-parallel ranks are deterministic, so they are not compared.
+        # Without sequence_parallel, each tensor-parallel rank computes the gradients of replicated parameters itself.
+        # These replicas are bitwise equal only if all kernels are deterministic, so they are not compared.
         if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
             replicas = {
                 name: to_local(parameter) for name, parameter in params.items() if not is_sharded_over(parameter, "tp")
@@ -106,7 +106,8 @@ class NativeEngine:
         if isinstance(value, Tensor):
             total = value * has_losses
         else:
-            total = torch.full((), value * has_losses, device=self.device)  # a copy from the host would synchronize
+            # torch.full fills on the device. A copy of a host tensor would synchronize.
+            total = torch.full((), value * has_losses, device=self.device)
         return total if self.mesh is None else all_reduce_over(total, self.mesh, ("pp", *DATA_AXES))
 
     def all_gather_ints(self, value: int) -> list[int]:
@@ -155,9 +156,9 @@ class NativeEngine:
         self.activation_budget_applied = True
 
     def _accumulate_in_sequence(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
-        """Run forward and backward of each microbatch.
+        """Run forward and backward of one microbatch after the other.
 
-        Gradients are reduced after the last microbatch, or after each.
+        `prepare_microbatch` sets whether the gradients of a microbatch are reduced.
         """
         (model,) = self.model_parts
         losses = []

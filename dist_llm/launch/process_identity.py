@@ -1,41 +1,54 @@
-"""Identify a process by machine, PID namespace, PID and start time, because the system reuses PIDs.
-
-This module does not import torch.
-"""
+"""Identify a process by PID, boot id, PID namespace and start time, because the kernel reuses PIDs."""
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")
 
 
-def read_process_identity(pid: int) -> list[str]:
-    """Return [boot id, PID namespace, start time] of a process. No other process with this PID has the same values.
+class ProcessIdentity(NamedTuple):
+    """What distinguishes a process from all others with the same PID, on any machine and at any time."""
 
-    Raises OSError if there is no such process, or if it belongs to another user under hidepid.
+    boot_id: str  # a new random id at each boot of a machine
+    pid_namespace: str  # a container has its own PIDs
+    start_time: str  # in clock ticks since boot
+
+
+def read_process_identity(pid: int) -> ProcessIdentity:
+    """Read the identity of a process of this machine from /proc.
+
+    Raises OSError if no process has this PID, or if /proc is mounted with hidepid and hides the process because it
+    belongs to another user.
     """
-    return [BOOT_ID.read_text().strip(), os.readlink(f"/proc/{pid}/ns/pid"), _read_stat(pid)[1]]
+    _, start_time = _read_stat(pid)
+    return ProcessIdentity(BOOT_ID_FILE.read_text().strip(), os.readlink(f"/proc/{pid}/ns/pid"), start_time)
 
 
 def is_running(pid: int, start_time: str) -> bool:
-    """Return whether the process with this PID and start time runs on this machine. A zombie counts as ended."""
+    """Return whether the process with this PID and start time runs on this machine.
+
+    A zombie has ended. A hidden process of another user counts as running, because its start time is unknown.
+    """
     try:
         state, actual_start_time = _read_stat(pid)
     except OSError:
         return _is_hidden(pid)
-    return actual_start_time == start_time and state not in "ZX"
+    has_ended = state in "ZX"  # Z: zombie; X: dead
+    return actual_start_time == start_time and not has_ended
 
 
 def _read_stat(pid: int) -> tuple[str, str]:
-    """Return (state, start time in clock ticks since boot)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields[0], fields[19]
+    """Return (state, start time in clock ticks since boot) of a process: the fields 3 and 22 of /proc/PID/stat."""
+    # Field 2 is the name of the program in parentheses. It may contain spaces, so the fields after it are split.
+    fields_from_3 = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields_from_3[0], fields_from_3[22 - 3]
 
 
 def _is_hidden(pid: int) -> bool:
-    """Return whether another user has a process with this PID, which /proc hides under hidepid."""
+    """Return whether a process with this PID exists that /proc hides, because it belongs to another user."""
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # sends no signal, but raises PermissionError for a process of another user
     except PermissionError:
         return True
     except OSError:

@@ -8,7 +8,8 @@ takes over a stale lock:
   process has ended, or if `squeue` reports that its job has ended;
 - otherwise after STALE_SECONDS without a heartbeat. Only changes of the modification time count, so clocks may differ.
 
-A holder whose lock was taken over ends at its next heartbeat. This module does not import torch.
+A holder whose lock was taken over ends at its next heartbeat. This module does not import torch, so that the processes
+of its tests start fast.
 """
 
 import hashlib

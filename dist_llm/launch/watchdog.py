@@ -177,7 +177,7 @@ def kill_silent_ranks(world: World, processes: Mapping[int, Any]) -> bool:
     has_killed = False
     for rank, (host, pid, identity) in processes.items():
         with suppress(OSError):  # the process has already ended
-            if host == world.host and read_process_identity(pid) == identity:
+            if host == world.host and read_process_identity(pid) == tuple(identity):  # JSON made it a list
                 log.error("killing rank %d, process %d on this node", rank, pid)
                 os.kill(pid, signal.SIGKILL)
                 has_killed = True

@@ -1,4 +1,4 @@
-"""Console output and log files: one line per logging interval, a progress bar on a terminal, a log file per rank."""
+"""Console output and log files: one line per logging interval, a progress bar on a terminal, one log file per rank."""
 
 import logging
 import math
@@ -15,7 +15,8 @@ from dist_llm.observe.metrics import MetricsRow
 
 log = logging.getLogger("dist_llm")
 
-PEAK_TOO_LOW = " (the peak rate is underestimated: set log.peak_tflops)"  # printed after an MFU above 100%
+# Printed after an MFU above 100%. MFU (model FLOPs utilization) is a fraction of the peak FLOP/s of the device.
+PEAK_TOO_LOW_HINT = " (the peak rate is underestimated: set log.peak_tflops)"
 
 
 def start_logging(directory: Path, world: World) -> None:
@@ -42,9 +43,9 @@ def stop_logging() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that reports its first write error and drops all later records.
+    """A log file. After an error, it prints the error to stderr once and drops all further records.
 
-    The run does not end here. If the disk is full, the metrics file on the same disk ends the run.
+    This class does not end the run. If the disk is full, the run ends when it writes the metrics file.
     """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
@@ -53,20 +54,23 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
             return
         null_fd = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null_fd, self.stream.fileno())  # discards the rest of the buffer
+        os.dup2(null_fd, self.stream.fileno())  # the stream writes its buffer and all further records to /dev/null
         os.close(null_fd)
         print(f"{self.baseFilename}: {error.strerror}; logging to this file has stopped", file=sys.stderr, flush=True)
 
 
-class ProgressLine:
-    """A sink that prints one line per logging interval. On a terminal, a progress bar follows the lines."""
+class ConsoleSink:
+    """A sink of metrics (metrics.py) that prints one line per logging interval, and one line per event.
+
+    A terminal also shows a progress bar below the lines.
+    """
 
     def __init__(self, num_steps: int, first_step: int) -> None:
         self.num_steps = num_steps
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, left"))
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, time left"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
             self.task = self.bar.add_task("train", total=num_steps, completed=first_step)
             self.bar.start()
@@ -92,7 +96,7 @@ class ProgressLine:
         return (
             f"step {row['step']:>{len(str(self.num_steps))}}/{self.num_steps}  loss {row['loss']:.4f}  "
             f"lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"MFU {row['mfu']:.1%}{PEAK_TOO_LOW if row['mfu'] > 1 else ''}  ETA {_format_clock(seconds_left)}"
+            f"MFU {row['mfu']:.1%}{PEAK_TOO_LOW_HINT if row['mfu'] > 1 else ''}  ETA {_format_clock(seconds_left)}"
         )
 
     def _format_heldout(self, row: MetricsRow) -> str:

@@ -1,9 +1,9 @@
 """Choose the recompute mode of each block so that its saved activations fit `parallel.activations_gib`.
 
-The bytes that a block saves for the backward pass are measured. For each mode the forward pass runs once and logs the
-storages that it would save, without saving them. A storage that is freed after this forward pass is an activation. A
-storage that still exists is a weight (gathered or cast), the batch, or a receive buffer of a pipeline stage, which
-torch reuses for every microbatch.
+A recompute mode (activation_checkpoint.py) says what a block saves for the backward pass. The saved bytes are measured:
+for each mode, one forward pass logs the storages that it would save, without saving them. A storage that is freed after
+this forward pass is an activation. A storage that still exists is a weight (gathered or cast), the batch, or a receive
+buffer of a pipeline stage, which torch reuses for every microbatch.
 """
 
 import gc
@@ -58,10 +58,10 @@ def fit_activation_budget(
 ) -> None:
     """Let each block of this rank save as much as the budget of `gib` GiB allows, and log the modes.
 
-    `forward` runs one microbatch through all model parts and returns tensors that exist in any case, such as receive
-    buffers. `peak_in_flight` converts the bytes that one microbatch saves in each model part to the peak over all
-    microbatches in flight. `selective=False` excludes the selective mode. Raises ConfigError on all ranks if a rank
-    cannot meet the budget.
+    `forward` runs one microbatch through all model parts. It returns tensors that exist with every mode, such as
+    receive buffers. `peak_in_flight` takes the bytes that one microbatch saves in each model part, and returns the peak
+    over all microbatches that have had a forward and no backward pass. `selective=False` excludes the selective mode.
+    Raises ConfigError on all ranks if a rank cannot meet the budget.
     """
     sizes = _max_over_ranks(measure_activations(model_parts, forward), mesh)
     budget_bytes = int(gib * GIB)
@@ -84,7 +84,7 @@ def measure_activations(model_parts: Sequence[Decoder], forward: Callable[[], Se
     """Measure the bytes that each block saves in each mode. The blocks keep their modes."""
     blocks = _checkpointed_forwards(model_parts)
     original_modes = [block.mode for block in blocks]
-    live_tensors: list[Tensor] = []  # keeps these storages, so that they do not count as activations
+    live_tensors: list[Tensor] = []  # a storage that is kept alive does not count as an activation
     logs: dict[RecomputeMode, list[dict[StorageWeakRef, int]]] = {}
     for mode in MODES:
         for block in blocks:
@@ -131,10 +131,10 @@ def choose_modes(
 def _iter_candidates(num_blocks: int, selective: bool) -> Iterator[list[RecomputeMode]]:
     """Yield the modes of all blocks, from least to most recomputation, so that a larger budget never recomputes more.
 
-    The selective mode frees 0.4 of the bytes of a Llama block and repeats no matrix product. The full mode frees 0.95
-    and repeats all of them. So as few blocks as possible are full, then as few as possible are selective. Blocks are
-    (nearly) equal, so only their number matters. The first blocks are recomputed, because the backward pass reaches
-    them last, when little else is in memory.
+    The selective mode frees 40% of the bytes of a Llama block and repeats no matrix product. The full mode frees 95% of
+    the bytes and repeats all matrix products. So as few blocks as possible use the full mode, and of the other blocks
+    as few as possible use the selective mode. Blocks are (nearly) equal, so only their number matters. The first blocks
+    are recomputed, because the backward pass reaches them last, when most other activations have been freed.
     """
     for num_full in range(num_blocks + 1):
         for num_selective in range(num_blocks - num_full + 1 if selective else 1):

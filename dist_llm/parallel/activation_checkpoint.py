@@ -70,8 +70,9 @@ class CheckpointedForward:
     """The forward of a block, with a recompute mode.
 
     Mode none saves all activations; full saves only the input of the block; selective saves the input and the outputs
-    of `SAVED_OPS`. The argument `selective` is a compiled forward with the selective mode inside its graph. The mode
-    cannot be applied outside the graph, because the compiler replaces the operations by its own.
+    of `SAVED_OPS`. The argument `selective` is None, or a compiled forward with the selective mode inside its graph. In
+    a compiled block, this mode cannot be applied outside the graph, because the compiler replaces the operations of
+    `SAVED_OPS` by other kernels.
 
     While `saved_bytes_log` is a dict, each storage that would be saved is logged there with its bytes, and not saved.
     """

@@ -32,7 +32,7 @@ def enable_async_tp(mesh: DeviceMesh) -> None:
 
 def enable_fused_collectives(mesh: DeviceMesh) -> None:
     """Make the compiler fuse collectives with matrix products in all later compilations."""
-    with warnings.catch_warnings():  # of a deprecated function that torch still requires
+    with warnings.catch_warnings():  # torch warns that `enable_symm_mem_for_group` is deprecated, but still requires it
         warnings.simplefilter("ignore", FutureWarning)
         fuse_collectives(merge_reshapes, (__file__,), mesh.get_group().group_name)
 

@@ -32,9 +32,8 @@ def shard_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     """Return the two chunks of each sequence on this rank, [B, S / cp], with their positions in the full sequence."""
     if cp_size == 1:
         return batch
-    batch = batch.to(
-        batch.inputs_BS.device
-    )  # converts ids to int64, because unsigned ids cannot be compared with IGNORE_INDEX
+    # `to` converts unsigned ids to int64. Unsigned ids cannot be compared with IGNORE_INDEX.
+    batch = batch.to(batch.inputs_BS.device)
     B, S = batch.inputs_BS.shape
     indices_BS = torch.arange(S).expand(B, S)
     positions_BS = batch.positions_BS if batch.positions_BS is not None else indices_BS

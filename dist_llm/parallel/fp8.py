@@ -2,9 +2,9 @@
 
 Each tensor has one scale, which is computed on the device at each use. The scale is the largest power of two that keeps
 the largest element in the range of float8. With a power of two, the rounding of an element does not depend on the other
-elements, unless it is 2^14 times smaller than the largest (2^29 times in e5m2). So results do not depend on the split
-over microbatches and ranks, except for these tiny elements. GPUs multiply in float8. Other devices emulate this in
-bf16, which represents all float8 values exactly.
+elements, unless the element is 2^14 times smaller than the largest element (2^29 times in e5m2). So results do not
+depend on the split over microbatches and ranks, except for these tiny elements. GPUs multiply in float8. Other devices
+emulate the products in bf16, which represents all float8 values exactly.
 
 Shapes: M tokens, K inputs and N outputs of a layer.
 """
@@ -67,7 +67,7 @@ def float8_linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) ->
 
 
 class _Float8MatMul(torch.autograd.Function):
-    """y = x w^T. Saves the input in float8. Saves the weight without a quantized copy, so that FSDP can free it."""
+    """y = x w^T. Saves the input in float8, and the weight without a quantized copy, which FSDP could not free."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -101,8 +101,10 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def scaled_matmul(a_IK: Tensor, a_inv_scale: Tensor, b_JK: Tensor, b_inv_scale: Tensor) -> Tensor:
-    """Return a b^T, [I, J] in bf16, accumulated in fp32. Both operands must be contiguous float8, as the kernels on Ada
-    and Hopper require."""
+    """Return a b^T, [I, J] in bf16, accumulated in fp32.
+
+    Both operands must be contiguous and float8, as the kernels on Ada and Hopper require.
+    """
     if not a_IK.is_cuda:
         return emulate_scaled_matmul(a_IK, a_inv_scale, b_JK, b_inv_scale)
     return scaled_mm(a_IK, b_JK.t(), a_inv_scale, b_inv_scale, out_dtype=torch.bfloat16, use_fast_accum=False)

@@ -20,8 +20,8 @@ from dist_llm.parallel.precision import fsdp_policy
 def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
     """Shard each block, then the remaining parameters, over dp_shard and cp; replicate over dp_replicate.
 
-    With dp_shard 1 the shards are full parameters. Then the all-gather moves nothing, and only the all-reduce of the
-    gradients remains.
+    If dp_shard and cp are 1, the shards are full parameters: the all-gather moves no bytes, and the only communication
+    is the all-reduce of the gradients over dp_replicate.
     """
     parallel = config.parallel
     policy = fsdp_policy(config.precision)
@@ -50,9 +50,9 @@ def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
 def prepare_microbatch(model: Decoder, is_last: bool, parallel: ParallelConfig) -> None:
     """Set whether the next backward pass reduces gradients and reshards weights at its end.
 
-    `is_last`: the next microbatch is the last one of the step. Gradients are reduced after the last microbatch, or
-    after each with parallel.reduce_each_microbatch. With reshard "never", weights stay gathered between microbatches,
-    because only the optimizer step changes them.
+    `is_last` says that the next microbatch is the last one of the step. Gradients are reduced after the last
+    microbatch, or with parallel.reduce_each_microbatch after each microbatch. With parallel.reshard "never", weights
+    stay gathered until the end of the step, because only the optimizer step changes them.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(is_last or parallel.reduce_each_microbatch)

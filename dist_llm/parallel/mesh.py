@@ -49,7 +49,7 @@ def all_reduce_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Ten
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate the tensors [n, ...] of p ranks to [n p, ...] on all ranks."""
+    """Concatenate the tensors [n, ...] of the p ranks of a group to [n p, ...], on all ranks of the group."""
     tensor = tensor.contiguous()
     if _uses_p2p(tensor):
         output = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
@@ -62,7 +62,7 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum the tensors [n, ...] of p ranks and return the part of this rank, [n / p, ...]."""
+    """Sum the tensors [n, ...] of the p ranks of a group and return the shard of this rank, [n / p, ...]."""
     tensor = tensor.contiguous()
     if _uses_p2p(tensor):
         local = tensor.new_empty(len(tensor) // group.size(), *tensor.shape[1:])
@@ -74,7 +74,7 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the sum of the tensors of all ranks, without changing the input."""
+    """Return the sum of the tensors of all ranks of a group, without changing the input."""
     if _uses_p2p(value) and len(value) % group.size() == 0:
         return all_gather(reduce_scatter(value, group), group)
     return functional_collectives.wait_tensor(

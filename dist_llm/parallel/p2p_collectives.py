@@ -1,7 +1,8 @@
 """All-gather and reduce-scatter on CPUs, built from point-to-point messages between all pairs of ranks.
 
-gloo implements reduce-scatter as an all-reduce, which moves twice as many bytes, and its all-gather makes extra copies.
-Here each of p ranks sends n (p - 1) / p of n bytes, as in a ring, but directly to the rank that needs them.
+gloo implements reduce-scatter as an all-reduce, which moves twice as many bytes as needed, and the all-gather of gloo
+makes extra copies. Here each of p ranks sends (p - 1) / p of the n bytes of a full tensor, as in a ring, but directly
+to the ranks that need them.
 """
 
 from collections.abc import Sequence
@@ -71,9 +72,9 @@ class P2PReduceScatter:
         chunks = input_tensor.chunk(group.size())
         sends = _WorkList([dist.isend(chunks[rank], group=group, group_dst=rank) for rank in _peers(group)])
         recv_buffer, total = torch.empty_like(output_tensor), chunks[group.rank()]
-        for rank in reversed(
-            _peers(group)
-        ):  # in the order in which the ranks send to this one, so that all links are busy
+        # A rank sends to the next rank first, so the previous rank is the first one that sends to this rank. To receive
+        # in this order keeps all links busy.
+        for rank in reversed(_peers(group)):
             dist.recv(recv_buffer, group=group, group_src=rank)
             total = torch.add(total, recv_buffer, out=output_tensor)
         sends.wait()

@@ -34,9 +34,9 @@ def build_model_parts(config: Config, mesh: DeviceMesh | None, device: torch.dev
 def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
     """Apply all forms of parallelism to `model`, whose parameters are on the meta device.
 
-    The order matters. Attention kernels and tensor-parallel layers change what a block computes. Activation
-    checkpointing wraps the compiled forward. FSDP adds hooks around all of it. Parameters are initialized afterwards,
-    on each rank's shard.
+    The order matters. Float8, context and tensor parallelism change what a block computes. Compilation and activation
+    checkpointing then wrap the forward of a block, and FSDP adds hooks around this forward. The caller initializes the
+    parameters afterwards, because each rank initializes only its shards.
     """
     parallel = config.parallel
     if config.fp8:

@@ -49,10 +49,10 @@ def stages_of_rank(schedule: str, pp_rank: int, pp_size: int) -> list[int]:
 def split_layers(model: ModelConfig, num_stages: int, balance: str) -> list[range]:
     """Assign a range of blocks to each stage, at least one block per stage.
 
-    `balance` "count" gives all stages equally many blocks. "cost" gives all stages equal work. The unit of work is a
-    block; the head costs (weights of the head) / (weights of a block). The embedding costs a tenth of the head, because
-    only its weight update takes time. In an encoder-decoder, the blocks of the encoder come first; all blocks count as
-    equal.
+    `balance` "count" gives all stages the same number of blocks, and "cost" gives all stages the same work. The unit of
+    work is a block. The head costs (weights of the head) / (weights of a block). The embedding costs a tenth of the
+    head, because its only expensive operation is the weight update. In an encoder-decoder, the blocks of the encoder
+    come first, and a decoder block counts as much as an encoder block.
     """
     num_blocks = model.n_encoder_layers + model.n_layers
     attention = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads)
@@ -138,9 +138,9 @@ class Pipeline:
     def score(self, batch: Batch) -> Tensor:
         """Run only the forward pass, stage after stage.
 
-        Return the sum of losses of each sequence, [B]; zeros on ranks without the last stage. The schedule is not used,
-        because the `zbv` of torch deadlocks without backward passes. Ranks still overlap: each rank continues with the
-        next batch as soon as it has sent its output.
+        Return the sum of losses of each sequence, [B]; zeros on ranks without the last stage. This method does
+        not use the schedule, because the schedule `zbv` of torch deadlocks without backward passes. The work of the
+        ranks still overlaps: each rank continues with the next batch as soon as it has sent its output.
         """
         hidden: tuple[Tensor, ...] = (batch.inputs_BS,)
         for stage, model_part in self.model_parts.items():
@@ -220,7 +220,8 @@ class Pipeline:
 def _stage_arguments(batch: Batch) -> dict[str, Any]:
     """Return the keyword arguments for the forward pass of every stage.
 
-    They include positions, because under sequence parallelism a later stage receives only a slice of the tokens.
+    The positions of all tokens are among them. Under sequence parallelism, a stage after the first receives only a
+    slice of the tokens, and could not compute the positions.
     """
     arguments = batch.forward_arguments()
     if batch.positions_BS is None:
@@ -230,7 +231,10 @@ def _stage_arguments(batch: Batch) -> dict[str, Any]:
 
 
 class TiedEmbeddingGroup:
-    """The pipeline ranks that hold the token embedding. Their gradients are summed, so their weights stay equal."""
+    """The pipeline ranks that hold a copy of the token embedding.
+
+    The gradients of all copies are summed, so the copies stay equal.
+    """
 
     def __init__(self, model_parts: Sequence[Decoder], mesh: DeviceMesh, pp_ranks: Sequence[int]) -> None:
         self.weights = [model_part.embed.tokens.weight for model_part in model_parts if model_part.embed is not None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Pairs of (process group of the replicas, or None for all ranks; {parameter name: local tensor}).
 ReplicaGroups = Sequence[tuple[Any, Mapping[str, Tensor]]]
-CHUNK_ELEMENTS = 1 << 24  # elements summed at a time, because a sum needs 8 bytes per element
+CHUNK_ELEMENTS = 1 << 24  # elements that are summed at once; the int64 copies of these elements have 128 MiB
 MAX_LINES = 4  # maximum number of parameters that a message names
 
 
@@ -59,7 +59,10 @@ def _iter_mismatches(group: Any, tensors: Mapping[str, Tensor]) -> Iterator[str]
 
 
 def compute_digest(tensor: Tensor) -> Tensor:
-    """Return the sum of the bits of all elements, read as integers: an int64, []. Any single flipped bit changes it."""
+    """Return the sum of all elements, with the bits of each element read as an integer: an int64, [].
+
+    A single flipped bit always changes the sum.
+    """
     bits = tensor.detach().reshape(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
     chunk_sums = [chunk.sum(dtype=torch.int64) for chunk in torch.split(bits, CHUNK_ELEMENTS)]
     return torch.stack(chunk_sums).sum()

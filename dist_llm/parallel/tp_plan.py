@@ -11,7 +11,8 @@ from dist_llm.models.decoder import Decoder, Head
 from dist_llm.parallel import fp8, tensor_parallel
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
 
-# Classes of replicated layers, by the class that they replace. These layers need no communication.
+# A layer without a rule of its own is replicated over `tp`: its class (key) is replaced by another class (value). A
+# column-parallel layer does not communicate, so with a replicated weight it serves as a replicated layer.
 REPLICATED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: tensor_parallel.ColumnParallelLinear,
     nn.Embedding: tensor_parallel.ColumnParallelEmbedding,
@@ -21,7 +22,10 @@ REPLICATED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
-    """Shard `model` over the one-dimensional `mesh`."""
+    """Shard `model` over the one-dimensional `mesh`.
+
+    Each layer gets the same TensorParallelRegion: the collectives on the activations between the sharded matrices.
+    """
     region = TensorParallelRegion(mesh, sequence_parallel)
     for path, module in list(model.named_modules()):
         _parallelize_module(module, path, region)
@@ -31,16 +35,26 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
         assert isinstance(model.head, Head)
         _distribute_param(model.head, "bias", Shard(0), region)
         model.head = tensor_parallel.VocabParallelHead(model.head, region)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), "the gradient norm needs DTensors"
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), (
+        "every parameter must be a DTensor: the gradient norm counts replicated parameters only once"
+    )
 
 
 def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegion) -> None:
-    """Replace the class of one module and shard its parameters. Its path in the model decides how."""
+    """Replace the class of a layer, shard its parameters, and register the hooks that communicate its inputs.
+
+    The last component of `path`, the path of the module in the model, selects the rule. Modules without a rule do not
+    change.
+    """
     name = path.split(".")[-1]
+    # Attention shards its heads (q, k, v, out), and a feed-forward layer its hidden units (gate, up, down).
+    # The head `head.out` and the embedding `tokens` shard their vocabulary rows.
     if name in ("q", "k", "v", "gate", "up") or path == "head.out":
         _convert_layer(tensor_parallel.ColumnParallelLinear, module, region, weight=Shard(0), bias=Shard(0))
     elif name in ("out", "down"):
         _convert_layer(tensor_parallel.RowParallelLinear, module, region, weight=Shard(1), bias=Replicate())
+        # The bias is added to the tokens of this rank, so its gradient must be summed over ranks. The parameters in
+        # `partial_grad_params` are all-reduced once per step (tensor_parallel.all_reduce_replicated_grads).
         module.partial_grad_params = ("bias",) if region.sequence_parallel else ()  # type: ignore[assignment]
     elif name == "tokens":
         _convert_layer(tensor_parallel.VocabParallelEmbedding, module, region, weight=Shard(0))
@@ -49,8 +63,10 @@ def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegi
     elif type(module) in REPLICATED_LAYERS:
         _convert_layer(REPLICATED_LAYERS[type(module)], module, region, weight=Replicate(), bias=Replicate())
         has_sharded_heads = name in ("norm_q", "norm_k")
-        if region.sequence_parallel or has_sharded_heads:  # a rank has only a part of the tokens or heads
+        if region.sequence_parallel or has_sharded_heads:  # a rank normalizes only a part of the tokens or heads
             module.partial_grad_params = ("weight", "bias")  # type: ignore[assignment]
+    # Hooks: the matrix products need all tokens. Under sequence parallelism, the layers between them get only the
+    # positions or the stochastic-depth scale of the tokens of this rank.
     if name in ("attention", "cross", "feedforward"):
         module.register_forward_pre_hook(region.gather_inputs)
     elif region.sequence_parallel and name in ("embed", "source_embed"):
@@ -62,7 +78,7 @@ def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegi
 def _convert_layer(
     layer_class: type[nn.Module], module: nn.Module, region: TensorParallelRegion, **placements: Placement
 ) -> None:
-    """Change the class of `module` to `layer_class` and distribute its parameters."""
+    """Change the class of `module` to `layer_class` and distribute the parameters named in `placements`."""
     for name, placement in placements.items():
         _distribute_param(module, name, placement, region)
     if isinstance(module, nn.Linear):

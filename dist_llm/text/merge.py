@@ -1,4 +1,7 @@
-"""Merge the parts that `prepare --part` wrote into one corpus: write a manifest that lists the shards of all parts."""
+"""The command `prepare --merge`: make one corpus of the parts that several `prepare --part i/n` commands wrote.
+
+The shards stay in the directories of the parts. The merged corpus has a manifest that lists the shards of all parts.
+"""
 
 import os
 import re
@@ -12,18 +15,19 @@ from dist_llm.data.tokenizer_file import is_same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import CorpusPart
 from dist_llm.text.publish import lock_output
-from dist_llm.text.report import Report
+from dist_llm.text.report import PrepareReport
 from dist_llm.text.tokenizer import Tokenizer
 
-# The options that name the tokenizer may differ, because `_check_same_tokenizer` compares the tokenizers themselves.
+# Options of `prepare` that may differ between parts. The options of the tokenizer are among them, because
+# `_check_same_tokenizer` compares the tokenizers of the parts instead.
 OPTIONS_THAT_MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
 
 
 def merge_parts(corpus_dir: Path, log_stream: TextIO | None = None) -> Manifest:
     """Write `corpus_dir`/manifest.json. It lists the shards of `corpus_dir`/part-1-of-n to part-n-of-n, in this order.
 
-    Print a summary to `log_stream` (default: stderr). Raises DataError if a part is missing, incomplete, damaged, or
-    made with other options or another tokenizer.
+    Print a summary to `log_stream` (default: stderr). Raises DataError if a part is missing, incomplete or damaged, or
+    if its options or its tokenizer differ from those of the first part.
     """
     corpus_dir = Path(os.path.realpath(corpus_dir))
     corpus_parts = _find_parts(corpus_dir)
@@ -74,8 +78,8 @@ def _find_parts(corpus_dir: Path) -> list[CorpusPart]:
         )
     if len(set(num_parts_by_name.values())) > 1:
         raise DataError(
-            f"--merge {corpus_dir}: parts of different totals: {', '.join(sorted(num_parts_by_name))}. "
-            "Keep the parts of one total and remove the rest."
+            f"--merge {corpus_dir}: the parts belong to corpora with different numbers of parts: "
+            f"{', '.join(sorted(num_parts_by_name))}. Keep the parts of one corpus and remove the others."
         )
     num_parts = next(iter(num_parts_by_name.values()))
     corpus_parts = [CorpusPart(number, num_parts) for number in range(1, num_parts + 1)]
@@ -88,14 +92,14 @@ def _find_parts(corpus_dir: Path) -> list[CorpusPart]:
     return corpus_parts
 
 
-def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> Report:
+def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> PrepareReport:
     """Add up the reports of all parts.
 
     Raises DataError if the options of two parts differ, because the same document could then be in both parts.
     """
-    reports = [Report.load(corpus_dir / part.name) for part in corpus_parts]
+    reports = [PrepareReport.load(corpus_dir / part.name) for part in corpus_parts]
     first_options = reports[0].options
-    merged_report = Report({**first_options, "part": None})
+    merged_report = PrepareReport({**first_options, "part": None})
     for part, report in zip(corpus_parts, reports, strict=True):
         for name, value in report.options.items():
             if name not in OPTIONS_THAT_MAY_DIFFER and value != first_options.get(name):
@@ -108,13 +112,13 @@ def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> Report:
 
 
 def _check_same_tokenizer(corpus_dir: Path, corpus_parts: list[CorpusPart], manifests: list[Manifest]) -> None:
-    """Raise DataError if a part has another tokenizer than the first part."""
+    """Raise DataError if the tokenizer of a part differs from that of the first part."""
     for part, manifest in zip(corpus_parts, manifests, strict=True):
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256 and not is_same_tokenizer(
             corpus_dir / part.name, corpus_dir / corpus_parts[0].name
         ):
             raise DataError(
-                f"--merge {corpus_dir}: {part.name} has another tokenizer than {corpus_parts[0].name}; perhaps the "
+                f"--merge {corpus_dir}: {part.name} has a different tokenizer from {corpus_parts[0].name}; perhaps the "
                 f"machines read different files. Make {part.name} again with --tokenizer "
                 f"{corpus_dir / corpus_parts[0].name}."
             )

@@ -21,7 +21,7 @@ from dist_llm.text.options import PrepareOptions, add_arguments, build_options
 from dist_llm.text.prepare_run import PrepareRun, select_corpus_options
 from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.publish import check_output, lock_output, publish_corpus, recover_output
-from dist_llm.text.report import InputFileCounts, Report
+from dist_llm.text.report import InputFileCounts, PrepareReport
 from dist_llm.text.rows import RowKeys
 from dist_llm.text.walk import FileRules
 
@@ -89,7 +89,7 @@ def _find_finished_corpus(
     if sum_size_bytes(files) is None:
         return None
     try:
-        report, manifest = Report.load(out), Manifest.load(out)
+        report, manifest = PrepareReport.load(out), Manifest.load(out)
     except DataError:
         return None
     is_same = report.options == select_corpus_options(options) and report.inputs == file_counts

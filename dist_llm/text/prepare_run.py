@@ -19,7 +19,7 @@ from dist_llm.text.input_files import InputFile
 from dist_llm.text.journal import JOURNAL_FILE, Journal
 from dist_llm.text.options import PrepareOptions
 from dist_llm.text.progress import ProgressMeter
-from dist_llm.text.report import InputFileCounts, RemovalCounts, Report
+from dist_llm.text.report import InputFileCounts, PrepareReport, RemovalCounts
 from dist_llm.text.rows import MAX_LOCATIONS, RowCounts
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -203,14 +203,14 @@ class PrepareRun:
                 if remaining_bytes <= 0:
                     return
 
-    def _build_report(self, writer: CorpusWriter) -> Report:
+    def _build_report(self, writer: CorpusWriter) -> PrepareReport:
         row_counts, counts_textless = self.reader.row_counts, self.part.counts_textless_rows
         bad_rows = row_counts.bad_rows if counts_textless else 0
         empty_documents = self.reader.empty_documents if counts_textless else 0
         for path, (file_bytes, _) in row_counts.unreadable.items():
             self.file_counts.mark_unreadable(Path(path), file_bytes)
         removed_documents = sum(removed.documents for removed in writer.removal_counts.values())
-        return Report(
+        return PrepareReport(
             options=self.corpus_options,
             rows=writer.written_counts.documents + removed_documents + bad_rows + empty_documents,
             bad_rows=bad_rows,

@@ -77,7 +77,7 @@ class InputFileCounts(dict[str, dict[str, FileCount]]):
 
 
 @dataclass
-class Report:
+class PrepareReport:
     """Counts of the input rows by outcome: bad, empty, removed by a rule, or kept. The fields are keys of the file."""
 
     options: dict[str, Any]  # options that change the content of the corpus
@@ -92,7 +92,7 @@ class Report:
     unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def add(self, other: "Report") -> None:
+    def add(self, other: "PrepareReport") -> None:
         """Add the counts of another part of the corpus."""
         self.rows += other.rows
         self.bad_rows += other.bad_rows
@@ -114,7 +114,7 @@ class Report:
         write_durably(directory / REPORT_FILE, content.encode())
 
     @staticmethod
-    def load(directory: Path) -> "Report":
+    def load(directory: Path) -> "PrepareReport":
         """Read the report that `save` wrote. Raises DataError if it is missing or malformed."""
         path = directory / REPORT_FILE
         try:
@@ -130,7 +130,7 @@ class Report:
             )
             unreadable = {path: (size, reason) for path, (size, reason) in fields.pop("unreadable", {}).items()}
             fields |= {"inputs": inputs, "unreadable": unreadable}
-            return Report(kept=TextCount(**fields.pop("kept")), removed=removed, **fields)
+            return PrepareReport(kept=TextCount(**fields.pop("kept")), removed=removed, **fields)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read: {error!r}. Prepare the part again.") from None
 

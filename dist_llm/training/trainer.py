@@ -27,7 +27,7 @@ from dist_llm.launch.stop import StopSignals
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import Objective
-from dist_llm.observe.console import ProgressLine
+from dist_llm.observe.console import ConsoleSink
 from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
 from dist_llm.observe.metrics import MetricsFile, MetricsRecorder, MetricsRow, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
@@ -190,8 +190,8 @@ class Trainer:
 
     def compare_replicas(self) -> None:
         """Raise DivergedError or RewindError on all ranks if replicas of the weights differ."""
-        if replicated_params := self.engine.replicated_params:
-            self.guard.report_divergence(self.progress.step, find_mismatches(replicated_params, self.world.host))
+        if replica_groups := self.engine.replica_groups:
+            self.guard.report_divergence(self.progress.step, find_mismatches(replica_groups, self.world.host))
 
     def flush_metrics(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
@@ -285,12 +285,12 @@ class Trainer:
             peak, peak_origin = config.log.peak_tflops * 1e12, "log.peak_tflops"
         sample_flops = flops_per_sample(config.model, compute_inputs_len(config), self.loader.objective.encoder_len)
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, peak_origin)
-        sinks: list[MetricsFile | TensorBoard | ProgressLine] = []
+        sinks: list[MetricsFile | TensorBoard | ConsoleSink] = []
         if self.world.is_main:
             sinks.append(MetricsFile(self.run_dir / "metrics.jsonl", step))
             if config.log.tensorboard:
                 sinks.append(TensorBoard(self.run_dir / "tensorboard", step))
-            sinks.append(ProgressLine(config.run.steps, step))
+            sinks.append(ConsoleSink(config.run.steps, step))
         for sink in sinks:
             self.open_sinks.callback(sink.close)
         source_names = [source.name for source in self.loader.plan.sources if source.name]

@@ -42,7 +42,7 @@ def sum_sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
 def test_replicas_all_reduce_each_gradient_once() -> None:
     row = count_busiest(dp_replicate=2, micro_batch=2)
     # Over two ranks an all-reduce sends as many bytes as it reduces: a group per block and one for the rest, the
-    # count of scored tokens (int64) and the loss.
+    # number of valid tokens (int64) and the loss.
     assert sum_sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMS + 8 + 4)
     assert row["minimum"] == 4 * PARAMS
     assert row["bytes"] == 4 * PARAMS + 12

@@ -114,8 +114,8 @@ def test_a_wrong_step_of_one_rank_breaks_the_check(long_steps: None) -> None:
 
 
 def test_bf16_that_is_fp32_breaks_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = gpu_steps.make_small_config
-    monkeypatch.setattr(gpu_steps, "make_small_config", lambda *overrides: original(*overrides, "precision=fp32"))
+    original = gpu_steps.make_tiny_config
+    monkeypatch.setattr(gpu_steps, "make_tiny_config", lambda *overrides: original(*overrides, "precision=fp32"))
     assert gpu_steps.check_step_bf16(CPU)["broken"] == ["bf16 computed what fp32 computes"]
 
 

@@ -1,7 +1,7 @@
 """Planted bugs: faults of parallel training, each of which must make the comparison with one process fail.
 
-A bug is a context manager that patches dist_llm or torch in this process while it is open. Its name says the fault.
-test_planted_bugs.py and test_optimizers.py check that each bug is detected.
+A bug is a context manager that patches dist_llm or torch in this process while it is open. The name of a bug says what
+is wrong. test_planted_bugs.py and test_optimizers.py check that each bug is detected.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from dist_llm.optim import gradient_clipping
 from dist_llm.optim.muon import orthogonalize
 from dist_llm.optim.sgd import LocalSGD
 from dist_llm.parallel import context_parallel, fsdp, mesh, parallelize, pipeline_parallel, tensor_parallel
-from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalizer
 from dist_llm.training import step
 
 BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
@@ -97,7 +97,7 @@ def gathered_input_gradients_are_not_reduce_scattered() -> Iterator[Any]:
 
 
 @register_bug
-def head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
+def vocabulary_head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[Any]:
     """The gradient of the input of the head is a partial sum over the vocabulary shard of each rank."""
     original = tensor_parallel.VocabParallelHead.forward
 
@@ -114,15 +114,15 @@ def _gather_local_gradients_only(region: tensor_parallel.TensorParallelRegion, x
 
 
 @register_bug
-def token_shards_use_the_depth_scale_of_full_sequences() -> Iterator[Any]:
-    """With stochastic depth. The tokens of a token shard may belong to several sequences."""
+def token_slices_use_the_depth_scale_of_full_sequences() -> Iterator[Any]:
+    """A bug of stochastic depth: a rank holds a slice of the tokens, which may belong to several sequences."""
     with patch.object(tensor_parallel.TensorParallelRegion, "shard_depth_scale", lambda self, block, inputs: inputs):
         yield
 
 
 @register_bug
 def tensor_ranks_use_the_positions_of_the_first_rank() -> Iterator[Any]:
-    """With learned positions. The token shard of a rank may start within a sequence."""
+    """A bug of learned positions: the token slice of a rank may start within a sequence."""
 
     def take_first_chunk(self: Any, values_BS: torch.Tensor) -> torch.Tensor:
         return values_BS.flatten(0, 1).chunk(self.tp_size)[0].unflatten(0, (len(values_BS), -1))
@@ -138,7 +138,7 @@ def tied_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
 
 
 @register_bug
-def norm_gradients_of_sequence_slices_are_not_reduced() -> Iterator[Any]:
+def norm_layer_gradients_of_token_slices_are_not_reduced() -> Iterator[Any]:
     with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
         yield
 
@@ -161,7 +161,9 @@ def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
 
 @register_bug
 def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
-    def normalize_each_microbatch(self: NativeEngine, batches: Any, scored: torch.Tensor, step: int) -> torch.Tensor:
+    def normalize_each_microbatch(
+        self: NativeEngine, batches: Any, num_valid_tokens: torch.Tensor, step: int
+    ) -> torch.Tensor:
         losses = [
             original(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
             for batch in batches
@@ -176,7 +178,11 @@ def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
 @register_bug
 def loss_is_divided_twice() -> Iterator[Any]:
     original = NativeEngine.accumulate
-    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b, scored * scored, s)):
+    with patch.object(
+        NativeEngine,
+        "accumulate",
+        lambda self, b, num_valid_tokens, s: original(self, b, num_valid_tokens * num_valid_tokens, s),
+    ):
         yield
 
 
@@ -193,7 +199,9 @@ def loss_is_averaged_over_padding() -> Iterator[Any]:
 @register_bug
 def only_the_last_microbatch_is_accumulated() -> Iterator[Any]:
     original = NativeEngine.accumulate
-    with patch.object(NativeEngine, "accumulate", lambda self, b, scored, s: original(self, b[-1:], scored, s)):
+    with patch.object(
+        NativeEngine, "accumulate", lambda self, b, num_valid_tokens, s: original(self, b[-1:], num_valid_tokens, s)
+    ):
         yield
 
 
@@ -216,13 +224,13 @@ def gradients_are_clipped_by_the_local_norm() -> Iterator[Any]:
 
 
 @register_bug
-def norm_counts_replicated_parameters_once_per_tensor_rank() -> Iterator[Any]:
+def gradient_norm_counts_replicated_parameters_once_per_tensor_rank() -> Iterator[Any]:
     with patch("dist_llm.engines.gradient_norm.is_sharded_over", lambda parameter, axis: True):
         yield
 
 
 @register_bug
-def norm_counts_the_tied_embedding_in_both_stages() -> Iterator[Any]:
+def gradient_norm_counts_the_tied_embedding_in_both_stages() -> Iterator[Any]:
     def count_both_stages(self: NativeEngine) -> torch.Tensor:
         original_flags = [model_part.is_first_stage for model_part in self.model_parts]
         for model_part in self.model_parts:
@@ -300,7 +308,7 @@ def vocabulary_maximum_is_not_reduced_over_tensor_ranks() -> Iterator[Any]:
 
 
 @register_bug
-def vocabulary_padding_is_scored() -> Iterator[Any]:
+def vocabulary_padding_is_in_the_softmax() -> Iterator[Any]:
     original = tensor_parallel.VocabParallelHead._build_vocab_shard
 
     def include_padding_rows(self: Any, weight_WD: Any) -> Any:
@@ -329,8 +337,8 @@ def pipeline_rescales_gradients() -> Iterator[Any]:
 
 
 @register_bug
-def context_ranks_mask_their_queries_as_the_last_ones() -> Iterator[Any]:
-    """Document and prefix masks then describe tokens of another rank."""
+def context_ranks_mask_queries_as_if_they_were_the_last() -> Iterator[Any]:
+    """Document and prefix masks then describe the tokens of a different rank."""
     with patch.object(
         AttentionMask, "with_query_positions", lambda self, _, num_keys: replace(self, num_keys=num_keys)
     ):
@@ -367,8 +375,8 @@ def encoder_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
 
 
 @register_bug
-def gradients_of_head_norms_are_not_reduced() -> Iterator[Any]:
-    """With QK norm. Each tensor rank normalizes queries and keys of its own heads with replicated weights."""
+def qk_norm_gradients_are_not_reduced() -> Iterator[Any]:
+    """Each tensor rank normalizes queries and keys of its own heads with replicated weights (config key qk_norm)."""
     with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
         yield
 
@@ -383,26 +391,26 @@ def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
 
 @register_bug
 def shards_are_orthogonalized_separately() -> Iterator[Any]:
-    def orthogonalize_shards(self: DistributedOrthogonalize, updates: Any) -> Any:
+    def orthogonalize_shards(self: DistributedOrthogonalizer, updates: Any) -> Any:
         shards = [sharded.to_local(update) for update in updates]
         for shard, result in zip(shards, orthogonalize(shards), strict=True):
             shard.copy_(result)
         return updates
 
-    with patch.object(DistributedOrthogonalize, "__call__", orthogonalize_shards):
+    with patch.object(DistributedOrthogonalizer, "__call__", orthogonalize_shards):
         yield
 
 
 @register_bug
 def shards_are_returned_to_the_wrong_rank() -> Iterator[Any]:
     """All shards have the same shape, so only their values are wrong."""
-    original = DistributedOrthogonalize.__init__
+    original = DistributedOrthogonalizer.__init__
 
-    def init_reversed(self: DistributedOrthogonalize, *args: Any) -> None:
+    def init_reversed(self: DistributedOrthogonalizer, *args: Any) -> None:
         original(self, *args)
-        self.send_out = self.send_out[::-1]
+        self.results_to_send = self.results_to_send[::-1]
 
-    with patch.object(DistributedOrthogonalize, "__init__", init_reversed):
+    with patch.object(DistributedOrthogonalizer, "__init__", init_reversed):
         yield
 
 
@@ -429,6 +437,6 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 
 @register_bug
-def moments_are_rounded_by_the_local_index() -> Iterator[Any]:
+def stochastic_rounding_depends_on_the_local_index() -> Iterator[Any]:
     with patch("dist_llm.engines.native.local_with_offset", _local_with_zero_offset):
         yield

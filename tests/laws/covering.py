@@ -1,8 +1,8 @@
 """The covering array of the law tests: a list of cases that contains each compatible pair of values.
 
-A target is a combination of values that at least one case must have: a pair of values of two factors (space.py), or a
-triple of axes. `covering.json` contains the cases, and the incompatible targets, which no valid run can have. After a
-change of the factors or of the config rules, write the file again, which takes some minutes:
+A target is a combination of values that at least one case must have: a pair of values of two factors (run_space.py), or
+a triple of axes that are larger than 1. `covering.json` contains the cases, and the incompatible targets, which no
+valid run can have. After a change of the factors or of the config rules, write the file again. This takes some minutes:
 
   python -m tests.laws.covering
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_llm.config.derive import AXES
-from tests.laws.space import (
+from tests.laws.run_space import (
     FACTORS,
     Case,
     complete_case,
@@ -27,7 +27,7 @@ from tests.laws.space import (
 )
 
 FILE = Path(__file__).with_suffix(".json")
-NUM_CANDIDATES = 60  # random cases from which each next case of the array is chosen
+NUM_CANDIDATES = 60  # number of random cases that are drawn to choose the next case of the array
 
 Target = tuple[tuple[str, Any], ...]  # ((factor, value), ...)
 
@@ -63,7 +63,10 @@ def estimate_seconds(case: Case) -> float:
 
 
 def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
-    """Build the array greedily: each step adds the candidate that covers most targets per second of its run."""
+    """Build the array greedily. Return the cases, and the targets that no valid run can have.
+
+    Each step adds the candidate that covers most remaining targets per second of run time.
+    """
     rng = random.Random(seed)
     cases: list[Case] = []
     incompatible: list[Target] = []
@@ -88,14 +91,14 @@ def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
 
 
 def _iter_candidates(target: Target, remaining: Iterable[Target], rng: random.Random) -> Iterator[Case]:
-    """Yield random valid cases with the values of the target, and if possible with those of other targets."""
+    """Yield random valid cases with the values of `target`, and if possible with those of other remaining targets."""
     fixed, open_targets = dict(target), list(remaining)
     for index in range(NUM_CANDIDATES):
         sampled_targets = rng.sample(open_targets, min(6, len(open_targets)))
         preferred = dict(value for sampled_target in sampled_targets for value in sampled_target)
         # Each rank compiles separately, so compiled cases use few ranks.
         cheap = dict.fromkeys(AXES, 1) if index % 2 else {"compile": False}
-        case = complete_case(fixed, rng, preferred | cheap)
+        case = complete_case(rng, fixed, preferred | cheap)
         if not any(find_violations(case)):
             yield case
     if (last_case := draw_valid_case(rng, fixed, preferred={"compile": False})) is not None:

@@ -1,7 +1,7 @@
 """Run steps of DeepSpeed and accelerate on the ranks of a world, and compare them with one native process.
 
-Used by test_engines.py, test_engines_pipeline.py and space.py. The learning rate changes in each step, so that a rate
-that is set too late is detected.
+Used by test_engines.py, test_engines_pipeline.py and run_space.py. The learning rate changes in each step, so that a
+rate that is set too late is detected.
 """
 
 import json
@@ -43,39 +43,40 @@ CPU = torch.device("cpu")
 LR_DECAY = 0.7  # each learning rate over that of the previous step
 
 
-def deepspeed_sections(stage: int, **options: Any) -> dict[str, Any]:
+def make_deepspeed_sections(stage: int, **options: Any) -> dict[str, Any]:
     """Return the config sections of DeepSpeed with a ZeRO stage."""
     return {"engine": "deepspeed", "deepspeed": {"stage": stage, **options}}
 
 
-def accelerate_sections(plugin: str, **options: Any) -> dict[str, Any]:
+def make_accelerate_sections(plugin: str, **options: Any) -> dict[str, Any]:
     """Return the config sections of accelerate with a plugin."""
     return {"engine": "accelerate", "accelerate": {"plugin": plugin}, **options}
 
 
-ENGINES = {
-    **{f"zero{stage}": deepspeed_sections(stage) for stage in range(4)},
-    "ddp": accelerate_sections("ddp"),
-    "accelerate-zero2": accelerate_sections("deepspeed", deepspeed={"stage": 2}),
-    "accelerate-zero3": accelerate_sections("deepspeed", deepspeed={"stage": 3}),
+ENGINE_SECTIONS = {
+    **{f"zero{stage}": make_deepspeed_sections(stage) for stage in range(4)},
+    "ddp": make_accelerate_sections("ddp"),
+    "accelerate-zero2": make_accelerate_sections("deepspeed", deepspeed={"stage": 2}),
+    "accelerate-zero3": make_accelerate_sections("deepspeed", deepspeed={"stage": 3}),
 }
-OFFLOADED = {
-    "zero2-offload": deepspeed_sections(2, offload_optimizer="cpu"),
-    "zero3-offload": deepspeed_sections(3, offload_optimizer="cpu", offload_params="cpu"),
+OFFLOADED_ENGINE_SECTIONS = {
+    "zero2-offload": make_deepspeed_sections(2, offload_optimizer="cpu"),
+    "zero3-offload": make_deepspeed_sections(3, offload_optimizer="cpu", offload_params="cpu"),
 }
 
 
 @dataclass
 class EngineTrace:
-    """What one rank records: loss, scored tokens, gradient norm and learning rates of each step.
+    """What one rank records in a run of an engine.
 
-    Also the shards of weights and moments after the first and the last step, and a held-out loss after all steps.
+    Of each step: loss, number of valid tokens, gradient norm and learning rates. After the first and the last step: the
+    shards of weights and moments. After all steps: the loss of one more batch, without gradients.
     """
 
     losses: list[float] = field(default_factory=list)
-    scored: list[int] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    rates: list[list[float]] = field(default_factory=list)  # by parameter group
+    num_valid_tokens: list[int] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    learning_rates: list[list[float]] = field(default_factory=list)  # by parameter group
     states: list[ShardsByName] = field(default_factory=list)
     heldout_loss: float = 0.0
 
@@ -88,10 +89,10 @@ def run_steps(
     save: Path | None = None,
     skip: bool = False,
 ) -> EngineTrace:
-    """Run the steps with these numbers on this rank and return the trace.
+    """Run the steps with the numbers `steps` on this rank and return the trace.
 
-    `bug` names a planted bug. `load` is a checkpoint to start from, `save` the directory for a checkpoint at the end.
-    With `skip`, the guard skips a step whose gradients are not finite.
+    `bug` is the name of a planted bug or fault. The run starts from the checkpoint `load`, and saves a checkpoint to
+    the directory `save` at its end. With `skip`, the guard (training/guard.py) skips steps with non-finite gradients.
     """
     with open_engine(config) as engine, ExitStack() as planted:
         if bug:
@@ -103,12 +104,16 @@ def run_steps(
         for step in steps:
             should_apply = partial(guard.should_apply, step) if skip else None
             report = train_step(
-                engine, make_batches(config, engine, step), learning_rate(config, step), step, should_apply=should_apply
+                engine,
+                make_batches(config, engine, step),
+                compute_learning_rate(config, step),
+                step,
+                should_apply=should_apply,
             )
             trace.losses.append(report.loss.item())
-            trace.scored.append(int(report.num_valid_tokens))
-            trace.norms.append(report.grad_norm.item())
-            trace.rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
+            trace.num_valid_tokens.append(int(report.num_valid_tokens))
+            trace.grad_norms.append(report.grad_norm.item())
+            trace.learning_rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
             if step in (steps[0], steps[-1]):
                 trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = make_batches(config, engine, 1000)
@@ -118,7 +123,7 @@ def run_steps(
         return trace
 
 
-def native_reference(config: Config, steps: int) -> Trace:
+def trace_native_process(config: Config, steps: int) -> Trace:
     """Return the trace of one native process with the learning rates of `run_steps`."""
     native = config.model_copy(update={"engine": "native"})
     return trace_one_process(native, steps, lr_decay=LR_DECAY)
@@ -127,15 +132,17 @@ def native_reference(config: Config, steps: int) -> Trace:
 def assert_engine_matches_one_process(
     ranks: int, config: Config, steps: int, bug: str | None = None, first_tolerance: float = 1e-5
 ) -> None:
-    """Run the engine on its ranks; raise AssertionError unless its steps are those of one native process."""
+    """Run the engine on `ranks` ranks. Raises AssertionError unless its steps match those of one native process."""
     by_rank = get_world(ranks).run(run_steps, config, range(steps), bug)
-    expected = native_reference(config, steps)
+    expected = trace_native_process(config, steps)
     assert_traces_match(merge_engine_traces(by_rank, expected), expected, first_tolerance=first_tolerance)
-    for step, rates in enumerate(by_rank[0].rates):
-        assert rates == [config.optim.lr * LR_DECAY**step] * len(rates), "the rate of each step, in each group"
+    for step, learning_rates in enumerate(by_rank[0].learning_rates):
+        assert learning_rates == [config.optim.lr * LR_DECAY**step] * len(learning_rates), (
+            "the rate of each step, in each group"
+        )
 
 
-def learning_rate(config: Config, step: int) -> float:
+def compute_learning_rate(config: Config, step: int) -> float:
     """Return the learning rate of a step."""
     return config.optim.lr * LR_DECAY**step
 
@@ -160,13 +167,13 @@ def open_engine(config: Config) -> Iterator[Engine]:
 def merge_engine_traces(by_rank: list[EngineTrace], expected: Trace) -> Trace:
     """Merge the traces of all ranks into a trace that `assert_traces_match` compares.
 
-    Third-party engines do not expose gradients, so the trace gets the expected gradients; the weights are compared.
+    Third-party engines do not expose gradients. The trace gets the expected gradients, so only weights are compared.
     """
     rank_0 = by_rank[0]
     for rank, rank_trace in enumerate(by_rank[1:], 1):
-        for name in ("losses", "scored", "norms"):
+        for name in ("losses", "num_valid_tokens", "grad_norms"):
             assert getattr(rank_trace, name) == getattr(rank_0, name), f"{name} of rank {rank} differ from rank 0"
-    trace = Trace(rank_0.losses, rank_0.scored, rank_0.norms)
+    trace = Trace(rank_0.losses, rank_0.num_valid_tokens, rank_0.grad_norms)
     shapes = {f"model.{name}": tuple(value.shape) for name, value in expected.parameters[0].items()}
     for index in range(len(rank_0.states)):
         full_tensors = merge_shards([rank_trace.states[index] for rank_trace in by_rank], shapes)
@@ -202,27 +209,29 @@ def patch_accumulate(
 def losses_are_averaged_over_ranks(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The loss is not multiplied by the number of ranks, although the engine averages gradients."""
 
-    def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
+    def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
         ranks = torch.distributed.get_world_size()
-        return original(self, batches, scored * ranks, step) * ranks
+        return original(self, batches, num_valid_tokens * ranks, step) * ranks
 
     return accumulate
 
 
 @patch_accumulate
 def only_the_last_microbatch_is_accumulated(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
+    def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
         with torch.no_grad():
-            scores = [self.model(batch.inputs_BS, **batch.forward_arguments()) / scored for batch in batches[:-1]]
-        return torch.cat([*scores, original(self, batches[-1:], scored, step)])
+            scores = [
+                self.model(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens for batch in batches[:-1]
+            ]
+        return torch.cat([*scores, original(self, batches[-1:], num_valid_tokens, step)])
 
     return accumulate
 
 
 @patch_accumulate
 def the_second_step_is_not_finite(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def accumulate(self: Any, batches: Any, scored: Tensor, step: int) -> Tensor:
-        return original(self, batches, scored * (torch.nan if step == 1 else 1.0), step)
+    def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
+        return original(self, batches, num_valid_tokens * (torch.nan if step == 1 else 1.0), step)
 
     return accumulate
 
@@ -271,5 +280,5 @@ BUGS: dict[str, PlantedBug] = {
         only_the_last_microbatch_is_accumulated,
     )
 }
-# Faults of a step that the guard handles; they are no bugs.
+# Faults that may occur in a correct run, and that the guard handles.
 FAULTS: dict[str, PlantedBug] = {"the_second_step_is_not_finite": the_second_step_is_not_finite}

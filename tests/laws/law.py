@@ -1,10 +1,11 @@
 """The helpers of the law tests. The law: a parallel layout computes the same training steps as one process.
 
-`record_trace` runs steps on random batches and records a trace: the loss, the number of scored tokens, the gradient
+`record_trace` runs steps on random batches and records a trace: the loss, the number of valid tokens, the gradient
 norm, the gradients before clipping, and the parameters after the step. `merge_ranks` assembles full tensors from the
 traces of the ranks. `assert_traces_match` compares the merged trace with that of one process.
 
-An fp32 run is compared in fp64 (`comparison_dtype`). Rounding errors are then about 1e-15 and cannot hide a bug.
+A run whose precision is fp32 computes in fp64 here (`choose_comparison_dtype`). Rounding errors are then about 1e-15
+and cannot hide a bug.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.flat_shard import local_chunks
 from dist_llm.checkpoint.store import CheckpointStore
-from dist_llm.config.check import check as broken_rules
+from dist_llm.config.check import check
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.config.schema import Config, UnresolvedConfig
@@ -36,7 +37,7 @@ from dist_llm.objectives.examples import TokenWindow
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.step import train_step
 from tests.laws import bugs
-from tests.laws.layouts import MODELS, OBJECTIVES, Layout
+from tests.laws.layouts import MODELS, OBJECTIVE_OF_ARCHITECTURE, Layout
 from tests.laws.worlds import get_world, restart_world
 
 # d_ff and the number of heads are multiples of 4, for up to 4 tensor ranks. The vocabulary size is not a multiple of 4,
@@ -60,14 +61,15 @@ ShardsByName = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 
 @dataclass
 class RankTrace:
-    """What one rank records: loss, number of scored tokens and gradient norm of each step.
+    """What one rank records in a run.
 
-    Also the shards of gradients and parameters of this rank, in the first and in the last step.
+    Of each step: the loss, the number of valid tokens and the gradient norm. Of the first and the last step: the shards
+    of gradients and parameters on this rank.
     """
 
     losses: list[float] = field(default_factory=list)
-    scored: list[int] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
+    num_valid_tokens: list[int] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
     gradients: list[ShardsByName] = field(default_factory=list)
     parameters: list[ShardsByName] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the full parameters
@@ -84,8 +86,8 @@ class Trace:
     """A trace of all ranks, with full tensors: {name: gradient} and {name: parameter} per recorded step."""
 
     losses: list[float] = field(default_factory=list)
-    scored: list[int] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
+    num_valid_tokens: list[int] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -97,7 +99,7 @@ def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
     """
     architecture = model.get("architecture", "decoder")
     raw: dict[str, Any] = {
-        "objective": OBJECTIVES[architecture],
+        "objective": OBJECTIVE_OF_ARCHITECTURE[architecture],
         "run": {"dir": "unused", "steps": 20, "seed": 3},
         "model": MODEL | model,
         "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": GLOBAL_BATCH, "micro_batch": 0},
@@ -113,8 +115,8 @@ def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
 def make_config(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
     """Return a resolved config for `ranks` ranks; the other arguments are those of `make_raw_config`."""
     config = UnresolvedConfig.model_validate(make_raw_config(model, **sections))
-    assert not (broken := broken_rules(config, ranks, 0)), broken
-    return resolve_config(config, ranks, 0)
+    assert not (violations := check(config, ranks, tokenizer_size=0)), violations
+    return resolve_config(config, ranks, tokenizer_size=0)
 
 
 def make_random_sequences(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
@@ -148,9 +150,10 @@ def make_batches(config: Config, engine: Engine, step: int) -> list[Batch]:
 
 
 def uses_random_sequences(config: Config) -> bool:
-    """Whether the batches come from `make_random_sequences`: for a causal objective with a plain causal mask.
+    """Whether the batches come from `make_random_sequences` and not from the objective of the config.
 
-    The numbers of targets differ more than in the samples that an objective builds.
+    This is so if all components are causal, without a document mask. In random sequences, the numbers of targets differ
+    more than in the samples that an objective builds.
     """
     model, components = config.model, config.objective.components
     is_causal = model.architecture == "decoder" and all(component.name == "causal" for component in components)
@@ -158,9 +161,9 @@ def uses_random_sequences(config: Config) -> bool:
 
 
 def build_samples(config: Config, step: int, indices: range) -> Batch:
-    """Build the samples of a step with these indices in the batch, with the objective of the config.
+    """Build samples from random text with short documents, with the objective of the config.
 
-    The text is random and has short documents.
+    `indices` are the positions of the samples in the global batch of the step.
     """
     objective = build_objective(config, ObjectiveVocabulary(TEXT_IDS, TEXT_IDS - 1))
     samples = np.arange(step * GLOBAL_BATCH + indices.start, step * GLOBAL_BATCH + indices.stop)
@@ -214,20 +217,20 @@ def record_trace(config: Config, steps: int, bug: str | None = None, lr_decay: f
 
     `bug` is the name of a planted bug (bugs.py). Each learning rate is `lr_decay` times that of the previous step.
     """
-    with ExitStack() as planted:
-        planted.enter_context(default_dtype(comparison_dtype(config)))
+    with ExitStack() as contexts:
+        contexts.enter_context(use_default_dtype(choose_comparison_dtype(config)))
         if bug:
-            planted.enter_context(bugs.plant_bug(bug))
+            contexts.enter_context(bugs.plant_bug(bug))
         return _record_trace(config, steps, lr_decay)
 
 
-def comparison_dtype(config: Config) -> torch.dtype:
-    """Return the dtype for the comparison: fp64, unless the run tests another precision than fp32."""
+def choose_comparison_dtype(config: Config) -> torch.dtype:
+    """Return the default dtype of a run: fp64 in place of fp32, or fp32 if the run tests a lower precision."""
     return torch.float64 if config.precision == "fp32" else torch.float32
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Create new tensors in this dtype inside the context."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -242,17 +245,17 @@ def _record_trace(config: Config, steps: int, lr_decay: float) -> RankTrace:
     for step in range(steps):
         report = train_step(engine, make_batches(config, engine, step), config.optim.lr * lr_decay**step, step)
         rank_trace.losses.append(report.loss.item())
-        rank_trace.scored.append(int(report.num_valid_tokens))
-        rank_trace.norms.append(report.grad_norm.item())
+        rank_trace.num_valid_tokens.append(int(report.num_valid_tokens))
+        rank_trace.grad_norms.append(report.grad_norm.item())
         if step in (0, steps - 1):
             rank_trace.record(engine)
     return rank_trace
 
 
 def trace_one_process(config: Config, steps: int, lr_decay: float = 1.0) -> Trace:
-    """Return the reference: the trace of one process without parallelism, accumulation, recomputation or compilation.
+    """Return the reference: the trace of one process without parallelism, recomputation or compilation.
 
-    The full batch is one microbatch. Each learning rate is `lr_decay` times that of the previous step.
+    The global batch is one microbatch. Each learning rate is `lr_decay` times that of the previous step.
     """
     data = config.data.model_copy(update={"micro_batch": GLOBAL_BATCH})
     one_process = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1), "compile": False})
@@ -268,7 +271,7 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
     """Merge the traces of all ranks. Values that several ranks report must be equal bit for bit."""
     rank_0 = by_rank[0]
     for rank, rank_trace in enumerate(by_rank[1:], 1):
-        for name in ("losses", "scored", "norms"):
+        for name in ("losses", "num_valid_tokens", "grad_norms"):
             assert getattr(rank_trace, name) == getattr(rank_0, name), f"{name} of rank {rank} differ from rank 0"
     shapes = {name: shape for rank_trace in by_rank for name, shape in rank_trace.shapes.items()}
     gradients = [
@@ -277,7 +280,7 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
     parameters = [
         merge_shards(shards, shapes) for shards in zip(*(rank_trace.parameters for rank_trace in by_rank), strict=True)
     ]
-    return Trace(rank_0.losses, rank_0.scored, rank_0.norms, gradients, parameters)
+    return Trace(rank_0.losses, rank_0.num_valid_tokens, rank_0.grad_norms, gradients, parameters)
 
 
 def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -291,11 +294,11 @@ def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, .
         full = torch.full(shapes[name], torch.nan, dtype=dtype)
         for rank, shards in enumerate(by_rank):
             for offset, shard in shards.get(name, []):
-                region = tuple(slice(start, start + size) for start, size in zip(offset, shard.shape, strict=True))
-                previous = full[region]
+                slices = tuple(slice(start, start + size) for start, size in zip(offset, shard.shape, strict=True))
+                previous = full[slices]
                 is_equal = previous.isnan().all() or torch.equal(previous, shard)
                 assert is_equal, f"{name} of rank {rank} differs from the copy of an earlier rank"
-                full[region] = shard
+                full[slices] = shard
         assert not full.isnan().any(), f"{name}: some elements are on no rank"
         full_tensors[name] = full
     return full_tensors
@@ -327,7 +330,7 @@ def assert_config_matches_one_process(
 ) -> None:
     """Do the same as `assert_matches_one_process` for a resolved config.
 
-    `later_tolerance` is that of `assert_traces_match`.
+    `later_tolerance` is the relative tolerance of the steps after the first, as in `assert_traces_match`.
     """
     if config.compile:
         restart_world(ranks)
@@ -341,34 +344,35 @@ def assert_traces_match(
     first_tolerance: float | None = None,
     later_tolerance: float | None = None,
 ) -> None:
-    """Compare two traces, with a tolerance for step 1 and a tolerance for all later steps.
+    """Compare two traces, with `first_tolerance` in step 1 and `later_tolerance` in the steps after step 1.
 
-    Tolerances are relative to the largest element of each tensor. The defaults are 1e-11 for fp64, otherwise 1e-5 at
-    step 1 and 1e-4 later.
+    Tolerances are relative to the largest element of each tensor. The defaults are 1e-11 for fp64. For other dtypes,
+    they are 1e-5 in step 1 and 1e-4 in the steps after step 1.
     """
     is_fp64 = next(iter(actual_trace.parameters[0].values())).dtype == torch.float64
     first_tolerance = first_tolerance or (1e-11 if is_fp64 else 1e-5)
     later_tolerance = later_tolerance or (1e-11 if is_fp64 else 1e-4)
-    assert actual_trace.scored == expected_trace.scored, (
-        f"scored tokens {actual_trace.scored}, one process {expected_trace.scored}"
+    assert actual_trace.num_valid_tokens == expected_trace.num_valid_tokens, (
+        f"valid tokens {actual_trace.num_valid_tokens}, one process {expected_trace.num_valid_tokens}"
     )
     for label, actual_values, expected_values in (
         ("loss", actual_trace.losses, expected_trace.losses),
-        ("norm", actual_trace.norms, expected_trace.norms),
+        ("gradient norm", actual_trace.grad_norms, expected_trace.grad_norms),
     ):
         for step, (actual_value, expected_value) in enumerate(zip(actual_values, expected_values, strict=True)):
             tolerance = first_tolerance if step == 0 else later_tolerance
             assert_close(f"{label} of step {step + 1}", to_scalar(actual_value), to_scalar(expected_value), tolerance)
-    for index, tolerance in ((0, first_tolerance), (-1, later_tolerance)):
+    for index, tolerance, step_name in ((0, first_tolerance, "first step"), (-1, later_tolerance, "last step")):
         for kind in ("gradients", "parameters"):
             actual, expected = getattr(actual_trace, kind)[index], getattr(expected_trace, kind)[index]
             assert actual.keys() == expected.keys(), f"{kind}: {actual.keys() ^ expected.keys()}"
-            # A gradient that is zero in exact arithmetic, such as that of a key bias without RoPE, consists of the
-            # rounding errors of its summands.
+            # A gradient that is zero in exact arithmetic consists of the rounding errors of its summands. An example is
+            # the gradient of a key bias without RoPE.
             rounding = 1e-14 if is_fp64 else 1e-7
             noise = rounding * max(float(value.abs().max()) for value in expected.values())
             for name in expected:
-                assert_close(f"{kind[:-1]} {name}, record {index}", actual[name], expected[name], tolerance, noise)
+                label = f"{kind[:-1]} {name}, {step_name}"
+                assert_close(label, actual[name], expected[name], tolerance, noise)
 
 
 def to_scalar(value: float) -> Tensor:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-LLAMA: dict[str, Any] = {}  # law.MODEL: RoPE, RMSNorm, SwiGLU, grouped-query attention, untied embeddings
+# The models, as differences from MODEL of law.py. MODEL is a Llama: RoPE, RMSNorm, SwiGLU, grouped-query attention,
+# untied embeddings.
+LLAMA: dict[str, Any] = {}
 TIED: dict[str, Any] = {"tie_embeddings": True}
 GPT: dict[str, Any] = {
     "positions": "learned",
@@ -66,7 +68,7 @@ MODELS = {
     "bounded": BOUNDED,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
-OBJECTIVES: dict[str, dict[str, Any]] = {
+OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
     "encoder": {"name": "masked"},
     "encoder_decoder": {"name": "span"},
     "decoder": {},
@@ -108,7 +110,7 @@ class Layout:
         return "_".join((*axes, *options, *microbatches, *objectives, *masks, self.model))
 
 
-def by_name(*layouts: Layout) -> dict[str, Layout]:
+def index_by_name(*layouts: Layout) -> dict[str, Layout]:
     """Return the layouts by their names, which must differ."""
     named = {layout.name: layout for layout in layouts}
     assert len(named) == len(layouts), "two layouts have the same name"
@@ -119,7 +121,7 @@ def _layout(ranks: int, model: str = "llama", micro_batch: int = 0, **parallel: 
     return Layout(ranks, parallel, model, micro_batch)
 
 
-LAYOUTS = by_name(
+LAYOUTS = index_by_name(
     # Two ranks: one mesh dimension, with each of its options
     _layout(2, dp_replicate=2),
     _layout(2, "tied", micro_batch=4, dp_replicate=2),
@@ -130,7 +132,7 @@ LAYOUTS = by_name(
     _layout(2, dp_shard=2, cpu_offload=True),
     _layout(2, tp=2),
     _layout(2, "tied", micro_batch=8, tp=2, sequence_parallel=False),
-    _layout(2, "gpt", micro_batch=3, tp=2),  # a rank holds one and a half sequences
+    _layout(2, "gpt", micro_batch=3, tp=2),  # the token slice of a rank contains one and a half sequences
     _layout(2, "gpt", tp=2, sequence_parallel=False),
     _layout(2, "post_norm", tp=2),
     _layout(2, "tied", micro_batch=8, cp=2),
@@ -184,7 +186,7 @@ LAYOUTS = by_name(
     _layout(8, micro_batch=6, pp=4, tp=2),
 )
 
-# Other architectures and objectives.
+# Config sections of objectives other than causal, and of a document mask.
 PREFIX = {"objective": {"name": "prefix"}}
 UL2 = {
     "objective": {
@@ -202,7 +204,7 @@ def _with_sections(layout: Layout, **sections: Any) -> Layout:
     return replace(layout, sections=sections)
 
 
-ARCHITECTURE_LAYOUTS = by_name(
+ARCHITECTURE_LAYOUTS = index_by_name(
     # encoders
     _layout(2, "bert", micro_batch=4, dp_shard=2),
     _layout(2, "bert", dp_replicate=2),
@@ -242,8 +244,8 @@ ARCHITECTURE_LAYOUTS = by_name(
     _layout(2, "bounded", micro_batch=6, pp=2),
 )
 
-# Twelve layouts for tests of compilation and recomputation.
-COMPILED_LAYOUTS = by_name(
+# Layouts for tests that are too slow for all of LAYOUTS, such as tests of compilation and recomputation.
+COMPILED_LAYOUTS = index_by_name(
     _layout(2, micro_batch=4, dp_shard=2),
     _layout(2, "tied", dp_replicate=2),
     _layout(2, "tied", tp=2),

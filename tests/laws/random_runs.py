@@ -20,15 +20,15 @@ from collections.abc import Callable
 import torch
 
 from tests.laws import worlds
-from tests.laws.space import (
+from tests.laws.run_space import (
     WIDE_FACTORS,
     Case,
     assert_case_matches_one_process,
     complete_case,
     count_ranks,
-    drop_inert_options,
     find_violations,
     format_case,
+    reset_options_without_effect,
 )
 from tests.laws.worlds import WorldError, restart_world, stop_all
 
@@ -48,9 +48,9 @@ def draw_case(rng: random.Random) -> Case:
     if rng.random() < ENGINE_FRACTION:
         engine = rng.choice(WIDE_FACTORS["engine"][1:])
         defaults = {factor: WIDE_FACTORS[factor][0] for factor in NATIVE_ONLY_FACTORS}
-        return complete_case({"engine": engine}, rng, preferred=defaults, factors=WIDE_FACTORS)
+        return complete_case(rng, {"engine": engine}, preferred=defaults, factors=WIDE_FACTORS)
     preferred = {} if rng.random() < COMPILED_FRACTION else {"compile": False}
-    return complete_case({"engine": "native"}, rng, preferred, WIDE_FACTORS)
+    return complete_case(rng, {"engine": "native"}, preferred, WIDE_FACTORS)
 
 
 def find_failure(case: Case) -> str | None:
@@ -71,7 +71,7 @@ def shrink_case(case: Case, fails: Callable[[Case], bool]) -> Case:
     while has_changed:
         has_changed = False
         for factor, values in WIDE_FACTORS.items():
-            smaller_case = drop_inert_options(case | {factor: values[0]})
+            smaller_case = reset_options_without_effect(case | {factor: values[0]})
             if smaller_case != case and not any(find_violations(smaller_case)) and fails(smaller_case):
                 case, has_changed = smaller_case, True
     return case

@@ -18,7 +18,7 @@ from dist_llm.parallel.replica_check import compute_digest, find_mismatches
 from dist_llm.sharded import to_local
 from dist_llm.training.replay import replay_step
 from dist_llm.training.step import train_step
-from tests.laws.engines import ENGINES, open_engine
+from tests.laws.engines import ENGINE_SECTIONS, open_engine
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import get_world
@@ -42,7 +42,7 @@ def find_mismatches_after_steps(config: Config, faulty_rank: int) -> list[str]:
         if torch.distributed.get_rank() == faulty_rank:
             weight = next(parameter for name, parameter in engine.named_parameters() if "norm" in name)
             to_local(weight.detach()).view(-1).view(torch.int32)[:1] ^= 1
-        return find_mismatches(engine.replicated_params, "here")
+        return find_mismatches(engine.replica_groups, "here")
 
 
 def make_layout_config(layout: Layout) -> Config:
@@ -67,7 +67,7 @@ def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> No
 @pytest.mark.usefixtures("restart_worlds_afterwards")
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "ddp"])
 def test_replicas_of_third_party_engines_are_compared(engine: str) -> None:
-    engine_config = make_config(3, {}, optim=ADAMW, data={"micro_batch": 4}, **ENGINES[engine])
+    engine_config = make_config(3, {}, optim=ADAMW, data={"micro_batch": 4}, **ENGINE_SECTIONS[engine])
     assert get_world(3).run(find_mismatches_after_steps, engine_config, -1) == [[]] * 3
     (line, hosts), *_ = get_world(3).run(find_mismatches_after_steps, engine_config, 1)
     assert line == "blocks.0.norm_attention.weight: differs on rank 1 of ranks 0, 1, 2"

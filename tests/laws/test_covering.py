@@ -6,7 +6,7 @@ import pytest
 
 from tests.laws import covering
 from tests.laws.covering import Target
-from tests.laws.space import (
+from tests.laws.run_space import (
     FACTORS,
     Case,
     assert_case_matches_one_process,
@@ -38,7 +38,7 @@ def test_every_compatible_pair_of_values_is_in_a_case() -> None:
 
 @pytest.mark.parametrize("target", INCOMPATIBLE, ids=str)
 def test_a_pair_listed_as_incompatible_has_no_run(target: Target) -> None:
-    valid_case = draw_valid_case(random.Random(1), dict(target), tries=100)
+    valid_case = draw_valid_case(random.Random(1), dict(target), max_draws=100)
     assert valid_case is None, (
         f"{format_case(valid_case or {})} is a valid run: write the array again: python -m tests.laws.covering"
     )

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from tests.laws.engines import assert_engine_matches_one_process, deepspeed_sections
+from tests.laws.engines import assert_engine_matches_one_process, make_deepspeed_sections
 from tests.laws.layouts import ADAMW, SGD
 from tests.laws.test_engines import CLIPPED_MOMENTUM_SGD, make_engine_config
 
 pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
-PIPELINE = {**deepspeed_sections(1), "parallel": {"pp": 2}}
+PIPELINE = {**make_deepspeed_sections(1), "parallel": {"pp": 2}}
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 6), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])

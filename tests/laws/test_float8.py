@@ -16,11 +16,11 @@ from torch import Tensor
 
 from dist_llm.parallel import fp8
 from tests.laws.law import GLOBAL_BATCH, Trace, make_config, merge_ranks, record_trace, trace_one_process
-from tests.laws.layouts import MODELS, SGD, Layout, by_name
+from tests.laws.layouts import MODELS, SGD, Layout, index_by_name
 from tests.laws.worlds import get_world, restart_world
 
 SIZES = {"n_kv_heads": 8, "d_ff": 64}  # the sizes on each of two tensor ranks are multiples of 16
-LAYOUTS = by_name(
+LAYOUTS = index_by_name(
     Layout(2, {"dp_shard": 2}, micro_batch=4),
     Layout(2, {"dp_replicate": 2}, "gpt"),
     Layout(2, {"tp": 2}, "tied"),

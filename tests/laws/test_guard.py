@@ -27,10 +27,10 @@ from tests.laws.law import (
     make_config,
     merge_ranks,
 )
-from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
+from tests.laws.layouts import ADAMW, MODELS, Layout, index_by_name
 from tests.laws.worlds import get_world
 
-LAYOUTS = by_name(
+LAYOUTS = index_by_name(
     Layout(2, {"dp_shard": 2}, "tied", 4),
     Layout(2, {"dp_replicate": 2}, "gpt", 4),
     Layout(2, {"tp": 2}, "bert", 8),
@@ -114,6 +114,6 @@ def test_a_skipped_step_has_no_effect(layout: Layout) -> None:
     assert_skipped_without_effect(layout)
 
 
-def test_a_planted_bug_breaks_the_law() -> None:
+def test_a_planted_bug_is_detected() -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_skipped_without_effect(LAYOUTS["dp_shard2_micro4_tied"], bug=True)

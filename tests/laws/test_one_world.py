@@ -17,7 +17,7 @@ from dist_llm.parallel import p2p_collectives
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import MODELS
-from tests.laws.space import ACTIVATION_BUDGET_BYTES
+from tests.laws.run_space import ACTIVATION_BUDGET_BYTES
 from tests.laws.worlds import get_world
 
 RANKS = 4

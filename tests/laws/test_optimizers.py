@@ -10,7 +10,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.optim.muon import newton_schulz
 from dist_llm.optim.sgd import LocalSGD
-from dist_llm.parallel.distributed_muon import DistributedOrthogonalize
+from dist_llm.parallel.distributed_muon import DistributedOrthogonalizer
 from dist_llm.parallel.mesh import build_mesh
 from dist_llm.sharded import to_local
 from tests.laws.law import assert_matches_one_process, make_config, merge_ranks, record_trace, trace_one_process
@@ -40,7 +40,7 @@ def owners_match_full_matrices(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     matrices = [1e-9 * torch.randn(shape, generator=generator) for shape in ((6, 8), (9, 4), (6, 8))]
     shards = [distribute_tensor(matrix, mesh["dp_shard"], (Shard(0),), src_data_rank=None) for matrix in matrices]
-    results = DistributedOrthogonalize(mesh, shards, dtype)(shards)
+    results = DistributedOrthogonalizer(mesh, shards, dtype)(shards)
     references = (newton_schulz(matrix[None].to(dtype))[0] for matrix in matrices)
     return all(
         torch.equal(result.full_tensor(), expected.float())
@@ -55,7 +55,7 @@ def test_owner_ranks_orthogonalize_in_the_compute_dtype(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("name", ["shards_are_orthogonalized_separately", "shards_are_returned_to_the_wrong_rank"])
-def test_a_planted_bug_breaks_the_law_of_muon(name: str) -> None:
+def test_a_planted_bug_in_muon_is_detected(name: str) -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_matches_one_process(Layout(2, {"dp_shard": 2}), MUON, steps=3, bug=name)
 
@@ -79,7 +79,7 @@ def test_a_layout_computes_the_momentum_steps_of_one_process(layout: Layout) -> 
 
 
 @pytest.mark.parametrize("name", ["momentum_is_reset_before_each_step", "momentum_is_kept_on_the_first_rank_only"])
-def test_a_planted_bug_breaks_the_law_of_momentum(name: str) -> None:
+def test_a_planted_bug_in_the_momentum_is_detected(name: str) -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_matches_one_process(Layout(2, {"dp_shard": 2}), SGD_WITH_MOMENTUM, steps=4, bug=name)
 
@@ -103,8 +103,11 @@ def test_local_sgd_equals_torch_sgd_on_local_tensors(momentum: float) -> None:
         assert torch.equal(local_value, initial_value) == (initial_value is initial[2])
 
 
-def test_moments_rounded_by_the_local_index_break_the_law() -> None:
-    assert fraction_of_different_weights(Layout(2, {"dp_shard": 2}), "moments_are_rounded_by_the_local_index") > 0.1
+def test_stochastic_rounding_by_the_local_index_is_detected() -> None:
+    assert (
+        fraction_of_different_weights(Layout(2, {"dp_shard": 2}), "stochastic_rounding_depends_on_the_local_index")
+        > 0.1
+    )
 
 
 def fraction_of_different_weights(layout: Layout, bug: str | None = None) -> float:

@@ -24,10 +24,10 @@ from tests.laws.law import (
     record_trace,
     trace_one_process,
 )
-from tests.laws.layouts import ADAMW, MODELS, Layout, by_name
+from tests.laws.layouts import ADAMW, MODELS, Layout, index_by_name
 from tests.laws.worlds import get_world, restart_world
 
-LAYOUTS = by_name(
+LAYOUTS = index_by_name(
     Layout(2, {"dp_shard": 2}),
     Layout(4, {"dp_shard": 4}, "tied", micro_batch=3),
     Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro_batch=3),
@@ -116,7 +116,7 @@ def test_messages_compute_the_step_of_one_process(layout: Layout) -> None:
     [("P2PReduceScatter", ReduceScatterWithoutSum), ("P2PAllGather", AllGatherWithSwappedShards)],
     ids=["unadded", "swapped"],
 )
-def test_a_planted_bug_breaks_the_law(bug: tuple[str, type]) -> None:
+def test_a_planted_bug_is_detected(bug: tuple[str, type]) -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_messages_match_one_process(LAYOUTS["dp_shard4_micro3_tied"], bug)
 
@@ -142,7 +142,7 @@ def trace_with_broken_activations(config: Config, bug: tuple[str, type]) -> Rank
     [("P2PReduceScatter", ReduceScatterWithoutSum), ("P2PAllGather", AllGatherWithSwappedShards)],
     ids=["unadded", "swapped"],
 )
-def test_a_bug_in_messages_of_activations_breaks_the_law(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
+def test_a_planted_bug_in_messages_of_activations_is_detected(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
     config = make_config(2, {}, optim=ADAMW, parallel=parallel)
     traces = get_world(2).run(trace_with_broken_activations, config, bug)
     with pytest.raises(AssertionError, match="off by"):

@@ -9,7 +9,7 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
-from tests.laws.engines import CPU, ENGINES, open_engine
+from tests.laws.engines import CPU, ENGINE_SECTIONS, open_engine
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.test_engines_pipeline import PIPELINE
@@ -31,7 +31,7 @@ def test_an_engine_measures_the_probe_of_one_process(name: str) -> None:
     losses = {"loss": {"label_smoothing": 0.1, "z_loss": 1e-2}}
     native_config = make_config(1, MODEL, optim=ADAMW, **losses)
     expected = measure_probe(NativeEngine(native_config, CPU), native_config)
-    engine = {**ENGINES, "pipeline": PIPELINE}[name]
+    engine = {**ENGINE_SECTIONS, "pipeline": PIPELINE}[name]
     config = make_config(2, MODEL, optim=ADAMW, data={"micro_batch": 6}, **engine, **losses)
     for rank_probes in get_world(2).run(measure_probes, config):
         for probe in rank_probes:

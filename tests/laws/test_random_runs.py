@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.laws import random_runs
-from tests.laws.space import find_violations, format_case
+from tests.laws.run_space import find_violations, format_case
 
 
 @pytest.mark.slow

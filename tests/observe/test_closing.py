@@ -4,7 +4,7 @@ import pytest
 
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
-from dist_llm.observe.console import ProgressLine
+from dist_llm.observe.console import ConsoleSink
 from dist_llm.observe.metrics import MetricsFile
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.text.build_tokenizer import build_tokenizer
@@ -12,7 +12,7 @@ from dist_llm.training import trainer
 from dist_llm.training.run import train
 from dist_llm.training.settings import read_config
 
-SINKS = (MetricsFile, TensorBoard, ProgressLine)
+SINKS = (MetricsFile, TensorBoard, ConsoleSink)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A private Slurm cluster on this machine for test_slurm.py: a controller, and slurmds as nodes with two CPUs each."""
+"""A private Slurm cluster on this machine for test_slurm.py: a controller, and one slurmd per node of two CPUs."""
 
 import os
 import shutil
@@ -13,14 +13,14 @@ from pathlib import Path
 
 from tests.e2e.commands import REPOSITORY
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
+REQUIRED_PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NUM_NODES = 2
-SLURM_CONF = """\
+SLURM_CONF_TEMPLATE = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
-SlurmctldPort={port}
+SlurmctldPort={controller_port}
 AuthType=auth/munge
 AuthInfo=socket={base}/munge/munge.socket,cred_expire=5
 CredType=cred/munge
@@ -45,7 +45,8 @@ KillWait=5
 CompleteWait=0
 JobRequeue=1
 MailProg=/bin/true
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=4096 State=UNKNOWN
+NodeName=n[1-{num_nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_node_port}-{last_node_port}] \
+CPUs=2 RealMemory=4096 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -54,7 +55,7 @@ def find_obstacle() -> str:
     """Return the reason why no cluster can run here; empty if a cluster can run."""
     if os.geteuid():
         return "needs root, to start slurmd"
-    missing_programs = [name for name in PROGRAMS if shutil.which(name) is None]
+    missing_programs = [name for name in REQUIRED_PROGRAMS if shutil.which(name) is None]
     return (
         f"needs {', '.join(missing_programs)} (apt install slurmctld slurmd slurm-client munge)"
         if missing_programs
@@ -63,10 +64,10 @@ def find_obstacle() -> str:
 
 
 class Cluster:
-    """A cluster with its files in `base`; commands run in `home`."""
+    """A cluster that keeps its configuration, logs and state in `base`. Commands and jobs run in `work_dir`."""
 
-    def __init__(self, base: Path, home: Path) -> None:
-        self.base, self.home = base, home
+    def __init__(self, base: Path, work_dir: Path) -> None:
+        self.base, self.work_dir = base, work_dir
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.environment = {
             **environment,
@@ -77,11 +78,14 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}:/usr/sbin",
         }
 
-    def call(self, *arguments: object, check: bool = True, timeout_seconds: float = 60) -> str:
-        """Run a command in `home` and return its stdout; with `check`, it must succeed."""
+    def run_command(self, *arguments: object, check: bool = True, timeout_seconds: float = 60) -> str:
+        """Run a command in `work_dir` and return its stdout.
+
+        Raises AssertionError if the command fails and `check` is set.
+        """
         completed = subprocess.run(
             list(map(str, arguments)),
-            cwd=self.home,
+            cwd=self.work_dir,
             env=self.environment,
             capture_output=True,
             text=True,
@@ -94,17 +98,17 @@ class Cluster:
         """Submit a job with sbatch, with additional environment variables; return the id of the job."""
         previous_environment, self.environment = self.environment, {**self.environment, **environment}
         try:
-            return int(self.call("sbatch", "--parsable", *arguments))
+            return int(self.run_command("sbatch", "--parsable", *arguments))
         finally:
             self.environment = previous_environment
 
     def read_job(self, job_id: int) -> dict[str, str]:
         """Return the fields that scontrol shows for a job."""
-        items = self.call("scontrol", "--oneliner", "show", "job", job_id).split()
+        items = self.run_command("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(item.split("=", 1) for item in items if "=" in item)
 
     def wait(self, job_id: int, timeout_seconds: float) -> dict[str, str]:
-        """Wait for the end of a job and return its fields; after the timeout raise AssertionError with its log."""
+        """Wait until a job has ended, and return its fields. After the timeout, raise AssertionError with the log."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             fields = self.read_job(job_id)
@@ -117,7 +121,7 @@ class Cluster:
 
     def read_log(self, job_id: int) -> str:
         """Return the log of a job; empty if it has none."""
-        path = self.home / f"slurm-{job_id}.log"
+        path = self.work_dir / f"slurm-{job_id}.log"
         return path.read_text() if path.exists() else ""
 
     def start(self) -> None:
@@ -129,19 +133,18 @@ class Cluster:
         key = self.base / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        port = _find_free_ports(NUM_NODES + 1)
-        host = socket.gethostname().split(".")[0]
-        names = {
+        controller_port = _find_free_port_range(NUM_NODES + 1)
+        settings = {
             "base": self.base,
-            "host": host,
-            "port": port,
-            "first": port + 1,
-            "last": port + NUM_NODES,
-            "nodes": NUM_NODES,
+            "host": socket.gethostname().split(".")[0],
+            "controller_port": controller_port,
+            "first_node_port": controller_port + 1,
+            "last_node_port": controller_port + NUM_NODES,
+            "num_nodes": NUM_NODES,
         }
-        (self.base / "slurm.conf").write_text(SLURM_CONF.format(**names))
+        (self.base / "slurm.conf").write_text(SLURM_CONF_TEMPLATE.format(**settings))
         munge = self.base / "munge"
-        self.call(
+        self.run_command(
             *("munged", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket"),
             *(
                 f"--pid-file={self.base}/munged.pid",
@@ -149,12 +152,12 @@ class Cluster:
                 f"--seed-file={munge}/seed",
             ),
         )
-        self.call("slurmctld", "-c")
+        self.run_command("slurmctld", "-c")
         for node in range(1, NUM_NODES + 1):
-            self.call("slurmd", "-N", f"n{node}")
+            self.run_command("slurmd", "-N", f"n{node}")
         deadline = time.monotonic() + 30
-        while self.call("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() != str(NUM_NODES):
-            assert time.monotonic() < deadline, self.call("sinfo", check=False)
+        while self.run_command("sinfo", "-h", "-t", "idle", "-o", "%D", check=False).strip() != str(NUM_NODES):
+            assert time.monotonic() < deadline, self.run_command("sinfo", check=False)
             time.sleep(0.2)
 
     def stop(self) -> None:
@@ -166,7 +169,7 @@ class Cluster:
 
 
 def _stop_daemon(path: Path) -> None:
-    """Stop the daemon with the process id in this file, with SIGKILL if it does not end within 5 s."""
+    """Send SIGTERM to the daemon whose PID is in the file `path`, and SIGKILL if it still runs after 5 s."""
     try:
         pid = int(path.read_text())
         os.kill(pid, signal.SIGTERM)
@@ -174,13 +177,14 @@ def _stop_daemon(path: Path) -> None:
         return
     for _ in range(50):
         stat = Path(f"/proc/{pid}/stat")
+        # The state follows the name of the program, which is in parentheses. Z is a zombie, which has already ended.
         if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             return
         time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)
 
 
-def _find_free_ports(num_ports: int) -> int:
+def _find_free_port_range(num_ports: int) -> int:
     """Return the first of `num_ports` consecutive free ports."""
     for first_port in range(17_100, 18_000, 10):
         with socket.socket() as probe:
@@ -190,9 +194,9 @@ def _find_free_ports(num_ports: int) -> int:
 
 
 @contextmanager
-def running_cluster(base: Path, home: Path) -> Iterator[Cluster]:
+def running_cluster(base: Path, work_dir: Path) -> Iterator[Cluster]:
     """Start a cluster for the block and stop it afterwards."""
-    cluster = Cluster(base, home)
+    cluster = Cluster(base, work_dir)
     try:
         cluster.start()
         yield cluster

@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(find_obstacle()), reaso
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    base, home = (tmp_path_factory.mktemp(name) for name in ("slurm", "home"))
-    with running_cluster(base, home) as started_cluster:
+    base, work_dir = (tmp_path_factory.mktemp(name) for name in ("slurm", "work"))
+    with running_cluster(base, work_dir) as started_cluster:
         yield started_cluster
 
 
@@ -68,7 +68,7 @@ def test_two_nodes_stopped_by_their_time_limit_end_with_equal_results(
         "once for each restart"
     )
     assert "ranks: 4 (dp_shard 4)" in log
-    assert_same_results(cluster.home / run, train_uninterrupted(corpus, tmp_path, steps, ranks=4))
+    assert_same_results(cluster.work_dir / run, train_uninterrupted(corpus, tmp_path, steps, ranks=4))
 
 
 @pytest.mark.timeout(400)
@@ -85,19 +85,19 @@ def test_a_signal_requeues_the_job_with_either_launcher(
         PYTHON=make_paced_command(0.15),
         LAUNCH=launch,
     )
-    metrics = cluster.home / run / "metrics.jsonl"
+    metrics = cluster.work_dir / run / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
         assert time.monotonic() < deadline, cluster.read_log(job)
         time.sleep(0.1)
-    cluster.call("scancel", "--signal=USR1", job)
+    cluster.run_command("scancel", "--signal=USR1", job)
     fields = cluster.wait(job, 200)
     log = cluster.read_log(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert log.count("stopped by SIGUSR1") == 1
     assert "resumed from" in log
-    assert not list(cluster.home.glob(".stopped-*"))
-    assert_same_results(cluster.home / run, train_uninterrupted(corpus, tmp_path, steps, ranks=2))
+    assert not list(cluster.work_dir.glob(".stopped-*"))
+    assert_same_results(cluster.work_dir / run, train_uninterrupted(corpus, tmp_path, steps, ranks=2))
 
 
 @pytest.mark.slow
@@ -106,7 +106,9 @@ def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Pat
     job = cluster.submit(*options, SCRIPT, *make_script_arguments(corpus, "uneven", 3), "data.global_batch=12")
     assert cluster.wait(job, 120)["JobState"] == "COMPLETED", cluster.read_log(job)
     assert "ranks: 3 (dp_shard 3)" in cluster.read_log(job)
-    nodes = {path.read_text().split(" INFO ")[0].split()[-1] for path in (cluster.home / "uneven/logs").glob("*.log")}
+    nodes = {
+        path.read_text().split(" INFO ")[0].split()[-1] for path in (cluster.work_dir / "uneven/logs").glob("*.log")
+    }
     assert nodes == {"n1", "n2"}
 
 
@@ -132,7 +134,7 @@ def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
 @pytest.mark.slow
 def test_tasks_without_a_rendezvous_address_are_refused(cluster: Cluster, corpus: Path) -> None:
     arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, make_script_arguments(corpus, "lost", 1))]
-    output = cluster.call("srun", "--ntasks=2", "bash", "-c", f"{' '.join(arguments)} 2>&1; true")
+    output = cluster.run_command("srun", "--ntasks=2", "bash", "-c", f"{' '.join(arguments)} 2>&1; true")
     assert "MASTER_ADDR and MASTER_PORT are not set; start with: dist-llm submit" in output
 
 
@@ -148,13 +150,13 @@ def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster
         "run.dir=swept",
     ]
     arguments += ["run.steps=2", "eval.windows=8", "--nodes", "2", "--sweep", "optim.lr=1e-3,3e-4", "--time", "5"]
-    output = cluster.call(*arguments)
+    output = cluster.run_command(*arguments)
     assert "#SBATCH --array=0-1" in output
-    job = max(int(line.split()[0].split("_")[0]) for line in cluster.call("squeue", "-h", "-a").splitlines())
-    runs = [cluster.home / "swept" / name for name in ("lr=1e-3", "lr=3e-4")]
+    job = max(int(line.split()[0].split("_")[0]) for line in cluster.run_command("squeue", "-h", "-a").splitlines())
+    runs = [cluster.work_dir / "swept" / name for name in ("lr=1e-3", "lr=3e-4")]
     deadline = time.monotonic() + 120
     while not all((run / "checkpoints/step_00000002/COMMITTED").exists() for run in runs):
-        logs = [path.read_text() for path in cluster.home.glob(f"slurm-{job}_*.log")]
+        logs = [path.read_text() for path in cluster.work_dir.glob(f"slurm-{job}_*.log")]
         assert time.monotonic() < deadline, logs
         time.sleep(0.3)
     assert [commands.read_metrics(run)[-1]["lr"] for run in runs] != [commands.read_metrics(runs[0])[-1]["lr"]] * 2
@@ -166,14 +168,14 @@ def test_the_commands_of_the_page_run(cluster: Cluster) -> None:
     text = (commands.REPOSITORY / "docs" / "slurm.md").read_text()
     (block,) = re.findall(r"<!-- slurm -->\n```sh\n(.*?)```", text, re.DOTALL)
     for folder in ("configs", "slurm"):
-        (cluster.home / folder).symlink_to(commands.REPOSITORY / folder)
-    cluster.call("bash", "-euo", "pipefail", "-c", block, timeout_seconds=120)
+        (cluster.work_dir / folder).symlink_to(commands.REPOSITORY / folder)
+    cluster.run_command("bash", "-euo", "pipefail", "-c", block, timeout_seconds=120)
     deadline = time.monotonic() + 250
-    while cluster.call("squeue", "-h").strip():
-        assert time.monotonic() < deadline, cluster.call("squeue")
+    while cluster.run_command("squeue", "-h").strip():
+        assert time.monotonic() < deadline, cluster.run_command("squeue")
         time.sleep(0.5)
     for run, step in {"two": 4, "by_hand": 4, "swept/lr=1e-3": 2, "swept/lr=3e-4": 2}.items():
-        assert (cluster.home / "runs" / run / f"checkpoints/step_{step:08d}/COMMITTED").exists(), run
-    assert any("first batch" in path.read_text() for path in cluster.home.glob("slurm-*.log")), (
+        assert (cluster.work_dir / "runs" / run / f"checkpoints/step_{step:08d}/COMMITTED").exists(), run
+    assert any("first batch" in path.read_text() for path in cluster.work_dir.glob("slurm-*.log")), (
         "the log of the debug script"
     )

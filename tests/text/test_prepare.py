@@ -30,7 +30,7 @@ from dist_llm.text.encode import DocumentEncoder, DocumentEncoderSpec, encode_in
 from dist_llm.text.options import PrepareOptions, add_arguments, build_options
 from dist_llm.text.prepare import prepare
 from dist_llm.text.publish import lock_output
-from dist_llm.text.report import FileCount, Report
+from dist_llm.text.report import FileCount, PrepareReport
 from dist_llm.text.tokenizer import Tokenizer
 
 FRAGMENTS = [f"{start}{end}" for start in ("sh", "tr", "qu", "é", "漢") for end in ("ip", "ade", " 12", "it's", "\n")]
@@ -403,7 +403,7 @@ def test_the_report_counts_the_input_files(tmp_path):
         (folder / name).write_bytes(content)
     options = PrepareOptions((str(folder),), "byte", out, workers=1, heldout_fraction=0, skip_unreadable=True)
     prepare(options, stream)
-    report = Report.load(out)
+    report = PrepareReport.load(out)
     assert report.inputs == {
         "read": {".txt": FileCount(1, 3)},
         "skipped: checksum": {".txt.md5": FileCount(1, 2)},
@@ -413,9 +413,9 @@ def test_the_report_counts_the_input_files(tmp_path):
     lines = [line.split() for line in stream.getvalue().splitlines()]
     assert ["skipped:", "unreadable", ".txt", "1", "7"] in lines
     assert ["read", ".txt", "1", "3"] in lines
-    total = Report({})
-    total.add(Report.load(out))
-    total.add(Report.load(out))
+    total = PrepareReport({})
+    total.add(PrepareReport.load(out))
+    total.add(PrepareReport.load(out))
     assert (total.inputs, total.unreadable) == (report.inputs, report.unreadable), (
         "files that all parts read are counted twice"
     )
@@ -427,7 +427,7 @@ def test_documents_that_may_need_a_separator_give_a_warning(separator, tmp_path)
     path.write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
     options = PrepareOptions((str(path),), "byte", tmp_path / "out", workers=1, heldout_fraction=0, separator=separator)
     prepare(options, stream)
-    warnings = Report.load(tmp_path / "out").warnings
+    warnings = PrepareReport.load(tmp_path / "out").warnings
     assert all(f"warning: {warning}" in stream.getvalue() for warning in warnings)
     if separator:
         assert (read_documents(tmp_path / "out", "train"), warnings) == (["one", "two"], [])

@@ -17,7 +17,7 @@ from dist_llm.text.encode import is_heldout
 from dist_llm.text.filters import FilterChain
 from dist_llm.text.merge import merge_parts
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.text.report import REPORT_FILE, RemovalCounts, Report, TextCount
+from dist_llm.text.report import REPORT_FILE, PrepareReport, RemovalCounts, TextCount
 from dist_llm.text.tokenizer import Tokenizer
 from tests.text.test_duplicates import compute_jaccard, make_texts_with_copies
 from tests.text.test_filters import make_prose
@@ -62,7 +62,7 @@ def test_merged_parts_equal_one_run(num_files, options, tmp_path):
     assert merged == Manifest.load(tmp_path / "parts")
     assert merged.bad_rows == one_run.bad_rows == 1
     assert Tokenizer.load(tmp_path / "parts") == Tokenizer.load(tmp_path / "one")
-    one_report, parts_report = Report.load(tmp_path / "one"), Report.load(tmp_path / "parts")
+    one_report, parts_report = PrepareReport.load(tmp_path / "one"), PrepareReport.load(tmp_path / "parts")
     for field in ("rows", "bad_rows", "empty_documents", "kept", "removed", "options"):
         assert getattr(one_report, field) == getattr(parts_report, field), field
     assert one_report.rows == 123  # 120 texts, 2 empty texts and a broken row
@@ -92,7 +92,7 @@ def test_invalid_merges_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"part-2-of-2 was made with heldout_fraction 0\.5, but part-1-of-2 with 0\.01"):
         merge_parts(out)
     run(source, out, part="2/2", tokenizer="bpe:300", overwrite=True)
-    with pytest.raises(DataError, match="part-2-of-2 has another tokenizer than part-1-of-2"):
+    with pytest.raises(DataError, match="part-2-of-2 has a different tokenizer from part-1-of-2"):
         merge_parts(out)
     run(source, out, part="2/2", tokenizer=str(out / "part-1-of-2"), overwrite=True)
     shard = next((out / "part-2-of-2").glob("train*.bin"))
@@ -102,7 +102,7 @@ def test_invalid_merges_are_refused(tmp_path):
         merge_parts(out)
     shard.write_bytes(shard_bytes)
     run(source, out, part="1/3")
-    with pytest.raises(DataError, match="parts of different totals: part-1-of-2, part-1-of-3, part-2-of-2"):
+    with pytest.raises(DataError, match="different numbers of parts: part-1-of-2, part-1-of-3, part-2-of-2"):
         merge_parts(out)
     assert not (out / MANIFEST_FILE).exists()
     (out / "part-1-of-3").rename(tmp_path / "elsewhere")
@@ -136,7 +136,7 @@ def test_exact_deduplication_keeps_the_first_of_equal_texts(workers, tmp_path):
     expected = list(dict.fromkeys(texts))
     assert read_documents(tmp_path / "out", "train") == expected
     removed_bytes = sum(len(text.encode()) for text in texts) - sum(len(text.encode()) for text in expected)
-    assert Report.load(tmp_path / "out").removed == {
+    assert PrepareReport.load(tmp_path / "out").removed == {
         "dedup.exact": TextCount(len(texts) - len(expected), 0, removed_bytes)
     }
 

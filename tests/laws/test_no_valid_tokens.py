@@ -1,4 +1,4 @@
-"""A microbatch, a rank or a full step without a scored token produces no NaN and no deadlock."""
+"""A microbatch, a rank or a full step without a valid token produces no NaN and no deadlock."""
 
 import math
 from dataclasses import replace
@@ -16,22 +16,22 @@ from tests.laws.worlds import get_world
 
 LAYOUTS = [
     Layout(1, {}, micro_batch=4),
-    Layout(2, {"dp_shard": 2}, "bert", 4),
-    Layout(2, {"dp_replicate": 2}, "t5", 4),
-    Layout(2, {"tp": 2}, "bert", 8),
+    Layout(2, {"dp_shard": 2}, "bert", micro_batch=4),
+    Layout(2, {"dp_replicate": 2}, "t5", micro_batch=4),
+    Layout(2, {"tp": 2}, "bert", micro_batch=8),
     Layout(2, {"cp": 2}, micro_batch=8),
-    Layout(2, {"pp": 2}, "encoder_decoder", 6),
+    Layout(2, {"pp": 2}, "encoder_decoder", micro_batch=6),
 ]
 
 
 def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Run three steps; return losses and numbers of scored tokens, and the weights after the first and second step.
+    """Run three steps; return losses and numbers of valid tokens, and the weights after the first and second step.
 
-    In step 0 the last data-parallel rank has no scored token, and the first microbatch of the other ranks has none. In
-    step 1 no token is scored. Step 2 is normal.
+    In step 0 the last data-parallel rank has no valid token, and the first microbatch of the other ranks has none. In
+    step 1 no rank has a valid token. Step 2 is normal.
     """
     engine = NativeEngine(config, torch.device("cpu"))
-    losses, scored, weights = [], [], []
+    losses, num_valid_tokens, weights = [], [], []
     dp_rank, dp_size = engine.dp_rank_and_size
     is_last_of_several = dp_rank == dp_size - 1 and dp_size > 1
     for step in range(3):
@@ -45,14 +45,14 @@ def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tens
             batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
         report = train_step(engine, batches, 1.0, step)
         losses.append(report.loss.item())
-        scored.append(int(report.num_valid_tokens))
+        num_valid_tokens.append(int(report.num_valid_tokens))
         assert math.isfinite(report.grad_norm.item())
         weights.append({name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()})
-    return losses, scored, weights[0], weights[1]
+    return losses, num_valid_tokens, weights[0], weights[1]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_step_without_scored_tokens_changes_no_weight(layout: Layout) -> None:
+def test_a_step_without_valid_tokens_changes_no_weight(layout: Layout) -> None:
     config = make_config(
         layout.ranks,
         MODELS[layout.model],
@@ -61,11 +61,11 @@ def test_a_step_without_scored_tokens_changes_no_weight(layout: Layout) -> None:
         data={"micro_batch": layout.micro_batch},
     )
     by_rank = get_world(layout.ranks).run(run_steps, config) if layout.ranks > 1 else [run_steps(config)]
-    for losses, scored, before, after in by_rank:
-        assert (losses, scored) == by_rank[0][:2], "all ranks report the same"
+    for losses, num_valid_tokens, before, after in by_rank:
+        assert (losses, num_valid_tokens) == by_rank[0][:2], "all ranks report the same"
         assert all(map(math.isfinite, losses))
-        assert scored[0] > 0
-        assert (losses[1], scored[1]) == (0.0, 0)
-        assert scored[2] > scored[0]
+        assert num_valid_tokens[0] > 0
+        assert (losses[1], num_valid_tokens[1]) == (0.0, 0)
+        assert num_valid_tokens[2] > num_valid_tokens[0]
         for name, value in after.items():
-            assert torch.equal(value, before[name]), f"{name} changed in a step without scored tokens"
+            assert torch.equal(value, before[name]), f"{name} changed in a step without valid tokens"

@@ -13,7 +13,7 @@ from typing import Any
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import UnresolvedConfig
-from tests.laws.engines import ENGINES, OFFLOADED, assert_engine_matches_one_process
+from tests.laws.engines import ENGINE_SECTIONS, OFFLOADED_ENGINE_SECTIONS, assert_engine_matches_one_process
 from tests.laws.law import GLOBAL_BATCH, assert_config_matches_one_process, make_config, make_raw_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
 
@@ -27,11 +27,20 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": MUON,
     "bf16_moments": BF16_MOMENTS,
 }
-# Relative tolerance of later steps with bf16 moments: where the fp32 sums of two layouts differ in the last bit, a
-# moment may be rounded up in one layout and down in the other.
+# Relative tolerance of the steps after the first with bf16 moments. Where the fp32 sums of two layouts differ in the
+# last bit, a moment may be rounded up in one layout and down in the other.
 BF16_MOMENTS_TOLERANCE = 1e-4
-OBJECTIVES: dict[str, dict[str, Any]] = {"default": {}, "prefix": PREFIX, "mixture": UL2, "documents": DOCUMENTS}
-LOSSES: dict[str, dict[str, Any]] = {"plain": {}, "smoothed": {"loss": {"label_smoothing": 0.1, "z_loss": 1e-2}}}
+# The config sections of each value of the factors `objective` and `loss`.
+OBJECTIVE_SECTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "prefix": PREFIX,
+    "mixture": UL2,
+    "documents": DOCUMENTS,
+}
+LOSS_SECTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothed_with_z_loss": {"loss": {"label_smoothing": 0.1, "z_loss": 1e-2}},
+}
 
 # The first value of each factor is its default.
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -41,8 +50,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "tp": (1, 2),
     "pp": (1, 2),
     "model": tuple(MODELS),
-    "objective": tuple(OBJECTIVES),
-    "loss": tuple(LOSSES),
+    "objective": tuple(OBJECTIVE_SECTIONS),
+    "loss": tuple(LOSS_SECTIONS),
     "optimizer": tuple(OPTIMIZERS),
     "microbatches": ("one", "several"),
     "sequence_parallel": (True, False),
@@ -60,15 +69,19 @@ WIDE_FACTORS = FACTORS | {
     "cp": (1, 2, 4),
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
-    "engine": ("native", *ENGINES, *OFFLOADED),
+    "engine": ("native", *ENGINE_SECTIONS, *OFFLOADED_ENGINE_SECTIONS),
 }
-NOT_PARALLEL = ("model", "objective", "loss", "optimizer", "microbatches", "recompute", "compile", "engine")
-PARALLEL_KEYS = tuple(key for key in FACTORS if key not in NOT_PARALLEL)
+# The values of these factors are not copied to the config section `parallel`. `recompute` is a key of that section, but
+# its value "budget" stands for another key (`make_recompute_keys`).
+FACTORS_OUTSIDE_PARALLEL_SECTION = (
+    *("model", "objective", "loss", "optimizer", "microbatches", "recompute", "compile", "engine"),
+)
+PARALLEL_SECTION_KEYS = tuple(key for key in FACTORS if key not in FACTORS_OUTSIDE_PARALLEL_SECTION)
 # Bytes that the blocks of all ranks together may save for backward. With this budget some blocks are recomputed and
 # others are not.
 ACTIVATION_BUDGET_BYTES = 10 << 20
-# Options that have an effect only if one of these axes is larger than 1.
-REQUIRED_AXES: dict[str, tuple[str, ...]] = {
+# Option -> axes. The option has an effect only if at least one of the axes is larger than 1.
+AXES_OF_OPTION: dict[str, tuple[str, ...]] = {
     "sequence_parallel": ("tp",),
     "pp_schedule": ("pp",),
     "pp_split": ("pp",),
@@ -84,7 +97,10 @@ def count_ranks(case: Mapping[str, Any]) -> int:
 
 
 def choose_micro_batch(case: Case) -> int:
-    """Return the sequences of a microbatch: all of a data-parallel rank, or few enough for several microbatches."""
+    """Return the number of sequences in a microbatch.
+
+    The factor `microbatches` says whether a data-parallel rank splits its sequences into one or several microbatches.
+    """
     local_batch = GLOBAL_BATCH // (case["dp_replicate"] * case["dp_shard"])
     if case["microbatches"] == "one":
         return local_batch
@@ -94,26 +110,29 @@ def choose_micro_batch(case: Case) -> int:
 
 def make_config_sections(case: Case) -> dict[str, Any]:
     """Return the config sections of a case, as `make_raw_config` takes them."""
-    sections = {**OBJECTIVES[case["objective"]], **LOSSES[case["loss"]]}
+    sections = {**OBJECTIVE_SECTIONS[case["objective"]], **LOSS_SECTIONS[case["loss"]]}
     return {
         **sections,
         "optim": OPTIMIZERS[case["optimizer"]],
         "data": {**sections.get("data", {}), "micro_batch": choose_micro_batch(case)},
-        "parallel": {key: case[key] for key in PARALLEL_KEYS} | make_recompute_keys(case),
+        "parallel": {key: case[key] for key in PARALLEL_SECTION_KEYS} | make_recompute_keys(case),
         "compile": case["compile"],
-        **(ENGINES | OFFLOADED).get(case.get("engine", "native"), {}),
+        **(ENGINE_SECTIONS | OFFLOADED_ENGINE_SECTIONS).get(case.get("engine", "native"), {}),
     }
 
 
 def make_recompute_keys(case: Case) -> dict[str, Any]:
-    """Return the config keys of activation checkpointing; the key of the budget is per rank."""
+    """Return the config keys of activation checkpointing: a budget in GiB per rank, or a mode for all blocks."""
     if case["recompute"] == "budget":
         return {"activations_gib": ACTIVATION_BUDGET_BYTES / count_ranks(case) / (1 << 30)}
     return {"recompute": case["recompute"]}
 
 
 def assert_case_matches_one_process(case: Case) -> None:
-    """Run two steps of the case on its ranks; raise AssertionError unless they are those of one process."""
+    """Run two training steps of the case on its ranks.
+
+    Raises AssertionError unless losses, gradients and parameters match those of one process.
+    """
     later_tolerance = BF16_MOMENTS_TOLERANCE if case["optimizer"] == "bf16_moments" else None
     config = make_config(count_ranks(case), MODELS[case["model"]], **make_config_sections(case))
     if config.engine != "native":
@@ -127,7 +146,7 @@ def find_violations(case: Case) -> Iterator[str]:
     if count_ranks(case) > MAX_RANKS:
         yield f"{count_ranks(case)} ranks, more than {MAX_RANKS}"
         return
-    for option, axes in REQUIRED_AXES.items():
+    for option, axes in AXES_OF_OPTION.items():
         if case[option] != FACTORS[option][0] and all(case[axis] == 1 for axis in axes):
             yield f"{option}={case[option]} has no effect without {' or '.join(axes)}"
     if case["reduce_each_microbatch"] and case["microbatches"] == "one":
@@ -135,42 +154,45 @@ def find_violations(case: Case) -> Iterator[str]:
     if count_ranks(case) == 1:
         yield "one process is the reference"
     config = UnresolvedConfig.model_validate(make_raw_config(MODELS[case["model"]], **make_config_sections(case)))
-    yield from (str(violation) for violation in check(config, count_ranks(case), 0))
+    yield from (str(violation) for violation in check(config, count_ranks(case), tokenizer_size=0))
 
 
 def complete_case(
-    fixed: Mapping[str, Any],
     rng: random.Random,
+    fixed: Mapping[str, Any],
     preferred: Mapping[str, Any],
     factors: Mapping[str, Sequence[Any]] = FACTORS,
 ) -> Case:
     """Return a random case with the `fixed` values.
 
-    Factors without a fixed value get their value in `preferred`, or else a random value. If a fixed option needs an
-    axis larger than 1, a free axis becomes 2. Other options without effect get their defaults.
+    A factor that is not in `fixed` gets its value in `preferred`, or else a random value. If a fixed option needs an
+    axis larger than 1, one of these axes (AXES_OF_OPTION) that is not in `fixed` is set to 2. All options without an
+    effect that are not in `fixed` get their default values.
     """
     case = {factor: preferred.get(factor, rng.choice(values)) for factor, values in factors.items()} | dict(fixed)
-    for option, axes in REQUIRED_AXES.items():
+    for option, axes in AXES_OF_OPTION.items():
         if case[option] == FACTORS[option][0] or any(case[axis] > 1 for axis in axes):
             continue
         free_axes = [axis for axis in axes if axis not in fixed]
         if option in fixed and free_axes:
             case[rng.choice(free_axes)] = 2
-    return drop_inert_options(case) | dict(fixed)
+    return reset_options_without_effect(case) | dict(fixed)
 
 
-def drop_inert_options(case: Case) -> Case:
+def reset_options_without_effect(case: Case) -> Case:
     """Return the case with the default of each option that has no effect on the axes of the case."""
-    inert_options = [option for option, axes in REQUIRED_AXES.items() if all(case[axis] == 1 for axis in axes)]
-    return case | {option: FACTORS[option][0] for option in inert_options}
+    options_without_effect = [
+        option for option, axes in AXES_OF_OPTION.items() if all(case[axis] == 1 for axis in axes)
+    ]
+    return case | {option: FACTORS[option][0] for option in options_without_effect}
 
 
 def draw_valid_case(
-    rng: random.Random, fixed: Mapping[str, Any], preferred: Mapping[str, Any] | None = None, tries: int = 2000
+    rng: random.Random, fixed: Mapping[str, Any], preferred: Mapping[str, Any] | None = None, max_draws: int = 2000
 ) -> Case | None:
-    """Draw cases as `complete_case` does and return the first valid one; None if no draw is valid."""
-    for _ in range(tries):
-        case = complete_case(fixed, rng, preferred or {})
+    """Draw up to `max_draws` cases with `complete_case`. Return the first valid case, or None if no case is valid."""
+    for _ in range(max_draws):
+        case = complete_case(rng, fixed, preferred or {})
         if not any(find_violations(case)):
             return case
     return None
