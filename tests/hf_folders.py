@@ -132,7 +132,7 @@ def write_folder(folder: Path, kind: str, added: list[str] = ADDED, bos: bool = 
         "added_tokens.json": json.dumps({token: tokenizer.token_to_id(token) for token in added}),
         "chat_template.jinja": CHAT_TEMPLATE,
         "generation_config.json": json.dumps(GENERATION, indent=3)
-        + "\r\n",  # formatted in another way than our writer does
+        + "\r\n",  # formatted differently from the files of our writer
     }
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())

@@ -45,7 +45,7 @@ def check_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
         can_request = len(requestable) == len(differences)
         changes_data = any(difference.key.startswith("data.") for difference in differences)
         raise CheckpointError(
-            f"{folder}: the run cannot resume, because its config describes another model than this checkpoint:"
+            f"{folder}: the run cannot resume, because its config describes a different model from this checkpoint:"
             f"{_format_differences(differences)}\nSet these keys to the checkpoint's values; or start a new run "
             "with another run.dir"
             + (f", init_from={folder} and init_allow=[{','.join(requestable)}]" if can_request else "")
@@ -73,7 +73,7 @@ def check_init_from(path: Path, config: Config) -> list[Difference]:
             [f"for a difference that is intended, set init_allow=[{','.join(allowed_keys)}]"] if allowed_keys else []
         )
         raise CheckpointError(
-            f"init_from {path}: this config describes another model than the checkpoint:"
+            f"init_from {path}: this config describes a different model from the checkpoint:"
             f"{_format_differences(rejected)}\nTo use the checkpoint's model, write "
             f"`model: {{from: {path}}}`; {'; '.join(hints)}"
         )

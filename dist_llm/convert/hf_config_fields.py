@@ -73,7 +73,7 @@ class ConfigFields(Mapping[str, Any]):
         return len(self.fields)
 
     def require(self, **supported_values: Any) -> None:
-        """Raise CheckpointError if a field is present with another value than the supported one."""
+        """Raise CheckpointError if a field is present and its value differs from the supported one."""
         for name, value in supported_values.items():
             if self.get(name, value) != value:
                 raise CheckpointError(f"config.json: {name} {self[name]} is not supported, only {value}")

@@ -104,8 +104,8 @@ def open_corpora(data: DataConfig, split: Split = "train") -> dict[str, Corpus]:
             has_tokenizer_file and is_same_tokenizer(corpus.directory, first_corpus.directory)
         ):
             raise DataError(
-                f"{corpus.directory}: was prepared with another tokenizer than {first_corpus.directory}; prepare all "
-                "sources with the same tokenizer"
+                f"{corpus.directory}: was prepared with a different tokenizer from {first_corpus.directory}; prepare "
+                "all sources with the same tokenizer"
             )
     return corpora
 

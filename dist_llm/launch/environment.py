@@ -16,7 +16,7 @@ from dist_llm.config.schema import Config
 def set_network_variables(variables: Mapping[str, str | int]) -> None:
     """Set the environment variables of section `run.network`. Call this before the process group is created.
 
-    Raises ConfigError if the environment sets a variable to another value.
+    Raises ConfigError if the environment already sets a variable to a different value.
     """
     raise_violations(
         [
@@ -55,7 +55,7 @@ def prepare_accelerate() -> Any:
         variables = {"RANK": dist.get_rank(), "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
         for name, value in variables.items():
             os.environ.setdefault(name, str(value))
-    # If this variable is set, accelerate accepts only the DeepSpeed config of its launcher.
+    # If this variable is set, accelerate accepts only the DeepSpeed config that `accelerate launch` was given.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     # Without this variable, accelerate changes the number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
@@ -79,7 +79,7 @@ def check_accelerate(
         "ACCELERATE_USE_FSDP": (plugin_key, [str(plugin == "fsdp2").lower()]),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("deepspeed.stage", [str(deepspeed.stage)]),
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("deepspeed.config", [deepspeed.config or "none"]),
-        # accelerate would divide the loss by this number.
+        # accelerate divides the loss by this number of microbatches. Our loss is already divided.
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("data.micro_batch", ["1"]),
         "ACCELERATE_GRADIENT_CLIPPING": ("optim.clip", [str(config.optim.clip or 0.0), "none"]),
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("deepspeed.offload_optimizer", [deepspeed.offload_optimizer]),

@@ -19,7 +19,7 @@ def annotate_failure(error: BaseException, world: World, activity: str) -> None:
 
 
 def _record_failure(summary: str) -> str:
-    """Record the failure of this rank, unless another one is recorded already. Return the recorded failure."""
+    """Record the failure of this rank, unless a failure is already recorded. Return the recorded failure."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return summary
     try:

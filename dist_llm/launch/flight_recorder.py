@@ -14,7 +14,8 @@ CHECKPOINT_GROUP = "checkpoint"  # process group of the thread that writes check
 def start_recording(device: torch.device) -> None:
     """Make torch record its latest collectives. Call this before the process group is created.
 
-    Reading an entry takes about 15 us. With a GPU, the host runs up to a step ahead, so more entries are needed.
+    The number of entries is small, because reading an entry takes about 15 us. With a GPU, the host runs up to a step
+    ahead of the GPU, so more entries are needed.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "1024" if device.type == "cuda" else "64")
     os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")  # without this, NCCL collectives are not marked as started

@@ -32,7 +32,7 @@ class NodeReport:
     matmul_tflops: float = math.nan
     all_reduce_us: float = math.nan
     all_reduce_gb_per_second: float = math.nan
-    neighbour_gb_per_second: float = math.nan  # all-reduce over this node and the next; NaN on the last node
+    neighbour_gb_per_second: float = math.nan  # of an all-reduce over this node and the next; NaN on the last node
     failures: tuple[str, ...] = ()
 
 
@@ -75,7 +75,7 @@ def diagnose_nodes(reports: Sequence[NodeReport]) -> list[str]:
 def format_table(reports: Sequence[NodeReport]) -> Table:
     """Build a table with one row per node and the worst values of its ranks.
 
-    If the versions of a node differ from the most common ones, the row shows their hash.
+    If the versions of a node differ from the most common versions, the row shows a hash of the versions of the node.
     """
     table = Table("node", "ranks", "versions")
     for name in ("clock ms", "free GiB", "matmul TFLOP/s", "all-reduce us", "GB/s", "GB/s to next"):
@@ -109,7 +109,7 @@ def format_problems(problems: Sequence[str]) -> str:
 
 
 def group_by_node(reports: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
-    """Return the reports of report node, ordered by its lowest rank."""
+    """Return the reports of each node, by host name. Nodes are ordered by their lowest rank."""
     nodes: dict[str, list[NodeReport]] = {}
     for report in reports:
         nodes.setdefault(report.host, []).append(report)
@@ -117,7 +117,7 @@ def group_by_node(reports: Sequence[NodeReport]) -> dict[str, list[NodeReport]]:
 
 
 def _common_versions(reports: Sequence[NodeReport]) -> dict[str, str]:
-    """Return the most common value of report version; of two that are equally common, the one seen first."""
+    """Return the most common version of each software. If two are equally common, return that of the lower rank."""
     names = dict.fromkeys(name for report in reports for name in report.versions)
     counts = {name: Counter(report.versions.get(name, "unknown") for report in reports) for name in names}
     return {name: count.most_common(1)[0][0] for name, count in counts.items()}

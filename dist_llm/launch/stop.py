@@ -20,7 +20,7 @@ from dist_llm.io.atomic import replace_file
 TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # preemption, Ctrl-C, a closed terminal
 STOPPING = (*TERMINATING, signal.SIGUSR1)  # SIGUSR1: Slurm's warning before the time limit
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these; we then ignore them too
-MARKER = "DIST_LLM_STOPPED"  # environment variable: path of the marker file, which a batch script reads
+MARKER_VARIABLE = "DIST_LLM_STOPPED"  # environment variable: path of the marker file, which a batch script reads
 GRACE_SECONDS = 1.0  # time after a second signal in which the main thread may end the process by itself
 
 
@@ -113,4 +113,4 @@ def clear_stop_marker(directory: Path) -> None:
 
 
 def _marker_path(directory: Path) -> Path:
-    return Path(os.environ.get(MARKER) or directory / "stopped.json")
+    return Path(os.environ.get(MARKER_VARIABLE) or directory / "stopped.json")

@@ -11,6 +11,7 @@ from pathlib import Path
 from dist_llm.errors import ConfigError
 
 SCRIPT = Path(__file__).parent / "slurm" / "train.sbatch"
+# Text in SCRIPT that `render_batch_script` searches for.
 OPTION = "#SBATCH "
 FIRST_COMMAND = "set -uo pipefail\n"
 ARGUMENTS = '"$@"'

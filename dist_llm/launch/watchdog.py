@@ -1,10 +1,9 @@
 """End a run that makes no progress, and report which rank holds up the others.
 
-A thread on each rank checks the time since the last heartbeat. If one rank stalls, all ranks stall, because they wait
-for each other.
-Each stalled rank then publishes a report in the rendezvous store: its activity, the line of code, and whether it waits
-in a collective. A rank without a report has been stopped, or its node has failed. A rank that waits in no collective
-holds up the others.
+A thread on each rank checks the time since the last heartbeat, which is a call of `Watchdog.heartbeat` in the training
+loop. If one rank stalls, all ranks stall, because they wait for each other. Each stalled rank then publishes a report
+in the rendezvous store: its activity, the line of code, and whether it waits in a collective. A rank without a report
+has been stopped, or its node has failed. A rank that waits in no collective holds up the others.
 """
 
 import json
@@ -33,11 +32,12 @@ from dist_llm.launch.world import World
 log = logging.getLogger("dist_llm")
 
 EXIT_CODE = 70  # exit code of a rank that the watchdog ends
-# Factors of the timeout run.hang_seconds: before the first heartbeat, and for the first steps, which compile.
+# The timeout run.hang_seconds is multiplied by START_FACTOR before the first heartbeat, and by FIRST_FACTOR during the
+# first NUM_FIRST_STEPS steps, which may compile.
 START_FACTOR = 30
 NUM_FIRST_STEPS, FIRST_FACTOR = 3, 10
 MEDIAN_FACTOR = 10  # the timeout is at least this many times the median duration of recent steps
-NUM_RECENT_STEPS = 32
+NUM_RECENT_STEPS = 32  # number of steps in the median
 REPORT_TIMEOUT_SECONDS = 5.0  # a rank waits at most this long for the reports of other ranks
 PROCESS_KEY, REPORT_KEY = "dist_llm/process", "dist_llm/stalled"  # prefixes of keys in the rendezvous store
 GRACE_SECONDS = 4.0  # time between the diagnosis and the end of the process
@@ -171,8 +171,8 @@ def diagnose_stall(reports: Mapping[int, Report], num_ranks: int) -> list[str]:
 def kill_silent_ranks(world: World, processes: Mapping[int, Any]) -> bool:
     """Kill the ranks without a report whose processes run on this node. Return whether one was killed.
 
-    `processes` has (host, PID, identity) by rank. Torchrun would send SIGTERM, which a stopped process does not
-    receive, and would wait 30 s before it kills.
+    `processes` has (host, PID, identity) by rank. Without this function, torchrun would send SIGTERM, which a stopped
+    process does not receive, and would send SIGKILL only 30 s later.
     """
     has_killed = False
     for rank, (host, pid, identity) in processes.items():

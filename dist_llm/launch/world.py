@@ -47,7 +47,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     names = RANK_VARIABLES
     missing = [name for name in names if name not in environ]
     if len(missing) == len(names):
-        # Slurm also sets the variables of tasks in a batch script and in a shell, which are no tasks.
+        # Slurm also sets the variables of a task in batch scripts and interactive shells, which are not tasks of srun.
         if "SLURM_STEP_ID" not in environ or environ.get("SLURM_NTASKS", "1") == "1":
             _refuse_other_launcher(environ)
             return World(host=host)

@@ -36,9 +36,10 @@ class CorpusPart:
         return self.split_by != "row" or (row_number - 1) % self.num_parts == self.number - 1
 
     def owns_text(self, text: bytes) -> bool:
-        """Return whether this part processes a text. With `split_by` "text", equal texts are in the same part.
+        """Return whether this part processes a text.
 
-        So each part can remove exact duplicates without knowing the others.
+        With `split_by` "text", equal texts are in the same part, so that each part can remove exact duplicates without
+        the texts of the other parts.
         """
         if self.split_by != "text":
             return True
@@ -47,7 +48,10 @@ class CorpusPart:
 
     @property
     def counts_textless_rows(self) -> bool:
-        """Whether this part counts rows without text. With `split_by` "text" all parts read them, so part 1 counts."""
+        """Whether this part counts rows without text.
+
+        With `split_by` "text", all parts read these rows, and only part 1 counts them.
+        """
         return self.split_by != "text" or self.number == 1
 
 

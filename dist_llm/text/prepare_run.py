@@ -54,7 +54,7 @@ class PrepareRun:
             part.select_files(files), RowCounts(options.max_bad_rate, part, skip_unreadable=options.skip_unreadable)
         )
         self.corpus_options = select_corpus_options(options)
-        # Fingerprints of the input files that the tokenizer was trained on, by index.
+        # Fingerprints of the input files on which the tokenizer was trained, by index of the file.
         self._trained_on: dict[int, list[str | int] | None] = {}
         self._resumed_bytes = 0  # bytes of text that an earlier run wrote
 

@@ -78,7 +78,10 @@ class InputFileCounts(dict[str, dict[str, FileCount]]):
 
 @dataclass
 class PrepareReport:
-    """Counts of the input rows by outcome: bad, empty, removed by a rule, or kept. The fields are keys of the file."""
+    """Counts of the input rows by outcome: bad, empty, removed by a rule, or kept.
+
+    The names of the fields are the keys of `report.json`.
+    """
 
     options: dict[str, Any]  # options that change the content of the corpus
     rows: int = 0

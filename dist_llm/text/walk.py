@@ -36,7 +36,7 @@ CHECKSUMS = ("*.md5", "*.sha1", "*.sha256", "*.sha512", "*.crc32", "*.asc", "*.s
 BACKUPS = ("*~", "#*#", "*.bak", "*.orig", "*.rej", "*.swp", "*.swo", "*.tmp", "*.partial")
 ABOUT_FILES = ("readme", "readme.*", "license", "license.*", "licence", "licence.*", "citation.*", "changelog.*")
 SKIPPED_FOLDERS = frozenset({"__pycache__"})
-MAX_LISTED = 5
+MAX_LISTED = 5  # maximum number of unreadable files that an error message lists
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,8 @@ def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], worl
             )
         if has_tokenizer and not is_same_tokenizer(path, corpus.directory, corpus.manifest.tokenizer_sha256):
             raise DataError(
-                f"--data: {corpus.directory} was prepared with another tokenizer than the one in {path}; prepare it "
-                f"with --tokenizer {path}"
+                f"--data: {corpus.directory} was prepared with a different tokenizer from the one in {path}; prepare "
+                f"it with --tokenizer {path}"
             )
     if not has_tokenizer and world.is_main:
         print(f"{path} has no tokenizer: assuming that of the corpus")

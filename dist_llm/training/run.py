@@ -234,9 +234,9 @@ def _check_checkpoints_not_moved(store: CheckpointStore, run_dir: Path) -> None:
 
 
 def _check_tokenizer(path: Path, tokenizer_sha256: str, corpus_dir: Path) -> None:
-    """Raise DataError if the weights in `path` were trained with another tokenizer than that of the corpus."""
+    """Raise DataError if the weights in `path` were trained with a different tokenizer from that of the corpus."""
     if not is_same_tokenizer(path, corpus_dir, tokenizer_sha256):
-        raise DataError(f"{corpus_dir}: was prepared with another tokenizer than the one in init_from {path}")
+        raise DataError(f"{corpus_dir}: was prepared with a different tokenizer from the one in init_from {path}")
 
 
 def _build_history(

@@ -48,7 +48,7 @@ def test_init_from_refuses_changes_without_a_request(case: str, tmp_path: Path) 
     before, current, message = INCOMPATIBLE[case]
     path = write_config(tmp_path, before)
     assert check_init_from(path, make_config(1, before)) == []
-    with pytest.raises(CheckpointError, match=f"(?s)another model than the checkpoint.*model.{message}"):
+    with pytest.raises(CheckpointError, match=f"(?s)a different model from the checkpoint.*model.{message}"):
         check_init_from(path, make_config(1, current))
     start = {"init_from": str(path), "init_allow": [f"model.{key}" for key in current or before]}
     if FIXED & set(start["init_allow"]):

@@ -192,7 +192,9 @@ def test_error_names_a_changed_corpus_or_tokenizer(make_config, tmp_path):
 def test_sources_with_different_tokenizers_are_rejected(make_config, tmp_path):
     manifest = Manifest.load(tmp_path / "b")
     Manifest("uint16", 300, "other", ("random",), manifest.shards).save(tmp_path / "b")
-    with pytest.raises(DataError, match=r"/b: was prepared with another tokenizer than .*/a; prepare all sources with"):
+    with pytest.raises(
+        DataError, match=r"/b: was prepared with a different tokenizer from .*/a; prepare all sources with"
+    ):
         open_sources(make_config())
 
 

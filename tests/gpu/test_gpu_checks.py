@@ -59,7 +59,7 @@ CPU = CaseContext("cpu", True, Path("unused"))
         ),
         (
             store,
-            "load",
+            "load_checkpoint",
             lambda correct: lambda folder, state: _load_shifted(correct, folder, state),
             gpu_steps.check_checkpoint,
             {},
