@@ -99,7 +99,7 @@ def test_dropout_masks_are_those_of_the_native_engine(engine: str) -> None:
         get_world(2).run(run_steps, config, range(2))[0] for config in (engine_config, native)
     )
     assert engine_steps.losses == pytest.approx(native_steps.losses, rel=1e-5)
-    assert engine_steps.norms == pytest.approx(native_steps.norms, rel=1e-5)
+    assert engine_steps.grad_norms == pytest.approx(native_steps.grad_norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero3", "ddp"])
@@ -148,7 +148,7 @@ def test_a_run_moves_from_engine_to_engine(tmp_path: Path) -> None:
         assert by_rank[0].losses == pytest.approx(expected.losses[steps.start : steps.stop], rel=2e-5), (
             f"{engine} {ranks}"
         )
-        assert by_rank[0].grad_norms == pytest.approx(expected.norms[steps.start : steps.stop], rel=1e-4), (
+        assert by_rank[0].grad_norms == pytest.approx(expected.grad_norms[steps.start : steps.stop], rel=1e-4), (
             f"{engine} {ranks}"
         )
         newest = CheckpointStore(tmp_path).list_committed()[-1].local_path
@@ -183,7 +183,7 @@ def test_bf16_is_near_fp32(engine: str) -> None:
     native_steps = trace_native_process(engine_config.model_copy(update={"precision": "fp32"}), 3)
     engine_steps = get_world(2).run(run_steps, engine_config, range(3))[0]
     assert engine_steps.losses == pytest.approx(native_steps.losses, rel=0.01)
-    assert engine_steps.norms == pytest.approx(native_steps.norms, rel=0.05)
+    assert engine_steps.grad_norms == pytest.approx(native_steps.grad_norms, rel=0.05)
     assert engine_steps.losses != native_steps.losses, "the losses are not those of fp32"
 
 
@@ -199,7 +199,7 @@ def test_bf16_gradients_are_accumulated_in_fp32() -> None:
         )[0]
         for micro_batch in (12, 1)
     )
-    assert many_microbatches.norms == pytest.approx(few_microbatches.norms, rel=0.01)
+    assert many_microbatches.grad_norms == pytest.approx(few_microbatches.grad_norms, rel=0.01)
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "ddp", "accelerate-zero2"])
@@ -211,8 +211,8 @@ def test_a_step_that_is_not_finite_is_skipped(engine: str) -> None:
     )
     expected = run_steps(make_engine_config(1, {}, "tied", ADAMW, micro_batch=24), (0, 2, 3))
     for steps in by_rank:
-        assert not math.isfinite(steps.norms.pop(1))
-        del steps.losses[1], steps.scored[1]
+        assert not math.isfinite(steps.grad_norms.pop(1))
+        del steps.losses[1], steps.num_valid_tokens[1]
     weights = [
         {
             name.removeprefix("model."): shards[0][1]
@@ -222,7 +222,7 @@ def test_a_step_that_is_not_finite_is_skipped(engine: str) -> None:
         for shards_by_name in expected.states
     ]
     expected_trace = Trace(
-        expected.losses, expected.scored, expected.norms, weights, weights
+        expected.losses, expected.num_valid_tokens, expected.grad_norms, weights, weights
     )  # the engine does not expose gradients
     assert_traces_match(merge_engine_traces(by_rank, expected_trace), expected_trace)
 

@@ -55,8 +55,8 @@ def run_steps(config: Config, steps: Sequence[int], bug: bool = False) -> RankTr
             )
             if step != BAD_STEP:
                 rank_trace.losses.append(report.loss.item())
-                rank_trace.scored.append(int(report.num_valid_tokens))
-                rank_trace.norms.append(report.grad_norm.item())
+                rank_trace.num_valid_tokens.append(int(report.num_valid_tokens))
+                rank_trace.grad_norms.append(report.grad_norm.item())
                 rank_trace.record(engine)
     return rank_trace
 
