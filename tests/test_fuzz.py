@@ -61,7 +61,7 @@ from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.input_files import iter_documents, open_inputs
-from dist_llm.text.report import InputFileCounts, Report
+from dist_llm.text.report import InputFileCounts, PrepareReport
 from dist_llm.text.rows import RowCounts, RowKeys
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.training.resume import EarlierSteps
@@ -358,7 +358,7 @@ def make_read_tokenizer(name: str) -> Callable[[Path], object]:
 def write_report(directory: Path) -> None:
     file_counts = InputFileCounts()
     file_counts.add("read", directory / "x.jsonl", 100)
-    Report({"source": ["x"]}, 10, 1, inputs=file_counts, unreadable={"y": (3, "gone")}).save(directory)
+    PrepareReport({"source": ["x"]}, 10, 1, inputs=file_counts, unreadable={"y": (3, "gone")}).save(directory)
 
 
 # By the kind of the files. A name is part of the random seed of its mutations.

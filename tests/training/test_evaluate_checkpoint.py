@@ -12,7 +12,7 @@ from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, _with_seq_len, evaluate_checkpoint
-from tests.test_fuzz import BYTES, make_config, make_weights, write_corpus
+from tests.test_fuzz import BYTE_TOKENIZER, make_config, make_weights, write_corpus
 from tests.tools import command
 
 
@@ -75,7 +75,7 @@ def test_errors_name_the_option_to_change(
     assert result.tokens == 111
     out = capsys.readouterr().out
     assert f"{imported_model} has no tokenizer: assuming that of the corpus" in out
-    (imported_model / "tokenizer.json").write_bytes(BYTES.to_json_bytes().replace(b": 256", b": 300"))
+    (imported_model / "tokenizer.json").write_bytes(BYTE_TOKENIZER.to_json_bytes().replace(b": 256", b": 300"))
     try:
         assert "--data: " in error_of(str(tmp_path / "corpus"))
     finally:
