@@ -404,7 +404,7 @@ READERS: dict[str, Reader] = {
     "tokenizer.json": Reader(BYTE_TOKENIZER.save, lambda directory: Tokenizer.load(directory).encode("some text")),
     "tiktoken": Reader(write_tiktoken, make_read_tokenizer("x.tiktoken")),
     "tokenizer of hf": Reader(lambda directory: export_tokenizer(BYTE_TOKENIZER, directory), import_tokenizer),
-    "prepare's report": Reader(write_report, Report.load),
+    "prepare's report": Reader(write_report, PrepareReport.load),
 }
 
 SIZE_CLAIMS = [-1, 0, 1, -(2**31), 2**31 - 1, 2**32 - 1, 10**15, 2**63 - 1, -(2**63)]
