@@ -12,7 +12,7 @@ from dist_llm.cli import build_parser
 from dist_llm.config.check import check
 from dist_llm.config.derive import AXES, resolve_config
 from dist_llm.config.load import load_config
-from dist_llm.config.schema import Config
+from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.text.options import build_options
 
 from .commands import REPOSITORY
@@ -45,9 +45,9 @@ def test_a_config_names_the_command_that_prepares_its_corpus(name: str) -> None:
     assert config.data.path in prepared_corpora
 
 
-def count_ranks(config: Config) -> int:
-    """Return the number of ranks of the layout; -1 (derived from the world size) counts as one."""
-    return math.prod(max(1, getattr(config.parallel, axis)) for axis in AXES)
+def count_ranks(config: UnresolvedConfig) -> int:
+    """Return the number of ranks of the layout; null (derived from the world size) counts as one."""
+    return math.prod(getattr(config.parallel, axis) or 1 for axis in AXES)
 
 
 def find_prepare_commands(path: Path) -> list[list[str]]:
