@@ -24,8 +24,9 @@ def test_a_run_killed_twice_ends_with_equal_results(
         checkpoint = run / "checkpoints" / f"step_{step:08d}"
 
         def is_two_steps_later(checkpoint: Path = checkpoint, step: int = step) -> bool:
-            num_rows = len((run / "metrics.jsonl").read_text().splitlines())
-            return (checkpoint / "COMMITTED").exists() and num_rows >= step + 2
+            if not (checkpoint / "COMMITTED").exists():
+                return False
+            return len((run / "metrics.jsonl").read_text().splitlines()) >= step + 2
 
         commands.kill_when(is_two_steps_later, arguments, layout.ranks, tmp_path)
         assert commands.find_latest_checkpoint(run) == checkpoint, "the kill came after the next checkpoint"
