@@ -16,7 +16,6 @@ MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31
 MIXTURE = "mixture"  # tag of the member that is a mixture of objectives, and the key that selects this member
 Positive = Annotated[int, Field(ge=1, le=1 << 48)]
 Count = Annotated[int, Field(ge=0, le=1 << 48)]
-Width = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # fits into an int64
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -10,10 +10,10 @@ import logging
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.derive import resolve_schedule
-from dist_llm.config.load import parse_yaml
 from dist_llm.config.optim_sections import DecayKeys, OptimConfig, ScheduleConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.section import parse_union
+from dist_llm.config.yaml_parser import parse_yaml
 from dist_llm.optim.schedule import learning_rate
 
 log = logging.getLogger("dist_llm")

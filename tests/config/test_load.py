@@ -10,10 +10,11 @@ from pydantic import BaseModel
 from dist_llm.config.data_sections import SourceConfig, StageConfig
 from dist_llm.config.describe import describe_keys
 from dist_llm.config.key_suggestions import ALIASES
-from dist_llm.config.load import dump_config, load_config, parse_yaml, raise_violations
+from dist_llm.config.load import dump_config, load_config, raise_violations
 from dist_llm.config.optim_sections import AdamWConfig, ScheduleConfig, WSDConfig
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.section import get_union_members
+from dist_llm.config.yaml_parser import parse_yaml
 from dist_llm.errors import ConfigError
 from dist_llm.optim.schedule import learning_rate
 
@@ -46,8 +47,8 @@ def write_config(tmp_path):
 def load_minimal(write_config):
     """Return a function that loads MINIMAL with overrides and returns (config, violations as text)."""
 
-    def load_with_overrides(*overrides):
-        config, violations = load_config(write_config(MINIMAL), overrides)
+    def load_with_overrides(*overrides, **options):
+        config, violations = load_config(write_config(MINIMAL), overrides, **options)
         return config, [str(violation) for violation in violations]
 
     return load_with_overrides
@@ -253,7 +254,9 @@ def test_null_and_off_are_not_interchangeable(load_minimal):
 
 
 def test_an_outdated_zero_is_accepted_with_a_message(load_minimal, caplog):
-    config, violations = load_minimal("model.d_ff=0", "optim.clip=0.0", "parallel.dp_shard=-1", "data.prefetch=0")
+    config, violations = load_minimal(
+        "model.d_ff=0", "optim.clip=0.0", "parallel.dp_shard=-1", "data.prefetch=0", log_outdated=True
+    )
     assert violations == []
     assert (config.model.d_ff, config.optim.clip, config.parallel.dp_shard) == (None, None, None)
     assert caplog.messages == [
@@ -264,8 +267,14 @@ def test_an_outdated_zero_is_accepted_with_a_message(load_minimal, caplog):
 
 
 def test_an_outdated_zero_in_a_list_is_reported(load_minimal, caplog):
-    load_minimal("data.sources=[{name: a, path: a, weight: 0}, {name: b, path: b}]")
+    load_minimal("data.sources=[{name: a, path: a, weight: 0}, {name: b, path: b}]", log_outdated=True)
     assert [message.split(":")[0] for message in caplog.messages] == ["data.sources.0.weight"]
+
+
+def test_a_saved_config_with_outdated_zeros_is_read_without_messages(write_config, caplog):
+    """Only the start of a run asks for them: many commands read configs that a run has saved."""
+    load_config(write_config({**MINIMAL, "optim": {"clip": 0.0, "lr": 1e-3}}))
+    assert caplog.messages == []
 
 
 def test_later_overrides_win(load_minimal):
