@@ -32,6 +32,7 @@ from dist_llm.config.section import parse_union
 from dist_llm.models.build_model import build_model
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
+from dist_llm.param_spec import collect_param_specs
 from measure import choose_device, measure_copy_rate, measure_seconds, take_turns
 from models import MODELS, make_config
 from results import Results, format_table, make_parser, parse_options
@@ -72,7 +73,7 @@ def measure_case(model_name: str, options: argparse.Namespace, device: torch.dev
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
-    parameters = list(model.parameters())
+    parameters, specs = list(model.parameters()), collect_param_specs(model)
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.02)
         parameter.grad = torch.randn_like(parameter) * 1e-3
@@ -80,7 +81,7 @@ def measure_case(model_name: str, options: argparse.Namespace, device: torch.dev
     updates: dict[str, Callable[[], object]] = {}
     for variant, keys in VARIANTS.items():
         optimizer = build_optimizer(
-            parse_union(OptimConfig, config.optim.model_dump() | keys), model.named_parameters()
+            parse_union(OptimConfig, config.optim.model_dump() | keys), model.named_parameters(), specs
         )
         for group in optimizer.param_groups if variant == "for-loop" else []:
             group["foreach"] = False

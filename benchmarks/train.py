@@ -47,7 +47,8 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.process_group import keep_freed_memory
 from dist_llm.models.attention_mask import CAUSAL
-from dist_llm.models.init import get_init_rule, init_param_
+from dist_llm.models.build_model import build_param_specs
+from dist_llm.models.init import init_param_
 from dist_llm.objectives.batch import Batch
 from dist_llm.observe.flops import CONVENTION, count_matmul_weights, flops_per_token, peak_flops
 from dist_llm.training.step import train_step
@@ -214,10 +215,10 @@ def make_bare_stepper(config: Config, device: torch.device) -> Turn:
     peak = start_memory_peak(config, device)
     with torch.device(device):
         model = Model(config.model, recompute=config.parallel.recompute != "none")
+    specs = build_param_specs(config.model)
     with torch.no_grad():
         for name, tensor in model.iter_dist_llm_parameters():
-            rule = get_init_rule(name, tensor.shape, config.model)
-            init_param_(tensor, name, rule, config.run.seed, tensor.shape, (0,) * tensor.ndim)
+            init_param_(tensor, name, specs[name].init, config.run.seed, tensor.shape, (0,) * tensor.ndim)
     if config.compile:
         model.compile()
     loop = Loop(model, config.optim, config.precision, device)

@@ -15,8 +15,9 @@ from dist_llm.errors import ConfigError
 from dist_llm.generation import Prompt, Sampling, encode_prompt, generate_text, generate_tokens, sample_token
 from dist_llm.models.attention_mask import FULL
 from dist_llm.models.build_model import build_model
-from dist_llm.models.init import get_init_rule, init_param_
+from dist_llm.models.init import init_param_
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
+from dist_llm.param_spec import collect_param_specs
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.laws.law import make_config
@@ -34,9 +35,11 @@ def build_small_model(**changes):
     sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
     config = ModelConfig(**sizes, max_seq_len=MAX_SEQ_LEN, init_std=0.5, **changes)
     model = build_model(config).eval()
+    specs = collect_param_specs(model)
     for name, parameter in model.named_parameters():
-        rule = get_init_rule(name, parameter.shape, config)
-        init_param_(parameter.detach(), name, rule, seed=0, shape=parameter.shape, offset=(0,) * parameter.ndim)
+        init_param_(
+            parameter.detach(), name, specs[name].init, seed=0, shape=parameter.shape, offset=(0,) * parameter.ndim
+        )
     return model
 
 

@@ -21,7 +21,7 @@ LEVELS = (
     {"io"},
     {"config"},
     {"compat", "counter_rng"},
-    {"sharded"},
+    {"param_spec", "sharded"},
     {"losses", "optim"},
     {"models"},
     {"objectives"},

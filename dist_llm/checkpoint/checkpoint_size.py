@@ -5,6 +5,7 @@ import torch
 from dist_llm.config.schema import Config
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import select_muon_params
+from dist_llm.param_spec import collect_param_specs
 
 STEP_BYTES = 4  # step counter of AdamW, one per parameter
 
@@ -18,7 +19,7 @@ def count_checkpoint_bytes(config: Config) -> int:
     optim = config.optim
     if optim.name == "sgd":
         return weight_bytes + (weight_bytes if optim.momentum else 0)
-    muon_params = select_muon_params(parameters) if optim.name == "muon" else {}
+    muon_params = select_muon_params(parameters, collect_param_specs(model)) if optim.name == "muon" else {}
     momentum_bytes = sum(parameter.numel() * parameter.element_size() for parameter in muon_params.values())
     adamw_params = [parameter for name, parameter in parameters if name not in muon_params]
     bytes_per_moment = 2 if optim.moments == "bf16" else 4

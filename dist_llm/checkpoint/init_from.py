@@ -4,7 +4,7 @@ An objective adds token ids (masks, sentinels, modes) after the ids of the token
 per id. Rows of ids that the checkpoint knows are copied. Rows of new ids keep their initial values.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,22 @@ from dist_llm.checkpoint.flat_shard import local_chunks
 from dist_llm.checkpoint.store import check_shapes, read_shapes, read_tensors
 from dist_llm.errors import CheckpointError
 
-VOCAB_TENSORS = ("embed.tokens.weight", "head.out.weight", "head.bias")
-
 
 @torch.no_grad()
 def init_from_checkpoint(
-    path: Path, state: CheckpointState, with_moments: bool, num_known_ids: int, added: Collection[str] = ()
+    path: Path,
+    state: CheckpointState,
+    with_moments: bool,
+    num_known_ids: int,
+    vocab_params: Sequence[str],
+    added: Collection[str] = (),
 ) -> None:
     """Read the weights of this rank, and the moments if `with_moments`, from a checkpoint of another run.
 
-    The checkpoint knows the first `num_known_ids` token ids. Parameters in `added` keep their initial values. Raises
-    CheckpointError if the checkpoint lacks another parameter of the model, or has it in another shape.
+    The checkpoint knows the first `num_known_ids` token ids. `vocab_params` have one row per token id. Parameters in
+    `added` keep their initial values.
+
+    Raises CheckpointError if the checkpoint lacks another parameter of the model, or has it in another shape.
     """
     saved = read_shapes(path)
     tensors = {name: tensor for name, tensor in state.weights().items() if name not in added}
@@ -39,7 +44,7 @@ def init_from_checkpoint(
         state.allocate_moments(saved)
         tensors |= state.moments()
     vocab_tensors = {
-        name: tensor for name, tensor in tensors.items() if name.split(".", 1)[1].startswith(VOCAB_TENSORS)
+        name: tensor for name, tensor in tensors.items() if name.split(".", 1)[1].startswith(tuple(vocab_params))
     }
     vocab_tensors = {name: tensor for name, tensor in vocab_tensors.items() if tensor.ndim and name in saved}
     other_tensors = {name: tensor for name, tensor in tensors.items() if name not in vocab_tensors}

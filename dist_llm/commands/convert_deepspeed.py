@@ -28,6 +28,7 @@ from dist_llm.convert.write_weights import verify_written
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
+from dist_llm.param_spec import collect_param_specs
 
 
 def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int = 1, universal: bool = False) -> None:
@@ -81,7 +82,7 @@ def optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, An
     with torch.device("meta"):
         model = build_model(config.model)
     name_of = {parameter: name for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(config.optim, model.named_parameters())
+    optimizer = build_optimizer(config.optim, model.named_parameters(), collect_param_specs(model))
     names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     all_names = model.named_parameters(remove_duplicate=False)

@@ -13,6 +13,7 @@ from dist_llm.config.check_effect import check_effect
 from dist_llm.config.check_engine import check_axes, check_engine
 from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
+from dist_llm.config.check_layers import check_each_kind, check_layers
 from dist_llm.config.check_layout import check_budget, check_layout
 from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, format_divisors, format_layout
@@ -55,7 +56,8 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
     violations = [
         *objective_violations,
         *data_violations,
-        *_check_model(config.model),
+        *check_layers(config.model),
+        *check_each_kind(config, _check_heads),
         *_check_relative(config.model),
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
@@ -114,7 +116,8 @@ def _factorizations(product: int, num_factors: int) -> Iterator[tuple[int, ...]]
                 yield (factor, *remaining_factors)
 
 
-def _check_model(model: UnresolvedModelConfig) -> Iterator[Violation]:
+def _check_heads(config: UnresolvedConfig) -> Iterator[Violation]:
+    model = config.model
     if not model.head_dim and model.d_model % model.n_heads:
         yield Violation(
             ("model.n_heads", "model.d_model", "model.head_dim"),
@@ -125,7 +128,8 @@ def _check_model(model: UnresolvedModelConfig) -> Iterator[Violation]:
         yield Violation(
             ("model.n_heads", "model.d_model", "model.head_dim", "model.positions"),
             "rope rotates pairs of dimensions, but a head has "
-            f"{model.head_dim or model.d_model // model.n_heads} dimensions; make d_model / n_heads even",
+            f"{model.head_dim or model.d_model // model.n_heads} dimensions; set an even "
+            "head_dim, or make d_model / n_heads even",
         )
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         yield Violation(

@@ -8,6 +8,7 @@ a laptop and on a cluster. The unions of `section.py` reject keys of another opt
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dist_llm.config.derive import iter_layer_models
 from dist_llm.config.load import Violation
 from dist_llm.config.objective_sections import MixtureConfig
 from dist_llm.config.schema import UnresolvedConfig
@@ -17,8 +18,8 @@ Rule = tuple[str, Callable[[UnresolvedConfig], Any], str]
 
 
 def _has_positions(kind: str) -> Callable[[UnresolvedConfig], bool]:
-    """Return a function that returns whether a config has this positional encoding."""
-    return lambda config: config.model.positions == kind
+    """Return a function that returns whether a layer of a config has this positional encoding."""
+    return lambda config: any(model.positions == kind for _, model in iter_layer_models(config.model))
 
 
 RULES: tuple[Rule, ...] = (

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from dist_llm.config.derive import resolve_d_ff
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import UnresolvedConfig
 
@@ -20,11 +21,8 @@ def check_fp8(config: UnresolvedConfig) -> Iterator[Violation]:
         yield Violation(("fp8", "engine"), f"true under engine: {config.engine}; set it to false, or engine to native")
 
 
-def check_fp8_sizes(config: UnresolvedConfig, d_ff: int) -> Iterator[Violation]:
-    """Yield violations for weight matrices of the blocks whose shards the float8 kernels do not support.
-
-    `d_ff` is the derived hidden size of the feed-forward layer.
-    """
+def check_fp8_sizes(config: UnresolvedConfig) -> Iterator[Violation]:
+    """Yield violations for weight matrices of a block whose shards the float8 kernels do not support."""
     model, tp = config.model, config.parallel.tp
     if not config.fp8:
         return
@@ -33,7 +31,7 @@ def check_fp8_sizes(config: UnresolvedConfig, d_ff: int) -> Iterator[Violation]:
         (("model.d_model",), model.d_model, 1),
         (("model.n_heads", "model.head_dim"), model.n_heads * head_dim, tp),
         (("model.n_kv_heads", "model.head_dim"), (model.n_kv_heads or model.n_heads) * head_dim, tp),
-        (("model.d_ff",), d_ff, tp),
+        (("model.d_ff",), resolve_d_ff(model), tp),
     )
     for keys, size, num_shards in dimensions:
         if size % num_shards == 0 and size // num_shards % FP8_MULTIPLE:

@@ -51,6 +51,8 @@ MODEL_ROLES: dict[str, Role] = {
     "logit_cap": "requestable",
     "dropout": "training",
     "stochastic_depth": "training",
+    "layers": "fixed",
+    "kinds": "fixed",
     "init": "training",
     "init_std": "training",
 }
@@ -114,6 +116,9 @@ def get_function_keys(model: ModelConfig) -> dict[str, Any]:
         fields["n_encoder_layers"] = None
     fields["attention_scale"] = model.attention_scale or model.head_dim**-0.5
     fields["qkv_bias"] = model.bias or model.qkv_bias
+    # The names of the kinds do not matter. Either key may change the list of what differs in each layer.
+    kinds_by_layer = [model.kinds[name].list_overrides() for name in model.layers]
+    fields["layers"] = fields["kinds"] = kinds_by_layer if any(kinds_by_layer) else []
     return fields
 
 

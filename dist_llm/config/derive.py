@@ -1,7 +1,7 @@
 """Derive the values of config keys that are null, and compute the sizes of parallel layouts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from dist_llm.config.data_sections import DataConfig
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
@@ -63,6 +63,20 @@ def resolve_schedule(config: UnresolvedConfig, planned: ScheduleConfig | None = 
     if isinstance(planned, DecayKeys) and planned.decay_steps and schedule.on_extend == "keep":
         steps = planned.decay_steps
     return schedule.model_copy(update={"decay_steps": steps})
+
+
+def iter_layer_models(model: UnresolvedModelConfig) -> Iterator[tuple[str | None, UnresolvedModelConfig]]:
+    """Yield (kind, model with the keys of this kind) for each kind that layers have; (None, model) without kinds.
+
+    A kind inherits sizes that are derived from the keys of `model`.
+    """
+    if not model.layers:
+        yield None, model
+        return
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    sizes = {"n_kv_heads": model.n_kv_heads or model.n_heads, "head_dim": head_dim, "d_ff": resolve_d_ff(model)}
+    for kind in dict.fromkeys(name for name in model.layers if name in model.kinds):
+        yield kind, model.model_copy(update=sizes).with_kind(kind)
 
 
 def count_encoder_layers(model: UnresolvedModelConfig) -> int:

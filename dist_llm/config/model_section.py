@@ -1,8 +1,9 @@
 """The config section `model`: as a user writes it, and with derived sizes."""
 
-from typing import Annotated, Literal
+from copy import copy
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, create_model, model_serializer
 
 from dist_llm.config.section import (
     MAX_IDS,
@@ -23,8 +24,8 @@ Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 IDs = Annotated[int, Field(ge=1, le=MAX_IDS)]
 
 
-class UnresolvedModelConfig(Section):
-    """The keys of `model` as a user writes them."""
+class SizeKeys(Section):
+    """The keys of `model` that set the sizes of the stack."""
 
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = key(
         "decoder-only, encoder-only (BERT) or encoder-decoder (T5)",
@@ -35,14 +36,6 @@ class UnresolvedModelConfig(Section):
     n_encoder_layers: Annotated[Layers | None, UNSET] = key(
         "encoder_decoder: blocks of the encoder; null: n_layers", None
     )
-    n_heads: PositiveWidth = key("number of query heads")
-    n_kv_heads: DerivedWidth = key("number of key-value heads (grouped-query attention); null: n_heads", None)
-    head_dim: DerivedWidth = key("size of a head; null: d_model / n_heads", None)
-    d_ff: DerivedWidth = key(
-        "hidden size of the feed-forward layer; null: 4 d_model, or for gated activations 8/3 d_model rounded up to "
-        "a multiple of 64",
-        None,
-    )
     vocab_size: Annotated[IDs | None, UNSET] = key(
         "vocabulary size; null: token ids of the tokenizer of the corpus, plus special tokens of the objective", None
     )
@@ -52,11 +45,35 @@ class UnresolvedModelConfig(Section):
     max_seq_len: Annotated[IDs | None, UNSET] = key(
         "maximum sequence length in tokens (rows of learned positions); null: data.seq_len", None
     )
+
+
+class LayerKeys(Section):
+    """The keys of `model` that may differ between layers. `model.kinds` overrides them for the layers of a kind."""
+
+    n_heads: PositiveWidth = key("number of query heads")
+    n_kv_heads: DerivedWidth = key("number of key-value heads (grouped-query attention); null: n_heads", None)
+    head_dim: DerivedWidth = key("size of a head; null: d_model / n_heads", None)
+    d_ff: DerivedWidth = key(
+        "hidden size of the feed-forward layer; null: 4 d_model, or for gated activations 8/3 d_model rounded up to "
+        "a multiple of 64",
+        None,
+    )
     positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = key(
         "positional encoding; relative: a learned bias per head and distance, shared by all layers (T5)",
         "rope",
     )
     rope_theta: PositiveFloat = key("rope: base of the rotary frequencies", 10_000.0)
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = key(
+        "feed-forward activation; swiglu and geglu gate a second projection", "swiglu"
+    )
+    qkv_bias: bool = key("biases of queries, keys and values, independent of `bias` (Qwen2)", False)
+    attention_scale: DerivedFloat = key("factor of the attention scores; null: 1 / sqrt(head_dim); T5 uses 1", None)
+    qk_norm: bool = key("RMSNorm of the queries and keys of each head, which bounds the attention scores", False)
+
+
+class StackKeys(Section):
+    """The keys of `model` that are the same for all layers."""
+
     relative_buckets: PositiveWidth = key("relative: number of distance buckets, logarithmic for large distances", 32)
     relative_distance: Positive = key("relative: distance from which all positions share the last bucket", 128)
     norm: Literal["rmsnorm", "layernorm"] = key("normalization layer", "rmsnorm")
@@ -65,17 +82,11 @@ class UnresolvedModelConfig(Section):
         "pre: normalize the input of each sublayer; post: normalize after the residual sum", "pre"
     )
     norm_embedding: bool = key("normalize the embeddings before the first block (BERT, BART)", False)
-    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = key(
-        "feed-forward activation; swiglu and geglu gate a second projection", "swiglu"
-    )
     bias: bool = key("biases in linear layers and layer norms", False)
-    qkv_bias: bool = key("biases of queries, keys and values, independent of `bias` (Qwen2)", False)
     tie_embeddings: bool = key("share the weight of the token embedding with the output head", False)
     head: Literal["linear", "mlm"] = key(
         "mlm: a dense layer and a norm before the logits, and a bias after them (BERT)", "linear"
     )
-    attention_scale: DerivedFloat = key("factor of the attention scores; null: 1 / sqrt(head_dim); T5 uses 1", None)
-    qk_norm: bool = key("RMSNorm of the queries and keys of each head, which bounds the attention scores", False)
     logit_cap: Limit = key("softcap: logits become cap * tanh(logits / cap)", None)
     dropout: Fraction = key("dropout of attention weights, residual branches and embeddings", 0.0)
     stochastic_depth: Fraction = key(
@@ -89,6 +100,48 @@ class UnresolvedModelConfig(Section):
     init_std: PositiveFloat = key("standard deviation of embeddings, and under gpt2 of all matrices", 0.02)
 
 
+class KindSection(Section):
+    """Base of LayerKind. Only the keys that a user sets are saved, because an absent key and null differ."""
+
+    @model_serializer
+    def list_overrides(self) -> dict[str, Any]:
+        """Return the keys that are set."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+
+
+def _optional_fields(section: type[Section]) -> dict[str, Any]:
+    """Return the fields of a section, each with a default."""
+    fields = {name: copy(field) for name, field in section.model_fields.items()}
+    for field in fields.values():
+        field.default = None
+    return {name: (field.annotation, field) for name, field in fields.items()}
+
+
+# The differences of a kind of layer from the keys of `model`.
+LayerKind: Any = create_model("LayerKind", __base__=KindSection, **_optional_fields(LayerKeys))
+
+
+class UnresolvedModelConfig(StackKeys, LayerKeys, SizeKeys):
+    """The keys of `model` as a user writes them."""
+
+    layers: Annotated[tuple[str, ...], Field(strict=False)] = key(
+        "kind of each layer: names of model.kinds, repeated until n_layers, where the last repetition may be cut; "
+        "empty: all layers have the keys of model",
+        (),
+    )
+    kinds: dict[str, LayerKind] = key(
+        f"kinds of layers: for each name, the keys that differ from model. Keys: {', '.join(LayerKeys.model_fields)}",
+        {},
+    )
+
+    def with_kind(self, kind: str) -> Self:
+        """Return this config with the keys of a kind of layer. A null where a size is needed means that of `model`."""
+        overrides = self.kinds[kind].list_overrides()
+        sizes = ModelConfig.__annotations__
+        changes = {name: value for name, value in overrides.items() if value is not None or name not in sizes}
+        return self.model_copy(update=changes)
+
+
 class ModelConfig(UnresolvedModelConfig):
     """The section `model` with all sizes. `attention_scale` stays None if the default formula applies."""
 
@@ -99,3 +152,7 @@ class ModelConfig(UnresolvedModelConfig):
     d_ff: PositiveWidth
     vocab_size: IDs
     max_seq_len: IDs
+
+    def layer_config(self, layer: int) -> "ModelConfig":
+        """Return this config with the keys of one layer, counted from 0."""
+        return self.with_kind(self.layers[layer % len(self.layers)]) if self.layers else self

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint.init_from import VOCAB_TENSORS
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import count_objective_ids
@@ -22,7 +21,8 @@ from dist_llm.convert.hf_tensors import TensorMapping, group_by_hf_name, tensor_
 from dist_llm.convert.weights import LazyWeights, Weights
 from dist_llm.convert.write_weights import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
-from dist_llm.models.build_model import build_model
+from dist_llm.models.build_model import build_model, build_param_specs
+from dist_llm.param_spec import list_vocab_params
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.char_tokenizer import CharTokenizer
 from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_ID_KEYS
@@ -67,7 +67,7 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
 
     Raises CheckpointError if the checkpoint lacks a parameter.
     """
-    native_shapes = model_shapes(model)
+    native_shapes, vocab_params = model_shapes(model), list_vocab_params(build_param_specs(model))
     if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
         raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
     table = tensor_mappings(family, model)
@@ -78,11 +78,11 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
 
     def read_native(name: str) -> Tensor:
         tensor = weights.read(f"model.{name}")
-        return tensor[: model.vocab_size] if name.startswith(VOCAB_TENSORS) else tensor
+        return tensor[: model.vocab_size] if name in vocab_params else tensor
 
     def make_meta_tensor(name: str) -> Tensor:
         shape = native_shapes[name]
-        return torch.empty((model.vocab_size, *shape[1:]) if name.startswith(VOCAB_TENSORS) else shape, device="meta")
+        return torch.empty((model.vocab_size, *shape[1:]) if name in vocab_params else shape, device="meta")
 
     def compute_tensor(name: str) -> Tensor:
         saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENT_EMBEDDINGS} & hf_only}
@@ -113,6 +113,7 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
     Raises CheckpointError if a tensor is missing, has another shape, or has no counterpart in our model.
     """
     native_shapes, table = model_shapes(model), tensor_mappings(family, model)
+    vocab_params = list_vocab_params(build_param_specs(model))
     mapped_names = {name for mapping in table for name in (mapping.hf, mapping.plus_row)}
     stored_names = {_add_body_prefix(name, mapped_names): name for name in weights.shapes}
     _check_unmapped(weights, stored_names, mapped_names, family)
@@ -134,7 +135,7 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
         name = name.removeprefix("model.")
         mapping, shape = by_native_name[name], native_shapes[name]
         tensor = to_native(mapping, {key: read(key) for key in (mapping.hf, mapping.plus_row) if key})
-        if name.startswith(VOCAB_TENSORS) and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
+        if name in vocab_params and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{mapping.hf} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}")

@@ -21,6 +21,7 @@ from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.engines.optimizer_step import step_and_zero_grad
 from dist_llm.errors import ConfigError
 from dist_llm.launch.environment import check_accelerate, prepare_accelerate
+from dist_llm.models.build_model import build_param_specs
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
@@ -62,7 +63,7 @@ class AccelerateEngine(DataParallelEngine):
             **options,
         )
         (self.model,) = build_model_parts(config, None, device)
-        optimizer = build_optimizer(config.optim, self.model.named_parameters())
+        optimizer = build_optimizer(config.optim, self.model.named_parameters(), build_param_specs(config.model))
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         _check_plugin(self.accelerator, config.accelerate.plugin, dist.get_world_size(), self.prepared)
 

@@ -17,9 +17,9 @@ from dist_llm.engines.deepspeed_compat import copy_fp32_weights, release_small_w
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.build_model import build_model
+from dist_llm.models.build_model import build_model, build_param_specs
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import get_init_rule, init_param_
+from dist_llm.models.init import init_param_
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
@@ -49,7 +49,7 @@ class DeepSpeedEngine(DataParallelEngine):
         self.stage = config.deepspeed.stage
         settings = build_deepspeed_json(config, self.dp_rank_and_size[1])
         self.model = self.build_model_part(deepspeed, settings)
-        optimizer = build_optimizer(config.optim, self.model.named_parameters())
+        optimizer = build_optimizer(config.optim, self.model.named_parameters(), build_param_specs(config.model))
         self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)
         self.optimizer = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
         if self.stage:
@@ -211,9 +211,9 @@ class ZeroPartitions:
 
 def _init_partitions(state: CheckpointState, config: Config) -> None:
     """Initialize the fp32 partitions of this rank."""
+    specs = build_param_specs(config.model)
     for name, shard in state.weights().items():
         name = name.removeprefix("model.")
-        rule = get_init_rule(name, shard.shape, config.model)
         for offset, chunk in shard.chunks.items():
-            init_param_(chunk, name, rule, config.run.seed, shard.shape, offset)
+            init_param_(chunk, name, specs[name].init, config.run.seed, shard.shape, offset)
     state.after_load()

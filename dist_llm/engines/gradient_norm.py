@@ -22,9 +22,8 @@ def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, d
     grads = []
     for model_part in model_parts:
         for name, parameter in model_part.named_parameters():
-            is_tied_copy = name == "embed.tokens.weight" and not model_part.is_first_stage
             is_counted = is_first_tp_rank or is_sharded_over(parameter, "tp")
-            if parameter.grad is not None and is_counted and not is_tied_copy:
+            if parameter.grad is not None and is_counted and not model_part.is_tied_copy(name):
                 grads.append(to_local(parameter.grad))
     norm = gradient_clipping.global_norm(grads).to(device)
     if mesh is None:

@@ -14,6 +14,7 @@ from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
 from dist_llm.engines.gradient_norm import compute_grad_norm
 from dist_llm.engines.optimizer_step import clip_and_unscale_, step_and_zero_grad
+from dist_llm.models.build_model import build_param_specs
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.build_optimizer import build_optimizer, select_muon_params
 from dist_llm.optim.loss_scale import LossScale
@@ -57,13 +58,13 @@ class NativeEngine:
         self.dropout_coordinates = tuple(coordinate(self.mesh, axis) for axis in axes)
 
     def _build_optimizer(self) -> optim.Optimizer:
-        config = self.config.optim
+        config, specs = self.config.optim, build_param_specs(self.config.model)
         dtype = torch.get_default_dtype() if self.config.precision == "fp32" else torch.bfloat16
         orthogonalize_fn: Orthogonalize = partial(orthogonalize, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
-            matrices = list(select_muon_params(self.named_parameters()).values())
+            matrices = list(select_muon_params(self.named_parameters(), specs).values())
             orthogonalize_fn = DistributedOrthogonalizer(self.mesh, matrices, dtype)
-        return build_optimizer(config, self.named_parameters(), to_local, local_with_offset, orthogonalize_fn)
+        return build_optimizer(config, self.named_parameters(), specs, to_local, local_with_offset, orthogonalize_fn)
 
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:

@@ -13,7 +13,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from dist_llm.compat import disable_current_modes
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.cost import Cost
+from dist_llm.models.init import block_matrix_init
 from dist_llm.models.positional_encoding import apply_rotary
+from dist_llm.param_spec import ParamSpec, linear_specs, norm_specs
 
 # Shape suffixes: B batch, S queries, T keys, D d_model, H query heads, K key-value heads, E head_dim.
 
@@ -49,7 +52,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.config, self.layer, self.head_dim = config, layer, config.head_dim
         bias = config.bias or config.qkv_bias
         self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=bias)
         self.k = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=bias)
@@ -70,6 +73,30 @@ class Attention(nn.Module):
         if cache is not None:
             k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
         return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, mask).flatten(-2))
+
+    @staticmethod
+    def cost(config: ModelConfig) -> Cost:
+        """Return the cost of the four projections and of the scores."""
+        weights = 2 * config.d_model * config.head_dim * (config.n_heads + config.n_kv_heads)
+        return Cost(weights, score_width=config.n_heads * config.head_dim)
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the parameters: the projections are sharded by heads."""
+        config, layer = self.config, self.layer
+        return {
+            **linear_specs(
+                "q", self.q, ("heads", "embed"), block_matrix_init(config, layer, self.q, role="query_or_key")
+            ),
+            **linear_specs(
+                "k", self.k, ("kv_heads", "embed"), block_matrix_init(config, layer, self.k, role="query_or_key")
+            ),
+            **linear_specs("v", self.v, ("kv_heads", "embed"), block_matrix_init(config, layer, self.v, role="input")),
+            **norm_specs("norm_q", self.norm_q, "head_dim", by_head=True),
+            **norm_specs("norm_k", self.norm_k, "head_dim", by_head=True),
+            **linear_specs(
+                "out", self.out, ("embed", "heads"), block_matrix_init(config, layer, self.out, role="residual_output")
+            ),
+        }
 
     def _project_queries(self, x_BSD: Tensor) -> Tensor:
         # -1 instead of n_heads, because a tensor-parallel rank has only some of the heads.

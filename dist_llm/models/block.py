@@ -12,7 +12,9 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention import Attention, CrossAttention, KVCache, RotaryCosSin
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.build_norm import build_norm
+from dist_llm.models.cost import Cost
 from dist_llm.models.feedforward import FeedForward
+from dist_llm.param_spec import ParamSpec, norm_specs
 
 
 class Block(nn.Module):
@@ -26,8 +28,18 @@ class Block(nn.Module):
         self.norm_cross = build_norm(config) if has_cross_attention else None
         self.cross = CrossAttention(config, layer) if has_cross_attention else None
         self.norm_feedforward = build_norm(config)
-        self.feedforward = FeedForward(config)
+        self.feedforward = FeedForward(config, layer)
         self.dropout = nn.Dropout(config.dropout)
+
+    @staticmethod
+    def cost(config: ModelConfig) -> Cost:
+        """Return the cost of self-attention and feed-forward; cross-attention depends on the encoder input."""
+        return Attention.cost(config) + FeedForward.cost(config)
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the parameters of the norms. The sublayers describe their own."""
+        names = ("norm_attention", "norm_cross", "norm_feedforward")
+        return {key: spec for name in names for key, spec in norm_specs(name, getattr(self, name)).items()}
 
     def forward(
         self,

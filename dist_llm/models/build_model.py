@@ -1,9 +1,12 @@
 """Build the model of a config."""
 
+import torch
+
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.encoder_decoder import EncoderDecoder
+from dist_llm.param_spec import ParamSpecs, collect_param_specs
 
 
 def build_model(config: ModelConfig, loss: CrossEntropy | None = None) -> Decoder:
@@ -12,3 +15,9 @@ def build_model(config: ModelConfig, loss: CrossEntropy | None = None) -> Decode
     An encoder-only model is a Decoder too: its batches have a bidirectional attention mask.
     """
     return EncoderDecoder(config, loss) if config.architecture == "encoder_decoder" else Decoder(config, loss)
+
+
+def build_param_specs(config: ModelConfig) -> ParamSpecs:
+    """Return {parameter name: spec} of the full model, which is built without memory for its weights."""
+    with torch.device("meta"):
+        return collect_param_specs(build_model(config))

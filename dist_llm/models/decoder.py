@@ -22,8 +22,10 @@ from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
 from dist_llm.models.build_norm import build_norm
 from dist_llm.models.feedforward import ACTIVATIONS
+from dist_llm.models.init import embedding_init, matrix_init
 from dist_llm.models.positional_encoding import RelativeBias, SinusoidalEncoding, compute_rotary_angles
 from dist_llm.models.stochastic_depth import stochastic_depth_scale
+from dist_llm.param_spec import ZEROS, ParamSpec, linear_specs, norm_specs
 
 
 class Embedding(nn.Module):
@@ -31,6 +33,7 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, tokens: nn.Embedding | None = None) -> None:
         super().__init__()
+        self.config = config
         # The encoder and the decoder of an encoder-decoder share the token embedding.
         self.tokens = tokens or nn.Embedding(round_up(config.vocab_size, config.vocab_multiple), config.d_model)
         self.positions: nn.Module | None = None
@@ -40,6 +43,15 @@ class Embedding(nn.Module):
             self.positions = SinusoidalEncoding(config.d_model)
         self.norm = build_norm(config) if config.norm_embedding else None
         self.dropout = nn.Dropout(config.dropout)
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the tables and the norm."""
+        vocab_init = embedding_init(self.config, has_vocab_rows=True)
+        specs = {"tokens.weight": ParamSpec(("vocab", "embed"), vocab_init, is_embedding=True)}
+        if isinstance(self.positions, nn.Embedding):
+            position_init = embedding_init(self.config)
+            specs["positions.weight"] = ParamSpec(("position", "embed"), position_init, is_embedding=True)
+        return specs | norm_specs("norm", self.norm)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Token ids [B, S] and positions [B, S] or [S] -> [B, S, D]."""
@@ -57,6 +69,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, loss: CrossEntropy) -> None:
         super().__init__()
+        self.config = config
         self.vocab_size, self.softcap, self.loss = config.vocab_size, config.logit_cap, loss
         self.terms = None if loss.is_unregularized else LossTerms()
         # With post-norm every block already ends with a norm.
@@ -65,6 +78,14 @@ class Head(nn.Module):
         self.dense = MLMTransform(config) if config.head == "mlm" else None
         self.bias = nn.Parameter(torch.empty(rows)) if config.head == "mlm" else None
         self.out = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the norm, and the bias and the weight of the output projection."""
+        vocab_init = embedding_init(self.config, has_vocab_rows=True)
+        specs = norm_specs("norm", self.norm) | linear_specs(
+            "out", self.out, ("vocab", "embed"), vocab_init, muon=False
+        )
+        return specs if self.bias is None else specs | {"bias": ParamSpec(("vocab",), ZEROS, decay=False)}
 
     def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
         """[B, S, D] -> logits [B, S, V] or, with targets, losses summed per sequence, [B].
@@ -99,9 +120,15 @@ class MLMTransform(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.linear = nn.Linear(config.d_model, config.d_model, bias=config.bias)
         self.activation = ACTIVATIONS[config.activation]
         self.norm = build_norm(config)
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the dense layer and the norm."""
+        init = matrix_init(self.config, self.linear)
+        return linear_specs("linear", self.linear, ("embed", "embed"), init, muon=False) | norm_specs("norm", self.norm)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -128,7 +155,9 @@ class Decoder(nn.Module):
         if config.positions == "relative":
             self.relative = RelativeBias(config, bidirectional=config.architecture == "encoder")
         # Keyed by layer number, so that the parameters of a pipeline stage have the same names as in the full model.
-        self.blocks = nn.ModuleDict({str(layer): Block(config, layer) for layer in range(config.n_layers)})
+        self.blocks = nn.ModuleDict(
+            {str(layer): Block(config.layer_config(layer), layer) for layer in range(config.n_layers)}
+        )
         self.head: Head | None = Head(config, loss or CrossEntropy())
 
     def trim_to_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
@@ -140,6 +169,10 @@ class Decoder(nn.Module):
         for name in [name for name in self.blocks if int(name) not in layers]:
             del self.blocks[name]
         self._trim_embedding(embeds=is_first, projects=is_last)
+
+    def is_tied_copy(self, name: str) -> bool:
+        """Return whether the parameter is the second copy of a tied embedding, on the last pipeline stage."""
+        return name == "embed.tokens.weight" and not self.is_first_stage
 
     def _trim_embedding(self, embeds: bool, projects: bool) -> None:
         """Remove the embedding, unless this stage embeds tokens or projects on tied embeddings; remove an unused
@@ -171,9 +204,9 @@ class Decoder(nn.Module):
         shape_BS = len(inputs), positions_BS.shape[-1]
         mask = self._materialize_mask(mask, self.relative, shape_BS, num_cached, inputs.device)
         x_BSD = self.embed(inputs, positions_BS) if self.embed is not None and self.is_first_stage else inputs
-        rotation = self._rotary_cos_sin(positions_BS)
+        rotations = self._rotary_cos_sin(positions_BS)
         for layer, block in self._iter_blocks():
-            x_BSD = block(x_BSD, rotation, mask, cache, self._depth_scale(sample_hash_B, layer))
+            x_BSD = block(x_BSD, rotations[layer], mask, cache, self._depth_scale(sample_hash_B, layer))
         return x_BSD if self.head is None else self._apply_head(x_BSD, targets_BS)
 
     def _iter_blocks(self) -> Iterator[tuple[int, nn.Module]]:
@@ -184,11 +217,21 @@ class Decoder(nn.Module):
         tied_VD = self.embed.tokens.weight if self.embed is not None and self.config.tie_embeddings else None
         return self.head(x_BSD, tied_VD, targets_BS)
 
-    def _rotary_cos_sin(self, positions_BS: Tensor) -> RotaryCosSin | None:
-        if self.config.positions != "rope":
-            return None
-        angles = compute_rotary_angles(positions_BS, self.config.head_dim, self.config.rope_theta)
-        return angles.cos(), angles.sin()
+    def _rotary_cos_sin(self, positions_BS: Tensor) -> dict[int, RotaryCosSin | None]:
+        """Return the rotation of each layer; None for a layer without rotary positions. Equal layers share it."""
+        rotations: dict[tuple[int, float], RotaryCosSin] = {}
+        by_layer: dict[int, RotaryCosSin | None] = {}
+        for layer, _ in self._iter_blocks():
+            config = self.config.layer_config(layer)
+            if config.positions != "rope":
+                by_layer[layer] = None
+                continue
+            key = config.head_dim, config.rope_theta
+            if key not in rotations:
+                angles_BSF = compute_rotary_angles(positions_BS, *key)
+                rotations[key] = angles_BSF.cos(), angles_BSF.sin()
+            by_layer[layer] = rotations[key]
+        return by_layer
 
     def _materialize_mask(
         self,
@@ -211,7 +254,8 @@ class Decoder(nn.Module):
     @property
     def _needs_dense_mask(self) -> bool:
         """Whether FlexAttention cannot be used: it supports neither dropout nor heads below 16 dimensions."""
-        return (self.training and self.config.dropout > 0) or self.config.head_dim < 16
+        head_dims = [self.config.layer_config(layer).head_dim for layer, _ in self._iter_blocks()]
+        return (self.training and self.config.dropout > 0) or min(head_dims, default=16) < 16
 
     def _depth_scale(self, sample_hash_B: Tensor | None, layer: int) -> Tensor | None:
         if not (self.training and self.config.stochastic_depth) or sample_hash_B is None:

@@ -17,6 +17,7 @@ from dist_llm.models.block import Block
 from dist_llm.models.build_norm import build_norm
 from dist_llm.models.decoder import Decoder, Embedding
 from dist_llm.models.positional_encoding import RelativeBias
+from dist_llm.param_spec import ParamSpec, norm_specs
 
 
 class EncoderDecoder(Decoder):
@@ -35,6 +36,10 @@ class EncoderDecoder(Decoder):
             }
         )
         self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the norm after the encoder. The submodules describe their own parameters."""
+        return norm_specs("source_norm", self.source_norm)
 
     def trim_to_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
         """Trim as `Decoder.trim_to_stage` does. The first stage also keeps the embedding, for the encoder tokens."""
@@ -85,10 +90,10 @@ class EncoderDecoder(Decoder):
         if x_BSD is None:
             assert self.embed is not None
             x_BSD = self.embed(tokens_BS, positions_BS)
-        rotation = self._rotary_cos_sin(positions_BS)
+        rotations = self._rotary_cos_sin(positions_BS)
         for layer, block in decoder_blocks:
             depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-            x_BSD = block(x_BSD, rotation, mask, cache, depth_scale_BS1, memory_BTD, memory_mask)
+            x_BSD = block(x_BSD, rotations[layer], mask, cache, depth_scale_BS1, memory_BTD, memory_mask)
         if self.head is None:
             assert memory_BTD is not None
             assert x_BSD is not None
@@ -107,10 +112,10 @@ class EncoderDecoder(Decoder):
         x_BTD = inputs if self.source_embed is None else self.source_embed(encoder_input.tokens_BT, positions_BT)
         if encoder_blocks:
             mask = self._materialize_mask(encoder_input.mask, self.source_relative, (B, T), 0, inputs.device)
-            rotation = self._rotary_cos_sin(positions_BT)
+            rotations = self._rotary_cos_sin(positions_BT)
             for layer, block in encoder_blocks:
                 depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-                x_BTD = block(x_BTD, rotation, mask, None, depth_scale_BS1)  # positional: a pre-hook reads them
+                x_BTD = block(x_BTD, rotations[layer], mask, None, depth_scale_BS1)  # positional: a pre-hook reads them
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
     def _materialize_memory_mask(

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from dist_llm.config.derive import is_gated
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.models.cost import Cost
+from dist_llm.models.init import block_matrix_init
+from dist_llm.param_spec import ParamSpec, linear_specs
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -22,12 +25,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """down(f(up(x))), or down(f(gate(x)) * up(x)) for gated activations (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.config, self.layer = config, layer
         self.activation = ACTIVATIONS[config.activation]
         self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if is_gated(config) else None
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    @staticmethod
+    def cost(config: ModelConfig) -> Cost:
+        """Return the cost of the two or three matrix products."""
+        return Cost(config.d_model * config.d_ff * (3 if is_gated(config) else 2))
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the parameters: the hidden units are sharded."""
+        input_init = block_matrix_init(self.config, self.layer, self.up, role="input")
+        down_init = block_matrix_init(self.config, self.layer, self.down, role="residual_output")
+        return {
+            **linear_specs("gate", self.gate, ("ffn", "embed"), input_init),
+            **linear_specs("up", self.up, ("ffn", "embed"), input_init),
+            **linear_specs("down", self.down, ("embed", "ffn"), down_init),
+        }
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""

@@ -4,77 +4,64 @@ A rank computes only its own shard of a parameter, in time and memory proportion
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
-
-# Patterns for the names of the parameters that have an initialization rule.
-EMBEDDING = re.compile(r"(source_)?(embed\.(tokens|positions)|relative\.table)\.weight|head\.out\.weight")
-MATRIX = re.compile(
-    r"(blocks\.\d+\.((attention|cross)\.(q|k|v|out)|feedforward\.(up|gate|down))|head\.dense\.linear)\.weight"
-)
-NORM = re.compile(r"(.*[._])?norm(_\w+)?\.weight")
+from dist_llm.param_spec import InitRule
 
 
-@dataclass(frozen=True)
-class InitRule:
-    """The initial distribution of a parameter. If `scale` is 0, all values are `constant`."""
+def embedding_init(config: ModelConfig, has_vocab_rows: bool = False) -> InitRule:
+    """Return the rule of a table: normal(init_std) or, under tfixup, a scaled normal(d_model^-1/2).
 
-    distribution: str  # "normal" with standard deviation `scale`, or "uniform" on [-scale, scale]
-    scale: float
-    constant: float = 0.0
-    num_used_rows: int | None = None  # the rows from here on are vocabulary padding and become 0; None: no padding
+    With `has_vocab_rows` there is one row per token id, and the padding rows are 0.
+    """
+    std = config.init_std
+    if config.init == "tfixup":
+        std = config.d_model**-0.5 * _tfixup_scale(config.n_layers, has_cross_attention=config.n_encoder_layers > 0)
+    return InitRule("normal", std, num_used_rows=config.vocab_size if has_vocab_rows else None)
 
 
-def get_init_rule(name: str, shape: Sequence[int], config: ModelConfig) -> InitRule:
-    """Return the initial distribution of the parameter `name` with full shape `shape`.
+def matrix_init(config: ModelConfig, linear: nn.Linear) -> InitRule:
+    """Return the rule of a weight matrix outside of the blocks: that of `block_matrix_init`, without its scaling."""
+    if config.init == "he":
+        return InitRule("normal", math.sqrt(2 / linear.in_features))
+    if config.init == "gpt2":
+        return InitRule("normal", config.init_std)
+    return InitRule("uniform", _xavier_bound(linear))
 
-    The values of `model.init`, for weight matrices:
+
+def block_matrix_init(
+    config: ModelConfig, layer: int, linear: nn.Linear, role: Literal["input", "query_or_key", "residual_output"]
+) -> InitRule:
+    """Return the rule of a weight matrix of block `layer`, by `model.init`:
+
     gpt2: normal(init_std); the std of residual outputs is divided by the square root of their number (Radford et al.
     2019, 2.3).
     xavier: uniform on +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
     he: normal(sqrt(2 / fan_in)) (He et al. 2015).
     depth: xavier, divided by the square root of the layer number, counted from 1 (Zhang et al. 2019).
-    tfixup: xavier, scaled so that residual updates stay bounded without warm-up (Huang et al. 2020, 3.2).
-
-    Embeddings are normal(init_std) or, with tfixup, normal(d_model^-1/2) with the same scaling. Biases are 0, norms 1.
-
-    Raises ValueError for a parameter without a rule. A new parameter needs a rule here.
+    tfixup: xavier, scaled so that residual updates stay bounded without warm-up (Huang et al. 2020, 3.2). Queries and
+    keys are not scaled, because softmax normalizes the scores.
     """
-    if len(shape) == 1 and name.endswith(".bias"):
-        return InitRule("normal", 0.0)
-    if len(shape) == 1 and NORM.fullmatch(name):
-        return InitRule("normal", 0.0, constant=1.0)
-    if len(shape) != 2 or not (EMBEDDING.fullmatch(name) or MATRIX.fullmatch(name)):
-        raise ValueError(
-            f"parameter {name} of shape {tuple(shape)} has no initial value; add a rule to models/init.py:get_init_rule"
-        )
-    if name in ("embed.tokens.weight", "head.out.weight"):
-        return InitRule("normal", _embedding_std(config), num_used_rows=config.vocab_size)
-    if EMBEDDING.fullmatch(name):
-        return InitRule("normal", _embedding_std(config))
-    fan_out, fan_in = shape
-    xavier_bound = math.sqrt(6 / (fan_in + fan_out))
-    if config.init == "he":
-        return InitRule("normal", math.sqrt(2 / fan_in))
-    if config.init == "xavier" or not name.startswith("blocks."):
-        return InitRule("normal", config.init_std) if config.init == "gpt2" else InitRule("uniform", xavier_bound)
-    block = _BlockPosition.of_layer(int(name.split(".")[1]), config)
+    block = _BlockPosition.of_layer(layer, config)
     if config.init == "depth":
-        return InitRule("uniform", xavier_bound / math.sqrt(block.number))
-    if config.init == "tfixup":
-        is_query_or_key = name.endswith((".q.weight", ".k.weight"))  # not scaled: softmax normalizes the scores
-        scale = 1.0 if is_query_or_key else _tfixup_scale(block.num_layers, block.has_cross_attention)
-        return InitRule("uniform", xavier_bound * scale)
-    is_residual_output = name.endswith((".out.weight", "feedforward.down.weight"))
-    num_residual_outputs = (3 if block.has_cross_attention else 2) * block.num_layers
-    return InitRule("normal", config.init_std / (math.sqrt(num_residual_outputs) if is_residual_output else 1.0))
+        return InitRule("uniform", _xavier_bound(linear) / math.sqrt(block.number))
+    if config.init == "tfixup" and role != "query_or_key":
+        return InitRule("uniform", _xavier_bound(linear) * _tfixup_scale(block.num_layers, block.has_cross_attention))
+    if config.init == "gpt2" and role == "residual_output":
+        num_residual_outputs = (3 if block.has_cross_attention else 2) * block.num_layers
+        return InitRule("normal", config.init_std / math.sqrt(num_residual_outputs))
+    return matrix_init(config, linear)
+
+
+def _xavier_bound(linear: nn.Linear) -> float:
+    return math.sqrt(6 / (linear.in_features + linear.out_features))
 
 
 @dataclass(frozen=True)
@@ -96,12 +83,6 @@ class _BlockPosition:
 
 def _tfixup_scale(num_layers: int, has_cross_attention: bool) -> float:
     return (9 * num_layers) ** -0.25 if has_cross_attention else 0.67 * num_layers**-0.25
-
-
-def _embedding_std(config: ModelConfig) -> float:
-    if config.init != "tfixup":
-        return config.init_std
-    return config.d_model**-0.5 * _tfixup_scale(config.n_layers, has_cross_attention=config.n_encoder_layers > 0)
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.models.init import embedding_init
+from dist_llm.param_spec import ParamSpec
 
 # Shape suffixes: B batch, S tokens or queries, T keys, H heads, E head_dim, F = E / 2, D d_model.
 
@@ -55,9 +57,16 @@ class RelativeBias(nn.Module):
 
     def __init__(self, config: ModelConfig, bidirectional: bool) -> None:
         super().__init__()
+        self.config = config
         self.num_buckets, self.max_distance = config.relative_buckets, config.relative_distance
         self.bidirectional = bidirectional
         self.table = nn.Embedding(config.relative_buckets, config.n_heads)
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Describe the table of biases."""
+        return {
+            "table.weight": ParamSpec(("bucket", "head_index"), embedding_init(self.config), is_embedding=True),
+        }
 
     def forward(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
         """Positions of queries [S] and keys [T] -> biases [H, S, T]."""

@@ -1,15 +1,16 @@
 """Count the FLOPs of a model and look up the peak FLOP/s of a device. MFU is computed from both.
 
 MFU is the model FLOPs utilization. The convention is that of PaLM (Chowdhery et al. 2022, appendix B). A trained token
-costs 6 FLOPs per weight of a matrix product, plus 12 * layers * heads * head_dim * seq_len for attention. The head
+costs 6 FLOPs per weight of a matrix product, plus 12 * heads * head_dim * seq_len per layer for attention. The head
 counts as a matrix product; the embedding lookup does not. A causal mask does not halve the cost. Recomputation is not
 counted.
 """
 
 import torch
 
-from dist_llm.config.derive import is_gated
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.models.block import Block
+from dist_llm.models.cost import Cost
 from dist_llm.observe.matmul_rate import matmul_rate
 
 CONVENTION = "6N + 12LHES, causal not halved"  # printed in the log
@@ -31,12 +32,13 @@ PUBLISHED_BF16_TFLOPS = {
 
 def count_matmul_weights(model: ModelConfig) -> int:
     """Count the weights of the matrix products that each token of a decoder-only or encoder-only model uses."""
-    return model.n_layers * _block_weights(model) + _head_weights(model)
+    return sum(cost.weights for cost in _decoder_costs(model)) + _head_weights(model)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Return the FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
-    return 6 * count_matmul_weights(model) + 12 * model.n_layers * model.n_heads * model.head_dim * seq_len
+    score_width = sum(cost.score_width for cost in _decoder_costs(model))
+    return 6 * count_matmul_weights(model) + 12 * score_width * seq_len
 
 
 def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
@@ -45,19 +47,22 @@ def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: in
     `num_encoder_inputs`: tokens in the encoder. In cross-attention, the query and output projections run once per input
     of the decoder, the key and value projections once per input of the encoder.
     """
-    weights_per_head = model.d_model * model.head_dim
+    flops = num_inputs * flops_per_token(model, num_inputs)
+    if not num_encoder_inputs:
+        return flops
+    encoder_costs = [Block.cost(model) for _ in range(model.n_encoder_layers)]
+    flops += num_encoder_inputs * sum(
+        6 * cost.weights + 12 * cost.score_width * num_encoder_inputs for cost in encoder_costs
+    )
+    weights_per_head, score_width = model.d_model * model.head_dim, model.n_heads * model.head_dim
     query_weights, key_weights = 2 * weights_per_head * model.n_heads, 2 * weights_per_head * model.n_kv_heads
-    n_cross_layers = model.n_layers if num_encoder_inputs else 0
-    matmul_uses = num_inputs * (count_matmul_weights(model) + n_cross_layers * query_weights)
-    matmul_uses += num_encoder_inputs * (model.n_encoder_layers * _block_weights(model) + n_cross_layers * key_weights)
-    attention_pairs = model.n_layers * num_inputs**2 + model.n_encoder_layers * num_encoder_inputs**2
-    attention_pairs += n_cross_layers * num_inputs * num_encoder_inputs
-    return 6 * matmul_uses + 12 * model.n_heads * model.head_dim * attention_pairs
+    matmul_uses = num_inputs * query_weights + num_encoder_inputs * key_weights
+    return flops + model.n_layers * (6 * matmul_uses + 12 * score_width * num_inputs * num_encoder_inputs)
 
 
-def _block_weights(model: ModelConfig) -> int:
-    attention = model.d_model * model.head_dim * 2 * (model.n_heads + model.n_kv_heads)
-    return attention + model.d_model * model.d_ff * (3 if is_gated(model) else 2)
+def _decoder_costs(model: ModelConfig) -> list[Cost]:
+    """Return the cost of each layer of the stack with the head."""
+    return [Block.cost(model.layer_config(layer)) for layer in range(model.n_layers)]
 
 
 def _head_weights(model: ModelConfig) -> int:

@@ -9,7 +9,7 @@ from dist_llm.config.optim_sections import OptimConfig, OptimKeys
 from dist_llm.optim.adamw import BF16AdamW, LocalAdamW, LocalWithOffset, ToLocal
 from dist_llm.optim.muon import Muon, Orthogonalize, orthogonalize
 from dist_llm.optim.sgd import LocalSGD
-from dist_llm.sharded import full_shape
+from dist_llm.param_spec import ParamSpecs
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -25,19 +25,21 @@ def zero_offset(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 def build_optimizer(
     config: OptimConfig,
     parameters: Iterable[tuple[str, nn.Parameter]],
+    specs: ParamSpecs,
     to_local: ToLocal | None = None,
     local_with_offset: LocalWithOffset = zero_offset,
     orthogonalize_fn: Orthogonalize = orthogonalize,
 ) -> optim.Optimizer:
     """Build AdamW (Loshchilov and Hutter 2019, algorithm 2), SGD, or Muon for matrices with AdamW for other parameters.
 
-    `to_local` and `local_with_offset` return the shard of this rank of a DTensor. `to_local=None`: no parameter is a
-    DTensor, so torch's own optimizers can be used. `orthogonalize_fn` orthogonalizes the momenta of Muon.
+    `specs` describes the parameters. `to_local` and `local_with_offset` return the shard of this rank of a DTensor.
+    `to_local=None`: no parameter is a DTensor, so torch's own optimizers can be used.
+    `orthogonalize_fn` orthogonalizes the momenta of Muon.
     """
     parameters = list(parameters)
-    muon_params = select_muon_params(parameters) if config.name == "muon" else {}
+    muon_params = select_muon_params(parameters, specs) if config.name == "muon" else {}
     adamw_params = ((name, parameter) for name, parameter in parameters if name not in muon_params)
-    decay, no_decay = split_weight_decay(config, adamw_params)
+    decay, no_decay = split_weight_decay(config, adamw_params, specs)
     groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
@@ -66,22 +68,21 @@ def build_optimizer(
 
 
 def split_weight_decay(
-    config: OptimKeys, parameters: Iterable[tuple[str, nn.Parameter]]
+    config: OptimKeys, parameters: Iterable[tuple[str, nn.Parameter]], specs: ParamSpecs
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return (parameters with weight decay, parameters without weight decay).
 
-    Vectors (norms and biases) have no weight decay. Embeddings have weight decay if `decay_embeddings` is set. They are
-    named `embed.*` or `relative.*`, in an encoder with the prefix `source_`. A tied head is an embedding.
+    Vectors (norms and biases) have no weight decay. Embeddings have weight decay if `decay_embeddings` is set. A tied
+    head is an embedding.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in parameters:
-        is_embedding = name.removeprefix("source_").startswith(("embed.", "relative."))
-        is_exempt_embedding = is_embedding and not config.decay_embeddings
-        (no_decay if len(full_shape(parameter)) < 2 or is_exempt_embedding else decay).append(parameter)
+        is_exempt_embedding = specs[name].is_embedding and not config.decay_embeddings
+        (decay if specs[name].decay and not is_exempt_embedding else no_decay).append(parameter)
     return decay, no_decay
 
 
-def select_muon_params(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+def select_muon_params(parameters: Iterable[tuple[str, nn.Parameter]], specs: ParamSpecs) -> dict[str, nn.Parameter]:
     """Return the parameters that Muon updates: the matrices of the blocks. AdamW updates embeddings and the head."""
-    return {name: parameter for name, parameter in parameters if name.startswith("blocks.") and parameter.ndim == 2}
+    return {name: parameter for name, parameter in parameters if specs[name].muon}

@@ -5,9 +5,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_llm.config.schema import Config
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.build_model import build_model
+from dist_llm.models.build_model import build_model, build_param_specs
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import get_init_rule, init_param_
+from dist_llm.models.init import init_param_
 from dist_llm.parallel.activation_checkpoint import checkpoint_blocks, compile_blocks
 from dist_llm.parallel.async_tp import enable_async_tp
 from dist_llm.parallel.context_parallel import apply_context_parallel
@@ -57,10 +57,10 @@ def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -
 
 def init_parameters(model: Decoder, config: Config) -> None:
     """Initialize each parameter, or its shard on this rank, as a function of (seed, name, element index)."""
+    specs = build_param_specs(config.model)
     for name, parameter in model.named_parameters():
         shard, offset = local_with_offset(parameter.detach())
-        rule = get_init_rule(name, parameter.shape, config.model)
-        init_param_(shard, name, rule, config.run.seed, parameter.shape, offset)
+        init_param_(shard, name, specs[name].init, config.run.seed, parameter.shape, offset)
 
 
 def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:

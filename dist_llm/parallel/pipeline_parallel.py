@@ -4,7 +4,7 @@ A stage is a range of consecutive blocks. A rank holds one stage, or two with an
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from dist_llm.config.derive import TWO_STAGE_SCHEDULES, is_gated
+from dist_llm.config.derive import TWO_STAGE_SCHEDULES
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
+from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder
 from dist_llm.objectives.batch import Batch
 from dist_llm.sharded import to_local
@@ -50,16 +51,16 @@ def split_layers(model: ModelConfig, num_stages: int, balance: str) -> list[rang
     """Assign a range of blocks to each stage, at least one block per stage.
 
     `balance` "count" gives all stages the same number of blocks, and "cost" gives all stages the same work. The unit of
-    work is a block. The head costs (weights of the head) / (weights of a block). The embedding costs a tenth of the
-    head, because its only expensive operation is the weight update. In an encoder-decoder, the blocks of the encoder
-    come first, and a decoder block counts as much as an encoder block.
+    work is the first block. Another block costs (its weights) / (weights of the first block), and so does the head. The
+    embedding costs a tenth of the head, because its only expensive operation is the weight update. In an
+    encoder-decoder, the blocks of the encoder come first, and a decoder block counts as much as an encoder block.
     """
     num_blocks = model.n_encoder_layers + model.n_layers
-    attention = 2 * model.d_model * model.head_dim * (model.n_heads + model.n_kv_heads)
-    feedforward = model.d_model * model.d_ff * (3 if is_gated(model) else 2)
-    head = model.vocab_size * model.d_model / (attention + feedforward) if balance == "cost" else 0.0
+    weights = [Block.cost(model.layer_config(layer)).weights for layer in range(num_blocks)]
+    block_costs = [num / weights[0] if balance == "cost" else 1.0 for num in weights]
+    head = model.vocab_size * model.d_model / weights[0] if balance == "cost" else 0.0
     # cost_before[i] is the work before block i. It begins with the embedding.
-    cost_before = [0.1 * head + layer for layer in range(num_blocks + 1)]
+    cost_before = [0.1 * head + before for before in accumulate(block_costs, initial=0.0)]
     cost_per_stage = (cost_before[-1] + head) / num_stages
     cuts = [0]
     for stage in range(1, num_stages):

@@ -212,6 +212,7 @@ class VocabParallelHead(Head):
     def __init__(self, head: Head, region: TensorParallelRegion) -> None:
         nn.Module.__init__(self)
         self.norm, self.dense, self.out, self.bias = head.norm, head.dense, head.out, head.bias
+        self.config = head.config
         self.vocab_size, self.softcap, self.loss = head.vocab_size, head.softcap, head.loss
         self.terms = head.terms
         self.region = region

@@ -1,23 +1,39 @@
-"""The tensor-parallel plan: shard each layer over `tp` by heads, hidden units or vocabulary rows."""
+"""The tensor-parallel plan: shard each layer over `tp` by heads, hidden units or vocabulary rows.
+
+The plan follows from the logical dimensions of the parameters (`ParamSpec.dims`): q, k, v, gate and up are sharded by
+their outputs, out and down by their inputs, the embedding and the head by their vocabulary rows.
+"""
+
+from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from dist_llm.models.attention import Attention, AttentionKernel
 from dist_llm.models.block import Block
-from dist_llm.models.decoder import Decoder, Head
+from dist_llm.models.decoder import Decoder, Embedding, Head
+from dist_llm.models.feedforward import FeedForward
 from dist_llm.parallel import fp8, tensor_parallel
+from dist_llm.parallel.context_parallel import AllGatherAttention
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
+from dist_llm.param_spec import ParamSpec, collect_param_specs
 
-# A layer without a rule of its own is replicated over `tp`: its class (key) is replaced by another class (value). A
+# A tensor is sharded over `tp` along the first of its dimensions that is listed here; otherwise it is replicated.
+SHARDED_DIMS = ("vocab", "heads", "kv_heads", "head_index", "ffn")
+
+# (class of a layer, dimension of its weight that is sharded; None: replicated) -> class that replaces it. A
 # column-parallel layer does not communicate, so with a replicated weight it serves as a replicated layer.
-REPLICATED_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: tensor_parallel.ColumnParallelLinear,
-    nn.Embedding: tensor_parallel.ColumnParallelEmbedding,
-    nn.LayerNorm: tensor_parallel.ReplicatedLayerNorm,
-    nn.RMSNorm: tensor_parallel.ReplicatedRMSNorm,
+TENSOR_PARALLEL_CLASSES: dict[tuple[type[nn.Module], int | None], type[nn.Module]] = {
+    (nn.Linear, 0): tensor_parallel.ColumnParallelLinear,
+    (nn.Linear, 1): tensor_parallel.RowParallelLinear,
+    (nn.Linear, None): tensor_parallel.ColumnParallelLinear,
+    (nn.Embedding, 0): tensor_parallel.VocabParallelEmbedding,
+    (nn.Embedding, 1): tensor_parallel.ColumnParallelEmbedding,
+    (nn.Embedding, None): tensor_parallel.ColumnParallelEmbedding,
+    (nn.LayerNorm, None): tensor_parallel.ReplicatedLayerNorm,
+    (nn.RMSNorm, None): tensor_parallel.ReplicatedRMSNorm,
 }
 
 
@@ -27,66 +43,57 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
     Each layer gets the same TensorParallelRegion: the collectives on the activations between the sharded matrices.
     """
     region = TensorParallelRegion(mesh, sequence_parallel)
+    specs = collect_param_specs(model)
     for path, module in list(model.named_modules()):
-        _parallelize_module(module, path, region)
-        if path.endswith(".kernel") and model.config.dropout and not sequence_parallel:
+        own_specs = {
+            name: specs[f"{path}.{name}".removeprefix(".")] for name, _ in module.named_parameters(recurse=False)
+        }
+        if own_specs:
+            _shard_layer(module, own_specs, region)
+        _register_hooks(module, region)
+        if isinstance(module, AttentionKernel | AllGatherAttention) and model.config.dropout and not sequence_parallel:
             tensor_parallel.fork_dropout_rng(module, mesh)
     if model.head is not None:
         assert isinstance(model.head, Head)
-        _distribute_param(model.head, "bias", Shard(0), region)
         model.head = tensor_parallel.VocabParallelHead(model.head, region)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters()), (
-        "every parameter must be a DTensor: the gradient norm counts replicated parameters only once"
-    )
 
 
-def _parallelize_module(module: nn.Module, path: str, region: TensorParallelRegion) -> None:
-    """Replace the class of a layer, shard its parameters, and register the hooks that communicate its inputs.
+def sharded_dim(spec: ParamSpec) -> int | None:
+    """Return the dimension along which a parameter is sharded over `tp`; None if it is replicated."""
+    return next((index for index, dim in enumerate(spec.dims) if dim in SHARDED_DIMS), None)
 
-    The last component of `path`, the path of the module in the model, selects the rule. Modules without a rule do not
-    change.
+
+def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: TensorParallelRegion) -> None:
+    """Distribute the parameters of a layer, and change its class to one that computes with the local shards."""
+    partial_grad_params = []
+    for name, spec in specs.items():
+        dim = sharded_dim(spec)
+        placement = Replicate() if dim is None else Shard(dim)
+        parameter = distribute_tensor(getattr(module, name), region.mesh, (placement,), src_data_rank=None)
+        setattr(module, name, nn.Parameter(parameter))
+        # A rank applies a replicated parameter to only a part of the tokens, or of the heads, so its gradient must be
+        # summed over ranks. `tensor_parallel.all_reduce_replicated_grads` does this once per step.
+        if dim is None and (region.sequence_parallel or spec.is_shared_by_heads):
+            partial_grad_params.append(name)
+    module.partial_grad_params = tuple(partial_grad_params)  # type: ignore[assignment]
+    if isinstance(module, Head):
+        return  # its only own parameter is a bias; VocabParallelHead replaces the module
+    if isinstance(module, nn.Linear):
+        module.matmul = fp8.float8_linear if isinstance(module, fp8.Float8Linear) else F.linear  # type: ignore[assignment]
+    layer_class = next(base for base in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm) if isinstance(module, base))
+    module.__class__ = TENSOR_PARALLEL_CLASSES[layer_class, sharded_dim(specs["weight"])]
+    module.region = region  # type: ignore[assignment]
+
+
+def _register_hooks(module: nn.Module, region: TensorParallelRegion) -> None:
+    """Register the hooks that communicate the inputs of a module.
+
+    The matrix products need all tokens. Under sequence parallelism, the layers between them get only the positions or
+    the stochastic-depth scale of the tokens of this rank.
     """
-    name = path.split(".")[-1]
-    # Attention shards its heads (q, k, v, out), and a feed-forward layer its hidden units (gate, up, down).
-    # The head `head.out` and the embedding `tokens` shard their vocabulary rows.
-    if name in ("q", "k", "v", "gate", "up") or path == "head.out":
-        _convert_layer(tensor_parallel.ColumnParallelLinear, module, region, weight=Shard(0), bias=Shard(0))
-    elif name in ("out", "down"):
-        _convert_layer(tensor_parallel.RowParallelLinear, module, region, weight=Shard(1), bias=Replicate())
-        # The bias is added to the tokens of this rank, so its gradient must be summed over ranks. The parameters in
-        # `partial_grad_params` are all-reduced once per step (tensor_parallel.all_reduce_replicated_grads).
-        module.partial_grad_params = ("bias",) if region.sequence_parallel else ()  # type: ignore[assignment]
-    elif name == "tokens":
-        _convert_layer(tensor_parallel.VocabParallelEmbedding, module, region, weight=Shard(0))
-    elif name == "table":  # relative position biases: one column per head
-        _convert_layer(tensor_parallel.ColumnParallelEmbedding, module, region, weight=Shard(1))
-    elif type(module) in REPLICATED_LAYERS:
-        _convert_layer(REPLICATED_LAYERS[type(module)], module, region, weight=Replicate(), bias=Replicate())
-        has_sharded_heads = name in ("norm_q", "norm_k")
-        if region.sequence_parallel or has_sharded_heads:  # a rank normalizes only a part of the tokens or heads
-            module.partial_grad_params = ("weight", "bias")  # type: ignore[assignment]
-    # Hooks: the matrix products need all tokens. Under sequence parallelism, the layers between them get only the
-    # positions or the stochastic-depth scale of the tokens of this rank.
-    if name in ("attention", "cross", "feedforward"):
+    if isinstance(module, Attention | FeedForward):
         module.register_forward_pre_hook(region.gather_inputs)
-    elif region.sequence_parallel and name in ("embed", "source_embed"):
+    elif region.sequence_parallel and isinstance(module, Embedding):
         module.register_forward_pre_hook(region.shard_positions)
     elif region.sequence_parallel and isinstance(module, Block):
         module.register_forward_pre_hook(region.shard_depth_scale)
-
-
-def _convert_layer(
-    layer_class: type[nn.Module], module: nn.Module, region: TensorParallelRegion, **placements: Placement
-) -> None:
-    """Change the class of `module` to `layer_class` and distribute the parameters named in `placements`."""
-    for name, placement in placements.items():
-        _distribute_param(module, name, placement, region)
-    if isinstance(module, nn.Linear):
-        module.matmul = fp8.float8_linear if isinstance(module, fp8.Float8Linear) else F.linear  # type: ignore[assignment]
-    module.__class__, module.region = layer_class, region  # type: ignore[assignment]
-
-
-def _distribute_param(module: nn.Module, name: str, placement: Placement, region: TensorParallelRegion) -> None:
-    if (parameter := getattr(module, name, None)) is not None:
-        sharded = distribute_tensor(parameter, region.mesh, (placement,), src_data_rank=None)
-        setattr(module, name, nn.Parameter(sharded))

@@ -22,7 +22,9 @@ from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import CheckpointError, UserError
+from dist_llm.models.build_model import build_param_specs
 from dist_llm.observe.metrics import read_rows
+from dist_llm.param_spec import list_vocab_params
 
 log = logging.getLogger("dist_llm")
 
@@ -52,7 +54,8 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
         if names:
             log.info("init_allow: parameters %s: %s", description, ", ".join(names))
     num_known_ids = min(read_config(path).model.vocab_size, config.model.vocab_size)
-    init_from_checkpoint(path, engine.state, config.init_optimizer == "keep", num_known_ids, added)
+    vocab_params = list_vocab_params(build_param_specs(config.model))
+    init_from_checkpoint(path, engine.state, config.init_optimizer == "keep", num_known_ids, vocab_params, added)
     log.info("starting from %s, which knows %d of the token ids", path, num_known_ids)
     if changed := [difference.key for difference in requested if difference.key != "objective"]:
         log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))

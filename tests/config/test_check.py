@@ -261,7 +261,12 @@ VIOLATIONS = [  # (changed keys, world size, key of the violation, pattern of th
         "share one table of relative positions, which cannot be split over stages",
     ),
     ({"model__n_heads": 5}, 1, "model.n_heads", "set n_heads to one of 1, 2, 4, 8, 16, 32, or set model.head_dim"),
-    ({"model__n_heads": 32}, 1, "model.n_heads", "a head has 1 dimensions; make d_model / n_heads even"),
+    (
+        {"model__n_heads": 32},
+        1,
+        "model.n_heads",
+        "a head has 1 dimensions; set an even head_dim, or make d_model / n_heads",
+    ),
     ({"model__head_dim": 7}, 1, "model.n_heads", "a head has 7 dimensions"),
     ({"model__n_kv_heads": 3}, 1, "model.n_kv_heads", "do not divide 4 query heads; set one of 1, 2, 4"),
     ({"model__vocab_size": 299}, 1, "model.vocab_size", "299 is smaller than the 300 ids .* at least 300, or null"),

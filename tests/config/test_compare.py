@@ -18,7 +18,7 @@ from dist_llm.config.compare import (
     find_resume_differences,
     get_function_keys,
 )
-from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.model_section import LayerKind, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.section import get_union_members
@@ -26,6 +26,8 @@ from dist_llm.models.attention_mask import CAUSAL, EncoderInput
 from dist_llm.models.build_model import build_model
 from tests.laws.law import make_config
 from tests.laws.layouts import T5
+
+KINDS: dict[str, Any] = {"layers": ["a", "b"], "kinds": {"a": {}, "b": {"rope_theta": 500.0}}}
 
 # For each key of the model: a value that differs from that of make_config(1, {}), and the keys that give it an effect.
 OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -58,6 +60,8 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "logit_cap": (5.0, {}),
     "dropout": (0.1, {}),
     "stochastic_depth": (0.1, {}),
+    "layers": (("b", "a"), KINDS),
+    "kinds": ({"a": LayerKind(), "b": LayerKind(rope_theta=100.0)}, KINDS),
     "init": ("xavier", {}),
     "init_std": (0.1, {}),
 }
@@ -86,7 +90,7 @@ def test_a_change_is_reported_by_the_role_of_its_key(key: str) -> None:
     of_function, of_training = find_function_differences(previous, current), find_other_differences(previous, current)
     expected = of_function if MODEL_ROLES[key] != "training" else of_training
     assert [(difference.key, difference.before, difference.now) for difference in expected] == [
-        (f"model.{key}", getattr(previous.model, key), getattr(current.model, key))
+        (f"model.{key}", previous.model.model_dump()[key], current.model.model_dump()[key])
     ]
     assert len(of_function) + len(of_training) == 1
     assert find_function_differences(previous, previous) == find_other_differences(previous, previous) == []
@@ -126,6 +130,10 @@ def test_a_change_without_effect_is_not_a_difference() -> None:
     biased = make_config(1, {"bias": True})
     assert find_function_differences(biased, change_model(biased, qkv_bias=True)) == []
     assert get_function_keys(biased.model)["rope_theta"] == 10_000.0
+    layered = make_config(1, KINDS)
+    kinds = {"x": LayerKind(), "y": LayerKind(rope_theta=500.0)}
+    assert find_function_differences(layered, change_model(layered, layers=("x", "y"), kinds=kinds)) == []
+    assert find_function_differences(previous, change_model(previous, layers=("x",), kinds=kinds)) == []
 
 
 def test_objectives_are_compared_by_their_effect_on_the_function() -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from dist_llm.config.check import check
 from dist_llm.config.check_effect import RULES
+from dist_llm.config.model_section import LayerKind
 from dist_llm.config.section import Section
 from dist_llm.config.sequence_lengths import compute_sequence_lengths
 from dist_llm.data.shard import Manifest, ShardWriter
@@ -126,6 +127,7 @@ def list_keys() -> set[str]:
         qualify_key(section, name)
         for section in iter_sections()
         for name, field in section.model_fields.items()
+        if section is not LayerKind  # has the keys of LayerKeys; only those that are set are read
         if not re.search(r"dist_llm\.config\.\w+\.\w", str(field.annotation))
     }
 

@@ -18,6 +18,7 @@ from dist_llm.config.optim_sections import AdamWConfig
 from dist_llm.models.attention_mask import EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
+from dist_llm.param_spec import collect_param_specs
 
 # All sizes are odd, so that each kind of partition has padding.
 SIZES: dict[str, Any] = {
@@ -65,7 +66,7 @@ def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[lis
     trained = [
         (param_name, parameter) for param_name, parameter in model.named_parameters() if param_name != FROZEN.get(name)
     ]
-    optimizer = build_optimizer(OPTIM, trained)
+    optimizer = build_optimizer(OPTIM, trained, collect_param_specs(model))
     for param_name, parameter in model.named_parameters():
         parameter.requires_grad_(param_name != FROZEN.get(name))
     names = {parameter: param_name for param_name, parameter in trained}

@@ -56,6 +56,16 @@ BOUNDED: dict[str, Any] = {
     "n_kv_heads": 4,
     "qkv_bias": True,
 }
+# Three kinds of layers, which differ in heads, positions, norms of queries and keys, and feed-forward. The last
+# repetition is cut.
+MIXED: dict[str, Any] = {
+    "layers": ["rotary", "unrotated", "wide"],
+    "kinds": {
+        "rotary": {"rope_theta": 500.0, "qk_norm": True},
+        "unrotated": {"positions": "none", "activation": "gelu", "d_ff": 80},
+        "wide": {"n_kv_heads": 8, "head_dim": 8, "attention_scale": 0.5, "qkv_bias": True},
+    },
+}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -66,6 +76,7 @@ MODELS = {
     "bart": BART,
     "encoder_decoder": ENCODER_DECODER,
     "bounded": BOUNDED,
+    "mixed": MIXED,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -236,6 +247,20 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     _with_sections(_layout(2, micro_batch=6, pp=2), **UL2),
     _with_sections(_layout(2, "gpt", tp=2), **DOCUMENTS, **UL2),
     _with_sections(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
+    # layers of several kinds
+    _layout(2, "mixed", micro_batch=4, dp_shard=2),
+    _layout(4, "mixed", micro_batch=3, dp_replicate=2, dp_shard=2),
+    _layout(2, "mixed", micro_batch=3, tp=2),
+    _layout(2, "mixed", tp=2, sequence_parallel=False),
+    _with_sections(_layout(2, "mixed", cp=2), **DOCUMENTS),
+    _layout(2, "mixed", micro_batch=6, pp=2),
+    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="gpipe"),
+    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
+    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="interleaved_zero_bubble"),
+    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="zbv"),
+    _with_sections(_layout(8, "mixed", micro_batch=4, dp_shard=2, cp=2, tp=2), **DOCUMENTS),
+    _with_sections(_layout(8, "mixed", micro_batch=6, pp=2, cp=2, tp=2), **DOCUMENTS),
+    _layout(8, "mixed", micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="zbv"),
     # bounded logits and stochastic depth
     _layout(2, "bounded", micro_batch=4, dp_shard=2),
     _layout(2, "bounded", micro_batch=3, tp=2),

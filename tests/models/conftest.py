@@ -5,7 +5,8 @@ import pytest
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model
-from dist_llm.models.init import get_init_rule, init_param_
+from dist_llm.models.init import init_param_
+from dist_llm.param_spec import collect_param_specs
 
 
 @pytest.fixture
@@ -26,9 +27,9 @@ def build(settings):
     def build_with(loss=None, seed=0, **changes):
         config = settings(**{"init_std": 0.3, **changes})
         model = build_model(config, loss or CrossEntropy()).eval()
+        specs = collect_param_specs(model)
         for name, parameter in model.named_parameters():
-            rule = get_init_rule(name, parameter.shape, config)
-            init_param_(parameter.detach(), name, rule, seed, parameter.shape, (0,) * parameter.ndim)
+            init_param_(parameter.detach(), name, specs[name].init, seed, parameter.shape, (0,) * parameter.ndim)
         return model
 
     return build_with

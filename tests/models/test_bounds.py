@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from dist_llm.models.build_model import build_model
+from dist_llm.models.build_model import build_model, build_param_specs
 from dist_llm.models.decoder import apply_softcap
-from dist_llm.models.init import get_init_rule
 from dist_llm.models.stochastic_depth import stochastic_depth_scale
 
 
@@ -73,23 +72,23 @@ def test_tfixup_scales_match_the_paper(layers, encoder, settings):
     """The scale is (9 N)^-1/4 in a decoder and 0.67 N^-1/4 in an encoder, and 1 for queries and keys (Huang et al.
     2020, 3.2)."""
     architecture = "encoder_decoder" if encoder else "decoder"
-    config = settings(init="tfixup", n_layers=layers, n_encoder_layers=encoder, architecture=architecture)
+    config = settings(init="tfixup", d_ff=32, n_layers=layers, n_encoder_layers=encoder, architecture=architecture)
     xavier = math.sqrt(6 / (32 + 32))
     outer = (9 * layers) ** -0.25 if encoder else 0.67 * layers**-0.25
-    name = f"blocks.{encoder}.attention"
-    assert get_init_rule(f"{name}.q.weight", (32, 32), config).scale == pytest.approx(xavier)
+    specs, name = build_param_specs(config), f"blocks.{encoder}.attention"
+    assert specs[f"{name}.q.weight"].init.scale == pytest.approx(xavier)
     for matrix in ("v", "out"):
-        assert get_init_rule(f"{name}.{matrix}.weight", (32, 32), config).scale == pytest.approx(xavier * outer)
-    assert get_init_rule("embed.tokens.weight", (20, 32), config).scale == pytest.approx(32**-0.5 * outer)
+        assert specs[f"{name}.{matrix}.weight"].init.scale == pytest.approx(xavier * outer)
+    assert specs["embed.tokens.weight"].init.scale == pytest.approx(32**-0.5 * outer)
     if encoder:
-        inner = get_init_rule("blocks.0.feedforward.up.weight", (32, 32), config).scale
+        inner = specs["blocks.0.feedforward.up.weight"].init.scale
         assert inner == pytest.approx(xavier * 0.67 * encoder**-0.25)
 
 
 def test_depth_init_shrinks_with_the_layer_number(settings):
     """The scale is that of Zhang et al. 2019, eq. 6."""
     config = settings(init="depth", n_layers=4)
-    scales = [get_init_rule(f"blocks.{layer}.attention.q.weight", (32, 32), config).scale for layer in range(4)]
+    scales = [build_param_specs(config)[f"blocks.{layer}.attention.q.weight"].init.scale for layer in range(4)]
     assert scales == pytest.approx([math.sqrt(6 / 64) / math.sqrt(number) for number in (1, 2, 3, 4)])
 
 
@@ -106,8 +105,9 @@ def test_all_architectures_have_init_rules(architecture, init, settings):
         norm_embedding=True,
         **encoder,
     )
+    specs = build_param_specs(config)
     for name, parameter in build_model(config).named_parameters():
-        rule = get_init_rule(name, parameter.shape, config)
+        rule = specs[name].init
         ones = parameter.ndim == 1 and name.endswith("weight")
         zeros = name.endswith("bias")
         assert (rule.constant, rule.scale > 0) == (float(ones), not (ones or zeros)), name

@@ -7,10 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from torch import nn
 
 from dist_llm import counter_rng
+from dist_llm.models.build_model import build_param_specs
 from dist_llm.models.decoder import Decoder
-from dist_llm.models.init import InitRule, get_init_rule, init_param_
+from dist_llm.models.init import init_param_
+from dist_llm.param_spec import InitRule, collect_param_specs
 
 NORMAL, UNIFORM = InitRule("normal", 0.5), InitRule("uniform", 0.5)
 
@@ -45,29 +48,29 @@ def test_values_are_independent_of_their_neighbours(rule):
         assert correlation.abs() < 0.012, "five standard errors of 1 / sqrt(n)"
 
 
+# Of a matrix with 64 inputs and 256 outputs.
 STANDARD_DEVIATIONS = {"gpt2": 0.02, "xavier": math.sqrt(6 / (256 + 64)) / math.sqrt(3), "he": math.sqrt(2 / 64)}
 
 
 @pytest.mark.parametrize("kind", STANDARD_DEVIATIONS)
 def test_parameters_have_the_configured_standard_deviation(kind, settings):
-    config = settings(init=kind, n_layers=8)
-    rule = get_init_rule("blocks.0.attention.q.weight", (256, 64), config)
+    specs = build_param_specs(settings(init=kind, n_layers=8, d_model=64, d_ff=256))
+    rule = specs["blocks.0.feedforward.up.weight"].init
     values = draw_values(rule, (256, 64))
     # The tolerance is five standard errors of a standard deviation, sd / sqrt(2n) = 0.0055 sd.
     assert float(values.std()) == pytest.approx(STANDARD_DEVIATIONS[kind], rel=0.028)
     assert abs(float(values.mean())) < 5 * STANDARD_DEVIATIONS[kind] / 128
-    out = get_init_rule("blocks.0.attention.out.weight", (256, 64), config)
-    down = get_init_rule("blocks.3.feedforward.down.weight", (256, 64), config)
-    divisor = 4 if kind == "gpt2" else 1  # sqrt(2 * 8 layers)
-    assert out.scale == down.scale == pytest.approx(rule.scale / divisor)
+    if kind == "gpt2":
+        out, down = (specs[f"blocks.3.{name}.weight"].init for name in ("attention.out", "feedforward.down"))
+        assert out.scale == down.scale == pytest.approx(rule.scale / 4), "1 / sqrt(2 * 8 layers)"
 
 
 def test_all_parameters_have_the_rule_of_their_kind(settings):
     """Matrices are random, embeddings normal(init_std), norms one, biases zero."""
     for kind in STANDARD_DEVIATIONS:
         config = settings(init=kind, bias=True, norm="layernorm", positions="learned")
-        for name, parameter in Decoder(config).named_parameters():
-            rule = get_init_rule(name, parameter.shape, config)
+        for name, spec in build_param_specs(config).items():
+            rule = spec.init
             if name.endswith(".bias"):
                 assert (rule.scale, rule.constant) == (0, 0)
             elif "norm" in name:
@@ -106,20 +109,18 @@ def test_all_elements_have_different_values(shape, monkeypatch):
     assert torch.equal(draw_values(NORMAL, slice_shape, offset=offset, full=shape), full[interior])
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("blocks.0.mixer.a_log", (8,)),  # a vector that is neither a norm nor a bias
-        ("blocks.0.mixer.dt_bias", (8,)),
-        ("blocks.0.experts.up.weight", (4, 8, 4)),
-        ("blocks.0.mixer.conv.weight", (8, 4)),
-        ("blocks.0.attention.q.bias", (8, 4)),
-        ("gate.weight", (8, 4)),
-    ],
-)
-def test_a_parameter_without_a_rule_is_an_error(name, shape, settings):
-    with pytest.raises(ValueError, match=f"parameter {name} of shape .* has no initial value"):
-        get_init_rule(name, shape, settings())
+def test_a_parameter_without_a_spec_is_an_error(settings):
+    model = Decoder(settings())
+    model.blocks["0"].attention.sinks = nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"no module describes parameter blocks\.0\.attention\.sinks"):
+        collect_param_specs(model)
+
+
+def test_a_spec_with_a_wrong_number_of_dimensions_is_an_error(settings):
+    model = Decoder(settings())
+    model.head.out.weight = nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"head\.out\.weight has 1 dimensions, its ParamSpec \('vocab', 'embed'\)"):
+        collect_param_specs(model)
 
 
 def test_values_do_not_depend_on_the_chunk_size(monkeypatch):

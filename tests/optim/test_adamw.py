@@ -9,6 +9,8 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import AdamWConfig, SGDConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.optim.build_optimizer import build_optimizer, split_weight_decay
+from dist_llm.param_spec import collect_param_specs
+from tests.optim.specs import MATRIX, VECTOR, make_spec
 
 STEPS = 1000
 IMPLEMENTATIONS = ("fused", "foreach")
@@ -47,7 +49,7 @@ def run_optimizer(config, rate, dtype):
     """Run the same steps with `build_optimizer`."""
     expected = {name: torch.tensor(target, dtype=dtype) for name, target in targets().items()}
     parameters = {name: nn.Parameter(torch.full_like(target, 0.5)) for name, target in expected.items()}
-    optimizer = build_optimizer(config, parameters.items())
+    optimizer = build_optimizer(config, parameters.items(), {name: make_spec(p) for name, p in parameters.items()})
     for t in range(1, STEPS + 1):
         for name, parameter in parameters.items():
             parameter.grad = gradient(parameter.detach() - expected[name], t)
@@ -76,7 +78,7 @@ def test_adamw_equals_the_algorithm_of_the_paper(implementation):
 def test_sgd_has_momentum_and_coupled_decay(momentum):
     config = SGDConfig(lr=0.1, momentum=momentum, weight_decay=0.01)
     parameter = nn.Parameter(torch.full((2, 2), 3.0, dtype=torch.float64))
-    optimizer = build_optimizer(config, [("w", parameter)])
+    optimizer = build_optimizer(config, [("w", parameter)], {"w": MATRIX})
     expected, velocity = 3.0, 0.0
     for t in range(1, 20):
         parameter.grad = torch.full((2, 2), float(t), dtype=torch.float64)
@@ -96,7 +98,9 @@ def test_norms_and_biases_have_no_weight_decay(tie, decay_embeddings):
         )
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = split_weight_decay(AdamWConfig(decay_embeddings=decay_embeddings), model.named_parameters())
+    groups = split_weight_decay(
+        AdamWConfig(decay_embeddings=decay_embeddings), model.named_parameters(), collect_param_specs(model)
+    )
     decay_names, no_decay_names = ({names[id(parameter)] for parameter in group} for group in groups)
 
     block = {f"attention.{matrix_name}.weight" for matrix_name in ("q", "k", "v", "out")}
@@ -113,7 +117,7 @@ def test_norms_and_biases_have_no_weight_decay(tie, decay_embeddings):
 def test_the_config_reaches_the_optimizer():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     config = AdamWConfig(lr=0.3, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.2)
-    optimizer = build_optimizer(config, [("w", matrix), ("b", vector)])
+    optimizer = build_optimizer(config, [("w", matrix), ("b", vector)], {"w": MATRIX, "b": VECTOR})
     by_decay = {group["weight_decay"]: group for group in optimizer.param_groups}
     assert by_decay[0.2]["params"] == [matrix]
     assert by_decay[0.0]["params"] == [vector]
@@ -122,4 +126,4 @@ def test_the_config_reaches_the_optimizer():
 
 
 def test_model_without_matrices_has_one_group():
-    assert len(build_optimizer(AdamWConfig(), [("b", nn.Parameter(torch.ones(2)))]).param_groups) == 1
+    assert len(build_optimizer(AdamWConfig(), [("b", nn.Parameter(torch.ones(2)))], {"b": VECTOR}).param_groups) == 1

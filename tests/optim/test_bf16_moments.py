@@ -8,6 +8,7 @@ from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.config.optim_sections import AdamWConfig
 from dist_llm.optim.adamw import BF16AdamW, stochastic_round_bf16
 from dist_llm.optim.build_optimizer import build_optimizer
+from tests.optim.specs import make_spec
 
 
 def random_bits(count: int) -> Tensor:
@@ -44,7 +45,7 @@ def test_a_second_moment_grows_where_round_to_nearest_stalls() -> None:
     """
     config = AdamWConfig(moments="bf16", beta2=0.999, lr=1e-9)
     parameter = nn.Parameter(torch.zeros(256, 16))
-    optimizer = build_optimizer(config, [("w", parameter)])
+    optimizer = build_optimizer(config, [("w", parameter)], {"w": make_spec(parameter)})
     nearest = torch.zeros((), dtype=torch.bfloat16)
     for _ in range(3000):
         parameter.grad = torch.ones_like(parameter)
@@ -59,7 +60,7 @@ def test_a_second_moment_grows_where_round_to_nearest_stalls() -> None:
 def run_steps(moments: str, shape: tuple[int, ...], count: int) -> tuple[Tensor, BF16AdamW]:
     parameter = nn.Parameter(torch.full(shape, 0.5))
     config = AdamWConfig(moments=moments, lr=1e-2, beta2=0.95, weight_decay=0.1)
-    optimizer = build_optimizer(config, [("w", parameter)])
+    optimizer = build_optimizer(config, [("w", parameter)], {"w": make_spec(parameter)})
     for step in range(count):
         parameter.grad = parameter.detach() - 0.1 + torch.randn(shape, generator=torch.Generator().manual_seed(step))
         optimizer.step()
@@ -90,7 +91,9 @@ def test_update_of_a_shard_equals_the_slice_of_the_full_update(monkeypatch) -> N
     monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", 20)
     parameter = nn.Parameter(torch.full((4, 5), 0.5))
     config = AdamWConfig(moments="bf16", lr=1e-2, beta2=0.95, weight_decay=0.1)
-    optimizer = build_optimizer(config, [("w", parameter)], local_with_offset=lambda tensor: (tensor, (6, 0)))
+    optimizer = build_optimizer(
+        config, [("w", parameter)], {"w": make_spec(parameter)}, local_with_offset=lambda tensor: (tensor, (6, 0))
+    )
     for step in range(20):
         noise = torch.randn(12, 5, generator=torch.Generator().manual_seed(step))
         parameter.grad = parameter.detach() - 0.1 + noise[6:10]
@@ -102,7 +105,9 @@ def test_resume_keeps_the_moments_in_bf16() -> None:
     """A checkpoint is loaded into the moments that `allocate_moments` creates. They must be bf16, not fp32."""
     model = nn.Module()
     model.w = nn.Parameter(torch.full((3, 4), 0.5))
-    state = TorchState(model, build_optimizer(AdamWConfig(moments="bf16"), model.named_parameters()))
+    state = TorchState(
+        model, build_optimizer(AdamWConfig(moments="bf16"), model.named_parameters(), {"w": make_spec(model.w)})
+    )
     state.allocate_moments({"optim.w.step": (), "optim.w.exp_avg": (3, 4), "optim.w.exp_avg_sq": (3, 4)})
     dtypes = {name: moment.dtype for name, moment in state.moments().items()}
     bf16 = torch.bfloat16

@@ -7,6 +7,8 @@ from torch import nn
 from dist_llm.config.optim_sections import AdamWConfig, MuonConfig, OptimConfig
 from dist_llm.optim.build_optimizer import build_optimizer, select_muon_params
 from dist_llm.optim.muon import newton_schulz, orthogonalize
+from dist_llm.param_spec import ZEROS, ParamSpec
+from tests.optim.specs import MATRIX, VECTOR
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16), (1, 8)])
@@ -35,6 +37,16 @@ def test_newton_schulz_ignores_the_scale() -> None:
     torch.testing.assert_close(newton_schulz(1e-12 * matrix), newton_schulz(matrix), rtol=1e-4, atol=1e-5)
 
 
+SPECS = {
+    "embed.tokens.weight": ParamSpec(("vocab", "embed"), ZEROS, is_embedding=True),
+    "blocks.0.attention.q.weight": MATRIX,
+    "blocks.0.feedforward.up.weight": MATRIX,
+    "blocks.0.norm_attention.weight": VECTOR,
+    "blocks.0.attention.q.bias": VECTOR,
+    "head.out.weight": ParamSpec(("vocab", "embed"), ZEROS),
+}
+
+
 def make_parameters() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
     shapes = {
@@ -50,7 +62,7 @@ def make_parameters() -> dict[str, nn.Parameter]:
 
 def run_steps(config: OptimConfig, count: int = 3) -> dict[str, torch.Tensor]:
     parameters_by_name = make_parameters()
-    optimizer = build_optimizer(config, parameters_by_name.items())
+    optimizer = build_optimizer(config, parameters_by_name.items(), SPECS)
     for step in range(count):
         generator = torch.Generator().manual_seed(step)
         for parameter in parameters_by_name.values():
@@ -65,7 +77,7 @@ def test_muon_applies_to_matrices_of_blocks_only() -> None:
     different_names = [name for name in muon if not torch.equal(muon[name], adamw[name])]
     assert (
         different_names
-        == list(select_muon_params(make_parameters().items()))
+        == list(select_muon_params(make_parameters().items(), SPECS))
         == [
             "blocks.0.attention.q.weight",
             "blocks.0.feedforward.up.weight",
@@ -91,7 +103,7 @@ def test_muon_steps_equal_the_definition() -> None:
 def test_muon_update_has_the_size_of_an_adamw_update() -> None:
     """With a large random gradient, the first AdamW update has an RMS of 1, and the Muon update 0.2 (Liu et al.)."""
     parameter = nn.Parameter(torch.zeros(64, 96))
-    optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("blocks.0.w", parameter)])
+    optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("w", parameter)], specs={"w": MATRIX})
     parameter.grad = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     assert parameter.detach().square().mean().sqrt() == pytest.approx(0.2, rel=0.15)
@@ -99,7 +111,7 @@ def test_muon_update_has_the_size_of_an_adamw_update() -> None:
 
 def test_missing_gradient_counts_as_zero() -> None:
     parameter = nn.Parameter(torch.zeros(4, 4))
-    optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("blocks.0.w", parameter)])
+    optimizer = build_optimizer(MuonConfig(lr=1.0, weight_decay=0.0), [("w", parameter)], specs={"w": MATRIX})
     parameter.grad = torch.eye(4)
     optimizer.step()
     before = parameter.detach().clone()
