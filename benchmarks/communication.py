@@ -123,13 +123,13 @@ CASES = (
 )
 
 RECOMPUTED_FORWARD = (
-    "Recomputation repeats the forward pass of each block with its collectives, except for the last reduce-scatter, "
-    "whose result is not needed: 3 A f(tp) per block."
+    "Recomputation repeats the forward pass of each block with its collectives. Only the last reduce-scatter is not "
+    "repeated, because backward does not need its result. This adds 3 A f(tp) bytes per block."
 )
 EMBEDDING = (
     "`always` frees all weights after forward and gathers them again for backward. Embedding and head are gathered as "
-    "one group. Backward reads the head's weights but not the embedding's, so the V D elements of the embedding are "
-    "gathered once more than needed: 4 V D f(s) bytes."
+    "one group. Backward needs the weights of the head, but not the V D weights of the embedding. Gathering these once "
+    "more adds 4 V D f(s) bytes."
 )
 # Why a layout sends over 5% more than its minimum, by the name of the case. `format_explanations` requires a reason
 # for each of these layouts and for no other.
@@ -139,14 +139,17 @@ REASONS = {
     "tp 2, recompute=full": RECOMPUTED_FORWARD,
     "tp 2, recompute=selective": (
         "Selective recomputation keeps the outputs of matrix products, attention and reductions in memory, but not the "
-        "gathered tensors: each block gathers its two inputs once more, 2 A f(tp)."
+        "gathered tensors. Each block gathers its two inputs once more, which adds 2 A f(tp) bytes."
     ),
-    "cp 2, recompute=full": "Recomputation gathers keys and values once more.",
+    "cp 2, recompute=full": "Recomputation gathers the keys and values of each block once more.",
     "tp 2, bf16": (
-        "Without FSDP the residual stream and the last norm are fp32. The output of the embedding, the input of the "
-        "head and the gradients of both have four bytes per element; those of the blocks have two."
+        "Without FSDP, the residual stream and the last norm are fp32. The output of the embedding, the input of the "
+        "head and their gradients have 4 bytes per element. The activations of the blocks have 2. The minimum assumes "
+        "2 everywhere."
     ),
-    "pp 2, 4 microbatches, bf16": "Without FSDP the residual stream, which the stages send, is fp32.",
+    "pp 2, 4 microbatches, bf16": (
+        "Without FSDP, the stages send the residual stream in fp32. The minimum assumes bf16."
+    ),
 }
 
 
@@ -468,53 +471,64 @@ def format_document(rows: Sequence[dict[str, Any]]) -> str:
     return f"""\
 # Communication
 
-This page compares the bytes that a rank sends in one optimizer step with the minimum that its layout needs. To plan a
-layout, use the formulas in [layouts.md](layouts.md#traffic).
+See how many bytes a rank sends in one optimizer step, and which layouts send more than they need. To plan a layout,
+use the formulas in [layouts.md](layouts.md#traffic).
 
 `python benchmarks/communication.py --write` writes this page; edit `benchmarks/communication.py` instead. The counts
 are from torch {torch.__version__} and Python {platform.python_version()}, with gloo on a CPU.
 
 {_wrap(workload, indent="")}
 
-- Over p ranks, an all-gather or a reduce-scatter of n bytes in total costs n (p - 1) / p, as in a ring. An all-reduce
-  costs twice that. A message of n bytes costs its sender n.
-- If ranks differ, the table shows the rank that sends most.
-- `calls` are collectives and sends over two or more ranks.
-- `benchmarks/communication.py:compute_minimum` computes the minimum.
-- `reshard` says when the weights that dp_shard gathers are freed. By default the blocks except the last are freed after
-  forward and gathered again for backward; the last block, the embedding and the head stay in memory. With pp nothing
-  is freed by default. `always` frees all of them after forward, and `never` frees none until the step ends.
+How to read the table:
+
+- `bytes` are the bytes that a rank sends. Over p ranks, an all-gather or reduce-scatter of a full tensor of n bytes
+  counts n (p - 1) / p, as in a ring. An all-reduce counts twice as much. A message of n bytes counts n at its sender.
+- If ranks send different amounts, the table shows the rank that sends most.
+- `calls` is the number of collectives and messages between two or more ranks.
+- `minimum` is the number of bytes that the layout needs (`benchmarks/communication.py:compute_minimum`). `excess` is
+  the share by which `bytes` exceeds it.
+- A case without a number of microbatches has one. `reduce_each_microbatch` reduces gradients after each microbatch;
+  otherwise they are reduced once per step.
+- `reshard` says when the weights that dp_shard gathers are freed. `always`: after forward, and they are gathered again
+  for backward. `never`: at the end of the step. `default`: like `always` for all blocks but the last; the last block,
+  the embedding and the head stay in memory. With pp, `default` means `never`.
 
 {format_overview(rows)}
 ## Layouts with an excess over 5%
 
-- V: vocabulary size; D: model width.
-- A: bytes of one activation tensor [B, S, D], where B and S are the sequences of a rank in the step and their length.
+- V: vocabulary size. D: width of the model.
+- A: bytes of one activation tensor [B, S, D]. B is the number of sequences of a rank in the step, S their length.
 - s: number of ranks over which the weights are sharded, dp_shard x cp.
 - f(p) = (p - 1) / p: the share of a tensor that an all-gather or a reduce-scatter over p ranks sends.
 
 {format_explanations(rows)}
-In all other layouts the remaining excess is a few scalars per step: the number of valid tokens, the loss, the gradient
-norm.
+In all other layouts, the excess consists of a few scalars per step: the number of valid tokens, the loss and the
+gradient norm.
 
 ## By mesh dimension
 
-Each mesh dimension has its own traffic. dp_shard gathers weights and reduce-scatters gradients, dp_replicate
-all-reduces gradients, tp gathers and reduce-scatters activations, cp does the same with keys and values and also shards
-the weights, and pp sends activations. All-reduces of up to 24 bytes are the scalars of the step.
+Each mesh dimension has its own traffic:
+
+- dp_shard all-gathers weights and reduce-scatters gradients.
+- dp_replicate all-reduces gradients.
+- tp all-gathers and reduce-scatters activations.
+- cp all-gathers keys and values and reduce-scatters their gradients. It also shards the weights, as dp_shard does.
+- pp sends activations and their gradients.
+
+All-reduces of up to 24 bytes are the scalars of the step.
 
 {format_by_axis(rows)}
 ## How it is counted
 
-A `TorchDispatchMode` sees each operator of the communication namespaces of torch before the backend runs it
-(`benchmarks/communication.py:WireCounter`). An unknown operator raises an error. The ranks of the process group
-determine the mesh dimensions. The bytes are computed from the shapes with the cost of a ring, so the counts do not
-depend on the backend.
+A `TorchDispatchMode` intercepts each communication operator of torch before the backend runs it
+(`benchmarks/communication.py:WireCounter`). An operator that the program does not know raises an error. The ranks of
+the process group of a call show to which mesh dimension the call belongs. The program computes the bytes from the
+shapes of the tensors and the cost of a ring, so the counts do not depend on the backend.
 
-What a backend sends depends on its algorithms. gloo implements a reduce-scatter as an all-reduce, which sends more than
-a ring. On CPUs, training therefore replaces gathers and reductions by point-to-point messages, which send as many bytes
-as the table says (`dist_llm/parallel/p2p_collectives.py`, `tests/laws/test_p2p_collectives.py`). This page counts the
-collectives, not these messages.
+The bytes that a backend really sends depend on its algorithms. gloo implements a reduce-scatter as an all-reduce, which
+sends more than a ring. On CPUs, training therefore replaces all-gathers and reduce-scatters by point-to-point messages
+(`dist_llm/parallel/p2p_collectives.py`). These messages send as many bytes as the table says
+(`tests/laws/test_p2p_collectives.py`). For this page, the collectives are counted instead of the messages.
 """
 
 
