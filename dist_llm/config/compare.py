@@ -14,6 +14,7 @@ from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
+from dist_llm.config.rope_sections import DynamicScaling, LongropeScaling
 from dist_llm.config.schema import Config, UnresolvedConfig
 
 # fixed: the key decides the function; weights trained with another value cannot be loaded.
@@ -35,19 +36,32 @@ MODEL_ROLES: dict[str, Role] = {
     "max_seq_len": "fixed",  # size of the table of learned positions; ignored for other positional encodings
     "positions": "requestable",
     "rope_theta": "requestable",
+    "rotary_fraction": "requestable",
+    "rope_scaling": "requestable",
+    "window": "requestable",
     "relative_buckets": "fixed",
     "relative_distance": "requestable",
     "norm": "requestable",
     "norm_eps": "requestable",
     "norm_order": "requestable",
+    "norm_weight": "requestable",
+    "norm_bias": "requestable",
     "norm_embedding": "requestable",
+    "parallel_residual": "requestable",
+    "embedding_scale": "requestable",
+    "residual_scale": "requestable",
+    "logit_scale": "requestable",
     "activation": "requestable",
     "bias": "requestable",
     "qkv_bias": "requestable",
+    "out_bias": "requestable",
+    "feedforward_bias": "requestable",
     "tie_embeddings": "requestable",
     "head": "requestable",
+    "head_bias": "requestable",
     "attention_scale": "requestable",
     "qk_norm": "requestable",
+    "attention_cap": "requestable",
     "logit_cap": "requestable",
     "dropout": "training",
     "stochastic_depth": "training",
@@ -84,6 +98,12 @@ PARAMETER_KEYS = {
         "activation",
         "bias",
         "qkv_bias",
+        "out_bias",
+        "feedforward_bias",
+        "norm_bias",
+        "norm_weight",
+        "parallel_residual",
+        "head_bias",
         "tie_embeddings",
         "head",
         "qk_norm",
@@ -106,16 +126,22 @@ class Difference:
 def get_function_keys(model: ModelConfig) -> dict[str, Any]:
     """Return the keys that decide the forward pass of a resolved model; a key without effect in this model is None."""
     fields = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
-    if model.positions != "rope":
-        fields["rope_theta"] = None
+    layers = [model.layer_config(layer) for layer in range(model.n_layers)]
+    if all(layer.positions != "rope" for layer in layers):
+        fields["rope_theta"] = fields["rotary_fraction"] = fields["rope_scaling"] = None
     if model.positions != "relative":
         fields["relative_buckets"] = fields["relative_distance"] = None
-    if model.positions != "learned":
+    depends_on_length = any(isinstance(layer.rope_scaling, DynamicScaling | LongropeScaling) for layer in layers)
+    if model.positions != "learned" and not depends_on_length:
         fields["max_seq_len"] = None  # records the training length; does not limit the model
     if model.architecture != "encoder_decoder":
         fields["n_encoder_layers"] = None
     fields["attention_scale"] = model.attention_scale or model.head_dim**-0.5
-    fields["qkv_bias"] = model.bias or model.qkv_bias
+    for name in ("qkv_bias", "out_bias", "feedforward_bias", "norm_bias"):
+        fields[name] = model.bias or fields[name]
+    if model.norm != "layernorm":
+        fields["norm_bias"] = False
+    fields["head_bias"] = model.head_bias or model.head == "mlm"
     # The names of the kinds do not matter. Either key may change the list of what differs in each layer.
     kinds_by_layer = [model.kinds[name].list_overrides() for name in model.layers]
     fields["layers"] = fields["kinds"] = kinds_by_layer if any(kinds_by_layer) else []
