@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
-from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.model_section import LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
-from dist_llm.config.rope_sections import DynamicScaling, LongropeScaling
 from dist_llm.config.schema import Config, UnresolvedConfig
 
 # fixed: the key decides the function; weights trained with another value cannot be loaded.
@@ -124,37 +123,56 @@ class Difference:
 
 
 def get_function_keys(model: ModelConfig) -> dict[str, Any]:
-    """Return the keys that decide the forward pass of a resolved model; a key without effect in this model is None."""
+    """Return the keys that decide the forward pass of a resolved model; a key without effect in this model is None.
+
+    A key that differs between layers has the list of the values of all layers, so the names of the kinds do not matter.
+    """
     fields = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
-    layers = [model.layer_config(layer) for layer in range(model.n_layers)]
-    if all(layer.positions != "rope" for layer in layers):
-        fields["rope_theta"] = fields["rotary_fraction"] = fields["rope_scaling"] = None
+    layers = [_get_layer_keys(model.layer_config(layer)) for layer in range(model.n_layers)]
+    for key in LayerKeys.model_fields:
+        values = [layer[key] for layer in layers]
+        fields[key] = values[0] if all(value == values[0] for value in values) else values
+    fields["layers"] = fields["kinds"] = None
+    depends_on_length = any(_depends_on_length(layer) for layer in layers)
     if model.positions != "relative":
         fields["relative_buckets"] = fields["relative_distance"] = None
-    depends_on_length = any(isinstance(layer.rope_scaling, DynamicScaling | LongropeScaling) for layer in layers)
     if model.positions != "learned" and not depends_on_length:
         fields["max_seq_len"] = None  # records the training length; does not limit the model
     if model.architecture != "encoder_decoder":
         fields["n_encoder_layers"] = None
-    fields["attention_scale"] = model.attention_scale or model.head_dim**-0.5
-    for name in ("qkv_bias", "out_bias", "feedforward_bias", "norm_bias"):
-        fields[name] = model.bias or fields[name]
-    if model.norm != "layernorm":
-        fields["norm_bias"] = False
+    fields["norm_bias"] = model.norm == "layernorm" and (model.bias or model.norm_bias)
     fields["head_bias"] = model.head_bias or model.head == "mlm"
-    # The names of the kinds do not matter. Either key may change the list of what differs in each layer.
-    kinds_by_layer = [model.kinds[name].list_overrides() for name in model.layers]
-    fields["layers"] = fields["kinds"] = kinds_by_layer if any(kinds_by_layer) else []
     return fields
+
+
+def _get_layer_keys(layer: ModelConfig) -> dict[str, Any]:
+    """Return the keys that decide the forward pass of a layer."""
+    fields: dict[str, Any] = {key: value for key, value in layer.model_dump().items() if key in LayerKeys.model_fields}
+    if layer.positions != "rope":
+        fields["rope_theta"] = fields["rotary_fraction"] = fields["rope_scaling"] = None
+    fields["attention_scale"] = layer.attention_scale or layer.head_dim**-0.5
+    for name in ("qkv_bias", "out_bias", "feedforward_bias"):
+        fields[name] = layer.bias or fields[name]
+    return fields
+
+
+def _depends_on_length(layer: dict[str, Any]) -> bool:
+    """Return whether the rotary frequencies of a layer depend on model.max_seq_len."""
+    scaling = layer["rope_scaling"]
+    return scaling is not None and scaling["name"] in ("dynamic", "longrope")
 
 
 def find_function_differences(before: Config, now: Config) -> list[Difference]:
     """List the differences that change the function: keys of `model`, and the objective. Both configs are resolved."""
     old, new = get_function_keys(before.model), get_function_keys(now.model)
     raw = before.model.model_dump(), now.model.model_dump()
-    # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported.
-    keys = [key for key in old if old[key] != new[key] and raw[0][key] != raw[1][key]]
-    differences = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in keys]
+    keys = [key for key in old if old[key] != new[key]]
+    # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported. A
+    # key of layers may differ because of their kinds.
+    changed_keys = [key for key in keys if raw[0][key] != raw[1][key]]
+    if any(key in LayerKeys.model_fields for key in keys):
+        changed_keys += [key for key in ("layers", "kinds") if raw[0][key] != raw[1][key]]
+    differences = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in changed_keys]
     objectives = _objective_of(before), _objective_of(now)
     return differences + ([Difference("objective", *objectives)] if objectives[0] != objectives[1] else [])
 

@@ -173,6 +173,10 @@ class UnresolvedModelConfig(StackKeys, LayerKeys, SizeKeys):
         changes = {name: value for name, value in overrides.items() if value is not None or name not in sizes}
         return self.model_copy(update=changes)
 
+    def layer_config(self, layer: int) -> Self:
+        """Return this config with the keys of one layer, counted from 0."""
+        return self.with_kind(self.layers[layer % len(self.layers)]) if self.layers else self
+
 
 class ModelConfig(UnresolvedModelConfig):
     """The section `model` with all sizes. `attention_scale` stays None if the default formula applies."""
@@ -184,7 +188,3 @@ class ModelConfig(UnresolvedModelConfig):
     d_ff: PositiveWidth
     vocab_size: IDs
     max_seq_len: IDs
-
-    def layer_config(self, layer: int) -> "ModelConfig":
-        """Return this config with the keys of one layer, counted from 0."""
-        return self.with_kind(self.layers[layer % len(self.layers)]) if self.layers else self

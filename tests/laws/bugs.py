@@ -396,7 +396,7 @@ def norm_over_all_heads_sees_only_the_heads_of_its_rank() -> Iterator[Any]:
 @register_bug
 def norm_over_all_heads_does_not_reduce_its_gradient() -> Iterator[Any]:
     """The sum of squares is reduced in forward; in backward each rank uses the gradient of its own heads."""
-    original = tensor_parallel.differentiable_collective
+    original = tensor_parallel.differentiable_collective  # type: ignore[attr-defined]
 
     def without_backward(x: torch.Tensor, forward: Any, backward: Any) -> torch.Tensor:
         is_sum_of_squares = x.shape[-1] == 1
@@ -408,7 +408,7 @@ def norm_over_all_heads_does_not_reduce_its_gradient() -> Iterator[Any]:
 
 @register_bug
 def windows_ignore_documents() -> Iterator[Any]:
-    original = attention._band_mask  # type: ignore[attr-defined]
+    original = attention._band_mask
     with patch.object(attention, "_band_mask", lambda mask, *args: original(replace(mask, documents_BT=None), *args)):
         yield
 
