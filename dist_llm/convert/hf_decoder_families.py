@@ -212,7 +212,7 @@ class _QwenWindows:
         return {**fields, "use_sliding_window": has_windows, "max_window_layers": first}
 
 
-def _every(period: int) -> Callable[[ConfigFields], list[str]]:
+def _full_each(period: int) -> Callable[[ConfigFields], list[str]]:
     """Each layer whose number is a multiple of `period`, counted from 1, attends to all tokens."""
 
     def read_types(fields: ConfigFields) -> list[str]:
@@ -317,7 +317,7 @@ DECODER_FAMILIES: dict[str, Family] = {
     "gemma": _make_family("GemmaForCausalLM", RMS_EPS, NO_BIAS, GEMMA_SCALE, tied=True, **GEMMA),
     "gemma2": _make_family(
         "Gemma2ForCausalLM",
-        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *CAPS, LayerTypes(_every(2))),
+        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *CAPS, LayerTypes(_full_each(2))),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
         tied=True,
@@ -329,7 +329,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *CAPS),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
-        rope=LayerTypes(_every(6), rope_by_type=True),
+        rope=LayerTypes(_full_each(6), rope_by_type=True),
         tied=True,
         norm_order="sandwich",
         qk_norm=True,
@@ -348,7 +348,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         "Olmo3ForCausalLM",
         *(RMS_EPS, NO_BIAS),
         names=REORDERED_NORMS,
-        rope=LayerTypes(_every(4), rope_by_type=True),
+        rope=LayerTypes(_full_each(4), rope_by_type=True),
         norm_order="reordered",
         qk_norm="all",
     ),
@@ -460,7 +460,7 @@ DECODER_FAMILIES: dict[str, Family] = {
     "cohere2": _make_family(
         "Cohere2ForCausalLM",
         *(LAYER_NORM_EPS, _AttentionBias(), Value("logit_scale", "logit_scale", 1.0)),
-        LayerTypes(_every(4), unrotated=True),
+        LayerTypes(_full_each(4), unrotated=True),
         names=PAIRED_ATTENTION_NAMES,
         norm="layernorm",
         parallel_residual="one_norm",

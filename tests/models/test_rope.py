@@ -52,9 +52,9 @@ def layer(settings):
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_equal_those_of_transformers(name, fraction, layer):
-    own_section, their_section = SCALINGS[name]
+    own_section, hf_section = SCALINGS[name]
     rope_type = own_section["name"]
-    theirs = LlamaConfig(
+    hf_config = LlamaConfig(
         hidden_size=HEAD_DIM,
         num_attention_heads=1,
         head_dim=HEAD_DIM,
@@ -63,10 +63,10 @@ def test_frequencies_equal_those_of_transformers(name, fraction, layer):
             "rope_type": rope_type,
             "rope_theta": THETA,
             "partial_rotary_factor": fraction,
-            **their_section,
+            **hf_section,
         },
     )
-    expected, expected_factor = ROPE_INIT_FUNCTIONS[rope_type](theirs, CPU, seq_len=own_section.get("length"))
+    expected, expected_factor = ROPE_INIT_FUNCTIONS[rope_type](hf_config, CPU, seq_len=own_section.get("length"))
     config = layer(rope_scaling=own_section, rotary_fraction=fraction)
     actual = compute_frequencies(config, CPU)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
@@ -78,7 +78,7 @@ def test_frequencies_equal_those_of_transformers(name, fraction, layer):
 @pytest.mark.parametrize("length", [64, 256])
 def test_longrope_equals_that_of_transformers(length, layer):
     short, long = [1.0 + index / 8 for index in range(16)], [2.0 + index / 4 for index in range(16)]
-    theirs = Phi3Config(
+    hf_config = Phi3Config(
         hidden_size=HEAD_DIM,
         num_attention_heads=1,
         max_position_embeddings=MAX_SEQ_LEN,
@@ -92,7 +92,7 @@ def test_longrope_equals_that_of_transformers(length, layer):
             "original_max_position_embeddings": 64,
         },
     )
-    expected, expected_factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, CPU, seq_len=length)
+    expected, expected_factor = ROPE_INIT_FUNCTIONS["longrope"](hf_config, CPU, seq_len=length)
     section = {"name": "longrope", "original_max_seq_len": 64, "short_factors": short, "long_factors": long}
     config = layer(rope_scaling={**section, "length": length})
     torch.testing.assert_close(compute_frequencies(config, CPU), expected, rtol=1e-6, atol=0)

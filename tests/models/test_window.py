@@ -80,14 +80,14 @@ def test_capped_scores_equal_the_definition():
 KINDS = {"layers": ["near", "full"], "kinds": {"near": {"window": 4}, "full": {"positions": "none"}}}
 
 
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 4, 2], [12]], ids=str)
-def test_a_rolling_cache_gives_the_logits_of_the_full_sequence(pieces, build):
+@pytest.mark.parametrize("lengths", [[1] * 12, [5, 1, 4, 2], [12]], ids=str)
+def test_a_rolling_cache_gives_the_logits_of_the_full_sequence(lengths, build):
     """The first layer has the window, so its cache is shorter than the sequence."""
     model = build(**KINDS).double()
     tokens = torch.arange(12)[None] * 7 % 20
     expected, cache = model(tokens), KVCache()
     logits, start = [], 0
-    for length in pieces:
+    for length in lengths:
         logits.append(model(tokens[:, start : start + length], cache=cache))
         start += length
         assert cache.length == start
