@@ -41,8 +41,9 @@ examples:
 
 A killed run leaves OUT.partial, which train does not accept. Run the same command again to resume it. Input files that
 were finished before the last resume point are not read again. A resume point comes after at least 8 MiB of text.
-The run starts over if an input file, the tokenizer, or an option that changes the corpus has changed. A resumed run
-writes the same bytes as an uninterrupted run.
+If an input file has changed, the run resumes at the last resume point before this file. The run starts over if the
+tokenizer, a file on which bpe:N was trained, or an option that changes the corpus has changed. A resumed run writes the
+same bytes as an uninterrupted run.
 
 The order of processing is: filters, deduplication, tokenizer.
 """
