@@ -24,7 +24,7 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
         raise DataError(f"--step {step}: the first is 1")
     segment = [segment for segment in history if segment.step < step][-1]
     segment_config, plan = open_segment(config, segment)
-    first_sample = plan.advance(segment.first, (step - 1 - segment.step) * segment.global_batch)
+    first_sample = plan.advance(segment.first_sample, (step - 1 - segment.step) * segment.global_batch)
     samples = plan.list_sample_numbers(first_sample, segment.global_batch)
     if rank is not None:
         ranks = ranks or config.parallel.dp_replicate * config.parallel.dp_shard
