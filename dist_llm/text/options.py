@@ -243,8 +243,8 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--max-bad-rate",
         type=float,
         default=defaults.max_bad_rate,
-        help="maximum fraction of malformed rows: up to it they are skipped, above it the run fails "
-        "(default: %(default)s)",
+        help="maximum fraction of bad rows (not UTF-8, not JSON, or no text under the key): up to it they are skipped, "
+        "above it the run fails (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the corpus at --out when the new corpus is complete"
