@@ -11,7 +11,7 @@ from dist_llm.data.streams import WindowStream
 from dist_llm.errors import DataError
 from dist_llm.text.tokenizer import Tokenizer
 
-SHOWN_CHARS = 300  # characters of a document that are printed without --whole
+SHOWN_CHARS = 300  # characters of a document that are printed without --full-text
 
 
 def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None = None, full_text: bool = False) -> None:
