@@ -53,7 +53,7 @@ from dist_llm.training.directories import open_directories
 from dist_llm.training.guard import RewindError
 from dist_llm.training.learning_rate_plan import plan_learning_rate
 from dist_llm.training.settings import read_vocabulary
-from dist_llm.training.trainer import SLOW_FACTOR, Trainer
+from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
 
@@ -179,7 +179,7 @@ class RunContext:
             log.error("%s", error.__notes__[-1])  # before `wait` below, which may take minutes
             raise
         finally:
-            watchdog.heartbeat("the end", SLOW_FACTOR)
+            watchdog.heartbeat("the end", LONG_ACTIVITY_TIMEOUT_FACTOR)
             trainer.loader.close()
             self.store.wait()
 
@@ -204,7 +204,7 @@ class RunContext:
 
         These are the samples of the last guard.skip_steps steps, unless the anomaly is a difference between ranks.
         """
-        self.watchdog.heartbeat("the rewind", SLOW_FACTOR)
+        self.watchdog.heartbeat("the rewind", LONG_ACTIVITY_TIMEOUT_FACTOR)
         trainer.loader.close()
         self.store.finish()
         checkpoint = self.store.latest_verified()

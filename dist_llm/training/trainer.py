@@ -45,7 +45,7 @@ from dist_llm.training.stragglers import StragglerMonitor
 
 log = logging.getLogger("dist_llm")
 
-SLOW_FACTOR = 30  # watchdog timeout of an evaluation or a checkpoint, in units of the timeout of a step
+LONG_ACTIVITY_TIMEOUT_FACTOR = 30  # multiplies the watchdog timeout of a step, for an evaluation or a checkpoint
 
 
 class Trainer:
@@ -127,11 +127,11 @@ class Trainer:
                 if should_evaluate:
                     self.evaluate()
                 if should_save:
-                    self.watchdog.heartbeat(f"the checkpoint of step {step}", SLOW_FACTOR)
+                    self.watchdog.heartbeat(f"the checkpoint of step {step}", LONG_ACTIVITY_TIMEOUT_FACTOR)
                     self.save()
                 if should_evaluate or should_save:
                     gc_control.collect(full=True)
-            self.watchdog.heartbeat("writing the last checkpoint", SLOW_FACTOR)
+            self.watchdog.heartbeat("writing the last checkpoint", LONG_ACTIVITY_TIMEOUT_FACTOR)
             self.store.finish()
         if stop_signal:
             signal_name = Signals(stop_signal).name
@@ -205,7 +205,11 @@ class Trainer:
         if self.heldout_data is None:
             return
         self.flush_metrics()
-        result = evaluate(self.engine, self.heldout_data, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR))
+
+        def heartbeat() -> None:
+            self.watchdog.heartbeat("an evaluation", LONG_ACTIVITY_TIMEOUT_FACTOR)
+
+        result = evaluate(self.engine, self.heldout_data, heartbeat)
         self.progress.heldout_loss = result.loss
         row: MetricsRow = {
             "step": self.progress.step,
