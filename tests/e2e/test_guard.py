@@ -132,7 +132,7 @@ def test_a_step_whose_replay_differs_ends_the_run(corpus: Path, tmp_path: Path) 
     options = ("guard.replay_every=5", "guard.digest_every=0", *SHARDED.overrides)
     code, output, remaining = wait_for_end(start_with_fault(("wrong_block", 1, 10), corpus, tmp_path, *options), 120)
     assert (code, remaining) == (1, []), output
-    assert "step 10: ranks do not agree: a step computed twice has other gradients" in output
+    assert "step 10: ranks do not agree: a step computed twice has different gradients" in output
     assert "resumed" not in output
     (tmp_path / "healthy").mkdir()
     commands.train(tmp_path / "healthy", corpus, *options, ranks=2)
