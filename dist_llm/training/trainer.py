@@ -97,7 +97,7 @@ class Trainer:
     def run(self, signals: StopSignals) -> int:
         """Train to run.steps. Evaluate and save at the intervals of the config, and at the end.
 
-        Return 0, or the stop signal after which the run was saved. Raises RewindError if the run has to rewind.
+        Return 0, or the stop signal after which the run was saved. Raises RewindRequest if the run has to rewind.
         """
         config, stop_signal = self.config, signals.agreed_signal()
         first_step = self.progress.step
@@ -189,12 +189,12 @@ class Trainer:
             self.compare_replicas()
 
     def compare_replicas(self) -> None:
-        """Raise DivergedError or RewindError on all ranks if replicas of the weights differ."""
+        """Raise DivergedError or RewindRequest on all ranks if replicas of the weights differ."""
         if replica_groups := self.engine.replica_groups:
             self.guard.report_divergence(self.progress.step, find_mismatches(replica_groups, self.world.host))
 
     def flush_metrics(self) -> None:
-        """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
+        """Write the metrics so far. Raises DivergedError or RewindRequest on all ranks if a step has an anomaly."""
         rows = self.recorder.flush()
         events = self.guard.check_metrics(rows) + self.stragglers.report(rows) + self.earlier_steps.compare(rows)
         if events:
