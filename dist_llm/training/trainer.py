@@ -181,7 +181,7 @@ class Trainer:
             lr=lr,
             tokens=progress.tokens,
             data_wait_seconds=data_wait_seconds,
-            by_source=report.by_source,
+            loss_and_tokens_by_source=report.loss_and_tokens_by_source,
             loss_terms=name_loss_terms(report, config.loss),
         )
         self.recorder.add(step_metrics)
