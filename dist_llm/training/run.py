@@ -214,10 +214,13 @@ class RunContext:
         num_skipped = self.config.guard.skip_steps if request.skips_samples else 0
         first_sample = loader.advance_steps(progress.samples, max(0, num_steps - num_skipped))
         end_sample = loader.advance_steps(first_sample, min(num_steps, num_skipped))
-        left_out = [(first_sample, end_sample)] if end_sample > first_sample else []
-        trainer = self.build_trainer(checkpoint, replace(guard_state, left_out=guard_state.left_out + left_out))
+        new_ranges = [(first_sample, end_sample)] if end_sample > first_sample else []
+        skipped_ranges = guard_state.skipped_ranges + new_ranges
+        trainer = self.build_trainer(checkpoint, replace(guard_state, skipped_ranges=skipped_ranges))
         event = f"{request}; rewound to step {progress.step}" + (
-            f", samples {first_sample} to {end_sample - 1} are skipped" if left_out else ", to repeat the same samples"
+            f", samples {first_sample} to {end_sample - 1} are skipped"
+            if new_ranges
+            else ", to repeat the same samples"
         )
         trainer.recorder.emit([{"step": progress.step, "event": event}])
         return trainer
@@ -254,8 +257,8 @@ def _build_history(
         return (segment,)
     saved_history = parse_history(checkpoint.read(HISTORY_FILE), f"{checkpoint}/{HISTORY_FILE}")
     progress = read_progress(checkpoint)
-    left_out = (guard_state or progress.guard).left_out
-    segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *left_out))})
+    skipped_ranges = (guard_state or progress.guard).skipped_ranges
+    segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *skipped_ranges))})
     may_change = config.data.on_change == "new_segment"
     return extend_history(saved_history, segment, progress.step, progress.samples, progress.tokens, may_change)
 

@@ -128,6 +128,7 @@ def test_the_z_score_matches_a_normal_distribution() -> None:
 def test_progress_stores_the_guard_state() -> None:
     before = Progress(3, 30, 300, guard=GuardState([1.0, 2.0], 4, [(3, 9)]))
     assert Progress.parse(json.dumps(before.as_dict()).encode()) == before
+    assert before.as_dict()["guard"] == {"losses": [1.0, 2.0], "num_used": 4, "left_out": [(3, 9)]}
     without_guard = {key: value for key, value in before.as_dict().items() if key != "guard"}
     assert Progress.parse(json.dumps(without_guard).encode()).guard == GuardState()
     guard_of_0_1 = {"losses": [1.0, 2.0], "spent": 4, "left_out": [[3, 9]]}
