@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--step", type=int, required=True, metavar="N", help="the first step is 1")
     action.add_argument("--rank", type=int, metavar="N", help="one data-parallel rank; default: all")
     action.add_argument("--ranks", type=int, metavar="N", help="number of data-parallel ranks; default: the run's")
-    action.add_argument("--whole", action="store_true", dest="full_text", help="print documents in full")
+    action.add_argument("--full-text", "--whole", action="store_true", help="print documents in full")
 
     action = add_action("find", "find_text:find_text", "list the steps that read the documents with a given text")
     action.add_argument("text", metavar="TEXT", help="text that the documents contain")

@@ -112,14 +112,14 @@ PARAMETER_KEYS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A dotted key whose value in a checkpoint's config differs from the current one."""
+    """A dotted key whose value in a checkpoint's config (`saved`) differs from the current one."""
 
     key: str
-    before: Any
-    now: Any
+    saved: Any
+    current: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before} in the checkpoint, {self.now} in this config"
+        return f"{self.key}: {self.saved} in the checkpoint, {self.current} in this config"
 
 
 def get_function_keys(model: ModelConfig) -> dict[str, Any]:
@@ -162,38 +162,47 @@ def _depends_on_length(layer: dict[str, Any]) -> bool:
     return scaling is not None and scaling["name"] in ("dynamic", "longrope")
 
 
-def find_function_differences(before: Config, now: Config) -> list[Difference]:
+def find_function_differences(saved: Config, current: Config) -> list[Difference]:
     """List the differences that change the function: keys of `model`, and the objective. Both configs are resolved."""
-    old, new = get_function_keys(before.model), get_function_keys(now.model)
-    raw = before.model.model_dump(), now.model.model_dump()
-    keys = [key for key in old if old[key] != new[key]]
-    # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported. A
-    # key of layers may differ because of their kinds.
-    changed_keys = [key for key in keys if raw[0][key] != raw[1][key]]
-    if any(key in LayerKeys.model_fields for key in keys):
-        changed_keys += [key for key in ("layers", "kinds") if raw[0][key] != raw[1][key]]
-    differences = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in changed_keys]
-    objectives = _objective_of(before), _objective_of(now)
-    return differences + ([Difference("objective", *objectives)] if objectives[0] != objectives[1] else [])
+    saved_function, current_function = get_function_keys(saved.model), get_function_keys(current.model)
+    saved_values, current_values = saved.model.model_dump(), current.model.model_dump()
+    keys = [key for key in saved_function if saved_function[key] != current_function[key]]
+    # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported.
+    changed_keys = [key for key in keys if saved_values[key] != current_values[key]]
+    # A key of a layer whose own value is equal differs because of the kinds of layers.
+    if any(key in LayerKeys.model_fields for key in set(keys) - set(changed_keys)):
+        changed_keys += [key for key in ("layers", "kinds") if saved_values[key] != current_values[key]]
+    differences = [Difference(f"model.{key}", saved_values[key], current_values[key]) for key in changed_keys]
+    saved_objective, current_objective = _objective_of(saved), _objective_of(current)
+    if saved_objective != current_objective:
+        differences.append(Difference("objective", saved_objective, current_objective))
+    return differences
 
 
-def find_other_differences(before: Config, now: Config) -> list[Difference]:
+def find_other_differences(saved: Config, current: Config) -> list[Difference]:
     """List the differences of the model sections that do not change the function."""
-    function_keys = {difference.key for difference in find_function_differences(before, now)}
-    pairs = zip(before.model.model_dump().items(), now.model.model_dump().values(), strict=True)
-    differences = [Difference(f"model.{key}", old, new) for (key, old), new in pairs if old != new]
+    function_keys = {difference.key for difference in find_function_differences(saved, current)}
+    saved_values, current_values = saved.model.model_dump(), current.model.model_dump()
+    differences = [
+        Difference(f"model.{key}", saved_values[key], current_values[key])
+        for key in saved_values
+        if saved_values[key] != current_values[key]
+    ]
     return [difference for difference in differences if difference.key not in function_keys]
 
 
-def find_resume_differences(before: Config, now: Config) -> list[Difference]:
+def find_resume_differences(saved: Config, current: Config) -> list[Difference]:
     """List the differences that prevent a resume. The objective and the data are compared with data.json instead."""
-    differences = [diff for diff in find_function_differences(before, now) if diff.key != "objective"]
-    rows_before = round_up(before.model.vocab_size, before.model.vocab_multiple)
-    rows_now = round_up(now.model.vocab_size, now.model.vocab_multiple)
-    if before.model.vocab_size == now.model.vocab_size and rows_before != rows_now:
-        differences.append(Difference("model.vocab_multiple", before.model.vocab_multiple, now.model.vocab_multiple))
-    masks = before.data.document_mask, now.data.document_mask
-    if masks[0] != masks[1] and now.data.on_change == "refuse":
+    differences = [
+        difference for difference in find_function_differences(saved, current) if difference.key != "objective"
+    ]
+    saved_rows = round_up(saved.model.vocab_size, saved.model.vocab_multiple)
+    current_rows = round_up(current.model.vocab_size, current.model.vocab_multiple)
+    if saved.model.vocab_size == current.model.vocab_size and saved_rows != current_rows:
+        multiples = saved.model.vocab_multiple, current.model.vocab_multiple
+        differences.append(Difference("model.vocab_multiple", *multiples))
+    masks = saved.data.document_mask, current.data.document_mask
+    if masks[0] != masks[1] and current.data.on_change == "refuse":
         differences.append(Difference("data.document_mask", *masks))
     return differences
 

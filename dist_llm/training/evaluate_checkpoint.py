@@ -141,4 +141,4 @@ def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], worl
                 f"it with --tokenizer {path}"
             )
     if not has_tokenizer and world.is_main:
-        print(f"{path} has no tokenizer: assuming that of the corpus")
+        print(f"{path} has no tokenizer: using the tokenizer of the corpus")

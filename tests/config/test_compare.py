@@ -103,7 +103,7 @@ def test_a_change_is_reported_by_the_role_of_its_key(key: str) -> None:
     previous, current = make_config_pair(key)
     of_function, of_training = find_function_differences(previous, current), find_other_differences(previous, current)
     expected = of_function if MODEL_ROLES[key] != "training" else of_training
-    assert [(difference.key, difference.before, difference.now) for difference in expected] == [
+    assert [(difference.key, difference.saved, difference.current) for difference in expected] == [
         (f"model.{key}", previous.model.model_dump()[key], current.model.model_dump()[key])
     ]
     assert len(of_function) + len(of_training) == 1
