@@ -17,9 +17,9 @@ from dist_llm.compat import functional_collectives
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.generation import Prompt, Sampling, generate_tokens
-from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.build_model import build_model
+from dist_llm.models.kv_cache import KVCache
 from dist_llm.objectives.batch import Batch
 from dist_llm.parallel.fsdp import apply_fsdp
 from dist_llm.parallel.mesh import build_mesh

@@ -16,10 +16,10 @@ from dist_llm.convert.offload import load_offloaded
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.process_group import select_device
 from dist_llm.launch.world import World
-from dist_llm.models.attention import KVCache
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask, EncoderInput
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
+from dist_llm.models.kv_cache import KVCache
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from dist_llm.config.derive import format_divisors, iter_layer_models
 from dist_llm.config.load import Violation
-from dist_llm.config.model_section import UnresolvedModelConfig
+from dist_llm.config.mixer_names import check_mixer
+from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, UnresolvedModelConfig
 from dist_llm.config.rope_sections import DynamicScaling, Llama3Scaling, LongropeScaling
 from dist_llm.config.schema import UnresolvedConfig
 
@@ -45,6 +46,12 @@ def _check_kind(model: UnresolvedModelConfig, name: str, overrides: Mapping[str,
         yield Violation(
             (f"model.kinds.{name}.positions",), f"{positions} applies to all layers; set it in model.positions"
         )
+    if overrides.get("mixer", model.mixer) != ATTENTION:
+        for key in ATTENTION_KEYS:
+            if key in overrides:
+                yield Violation(
+                    (f"model.kinds.{name}.{key}",), "only attention reads this key; remove it, or set mixer=attention"
+                )
     for key in ("rope_theta", "rotary_fraction", "rope_scaling"):
         if overrides.get(key) is not None and positions != "rope":
             yield Violation((f"model.kinds.{name}.{key}",), f"has no effect with positions {positions}; remove the key")
@@ -67,7 +74,7 @@ def check_each_kind(config: UnresolvedConfig, check_layer: LayerCheck) -> Iterat
 def _key_of_kind(model: UnresolvedModelConfig, kind: str | None, key: str) -> str:
     """Return the key of the kind instead of the key of `model`, if the kind sets it."""
     section, _, name = key.partition(".")
-    if kind is None or section != "model" or name not in model.kinds[kind].model_fields_set:
+    if kind is None or section != "model" or name.split(".")[0] not in model.kinds[kind].model_fields_set:
         return key
     return f"model.kinds.{kind}.{name}"
 
@@ -75,6 +82,9 @@ def _key_of_kind(model: UnresolvedModelConfig, kind: str | None, key: str) -> st
 def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of the heads, the rotation and the window of a layer."""
     model = config.model
+    yield from check_mixer(model, config.parallel.tp, config.parallel.cp)
+    if model.mixer != ATTENTION:
+        return
     if not model.head_dim and model.d_model % model.n_heads:
         yield Violation(
             ("model.n_heads", "model.d_model", "model.head_dim"),

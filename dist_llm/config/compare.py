@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
-from dist_llm.config.model_section import LayerKeys, ModelConfig
+from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import Config, UnresolvedConfig
 
@@ -26,6 +26,8 @@ MODEL_ROLES: dict[str, Role] = {
     "d_model": "fixed",
     "n_layers": "requestable",
     "n_encoder_layers": "fixed",  # block numbers start with the encoder, so decoder blocks would be renumbered
+    "mixer": "fixed",
+    "mixer_options": "fixed",
     "n_heads": "fixed",
     "n_kv_heads": "fixed",
     "head_dim": "fixed",
@@ -153,6 +155,8 @@ def _get_layer_keys(layer: ModelConfig) -> dict[str, Any]:
     fields["attention_scale"] = layer.attention_scale or layer.head_dim**-0.5
     for name in ("qkv_bias", "out_bias", "feedforward_bias"):
         fields[name] = layer.bias or fields[name]
+    if layer.mixer != ATTENTION:
+        fields |= dict.fromkeys(ATTENTION_KEYS)
     return fields
 
 

@@ -27,6 +27,9 @@ Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 IDs = Annotated[int, Field(ge=1, le=MAX_IDS)]
 
 
+ATTENTION = "attention"
+
+
 class SizeKeys(Section):
     """The keys of `model` that set the sizes of the stack."""
 
@@ -53,6 +56,12 @@ class SizeKeys(Section):
 class LayerKeys(Section):
     """The keys of `model` that may differ between layers. `model.kinds` overrides them for the layers of a kind."""
 
+    mixer: str = key(
+        "how tokens exchange information: attention, or a mixer that an installed package registers (examples/"
+        "custom_mixer)",
+        ATTENTION,
+    )
+    mixer_options: dict[str, Any] = key("keys of a registered mixer", {})
     n_heads: PositiveWidth = key("number of query heads")
     n_kv_heads: DerivedWidth = key("number of key-value heads (grouped-query attention); null: n_heads", None)
     head_dim: DerivedWidth = key("size of a head; null: d_model / n_heads", None)
@@ -86,6 +95,13 @@ class LayerKeys(Section):
         False,
     )
     attention_cap: Limit = key("softcap of attention scores: cap * tanh(score / cap) (Gemma 2)", None)
+
+
+# The keys of LayerKeys that other mixers than attention do not read.
+ATTENTION_KEYS = (
+    *("n_heads", "n_kv_heads", "head_dim", "positions", "rope_theta", "rotary_fraction", "rope_scaling", "window"),
+    *("qkv_bias", "out_bias", "attention_scale", "qk_norm", "attention_cap"),
+)
 
 
 class StackKeys(Section):

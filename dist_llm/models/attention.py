@@ -1,4 +1,4 @@
-"""Grouped-query attention, its KV cache, and the choice of the attention kernel."""
+"""Grouped-query attention, and the choice of the attention kernel."""
 
 from dataclasses import replace
 from functools import cache
@@ -15,6 +15,8 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
 from dist_llm.models.init import block_matrix_init
+from dist_llm.models.kv_cache import KVCache
+from dist_llm.models.mixer import Mixer
 from dist_llm.models.norm import RMSNorm
 from dist_llm.models.rope import RotaryCosSin, apply_rotary
 from dist_llm.param_spec import ParamSpec, linear_specs, norm_specs
@@ -24,41 +26,14 @@ from dist_llm.param_spec import ParamSpec, linear_specs, norm_specs
 MIN_BLOCK = 64  # queries of a block in `banded_attention`, so that narrow windows do not make tiny products
 
 
-class KVCache:
-    """Keys and values of each layer, for generation: of the tokens so far, and of the encoder output (the memory).
-
-    A layer with a window keeps only the keys and values that the next query can attend to.
-
-    Not a dataclass: FSDP's mixed-precision input casting copies dataclasses, so updates to the cache would be lost.
-    """
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.memory: dict[int, tuple[Tensor, Tensor]] = {}
-        self.length = 0  # number of cached tokens, which the model counts
-
-    def append(self, layer: int, k_BSKE: Tensor, v_BSKE: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens, [B, S, K, E].
-
-        Return those that the new tokens may attend to, [B, T, K, E].
-        """
-        k_BTKE, v_BTKE = k_BSKE, v_BSKE
-        if layer in self.layers:
-            k_cached, v_cached = self.layers[layer]
-            k_BTKE, v_BTKE = torch.cat((k_cached, k_BSKE), dim=1), torch.cat((v_cached, v_BSKE), dim=1)
-        # A next query attends to itself and to the window - 1 tokens before it.
-        num_kept = k_BTKE.shape[1] if window is None else min(window - 1, k_BTKE.shape[1])
-        first = k_BTKE.shape[1] - num_kept
-        self.layers[layer] = (k_BTKE[:, first:], v_BTKE[:, first:])
-        return k_BTKE, v_BTKE
-
-
-class Attention(nn.Module):
+class Attention(Mixer):
     """Grouped-query self-attention (Ainslie et al. 2023). `mask` says which keys each query attends to."""
 
+    supports_context_parallel = True
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer, self.head_dim = config, layer, config.head_dim
+        super().__init__(config, layer)
+        self.head_dim = config.head_dim
         bias = config.bias or config.qkv_bias
         self.normalizes_each_head = config.qk_norm is True
         self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=bias)

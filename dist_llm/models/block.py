@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
-from dist_llm.models.attention import Attention, CrossAttention, KVCache
+from dist_llm.models.attention import Attention, CrossAttention
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
 from dist_llm.models.feedforward import FeedForward
+from dist_llm.models.kv_cache import KVCache
+from dist_llm.models.mixer import get_mixer_class
 from dist_llm.models.norm import build_norm
 from dist_llm.models.rope import RotaryCosSin
 from dist_llm.param_spec import ParamSpec, norm_specs
@@ -31,7 +33,9 @@ class Block(nn.Module):
         self.config = config
         self.normalizes_input = config.norm_order in ("pre", "sandwich")
         self.norm_attention = build_norm(config)
-        self.attention = Attention(config, layer)
+        mixer = get_mixer_class(config.mixer)(config, layer)
+        self.attention = mixer if isinstance(mixer, Attention) else None
+        self.mixer = None if isinstance(mixer, Attention) else mixer
         self.norm_cross = build_norm(config) if has_cross_attention else None
         self.cross = CrossAttention(config, layer) if has_cross_attention else None
         self.norm_feedforward = build_norm(config) if config.parallel_residual != "one_norm" else None
@@ -43,8 +47,8 @@ class Block(nn.Module):
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:
-        """Return the cost of self-attention and feed-forward; cross-attention depends on the encoder input."""
-        return Attention.cost(config) + FeedForward.cost(config)
+        """Return the cost of the mixer and the feed-forward layer; cross-attention depends on the encoder input."""
+        return get_mixer_class(config.mixer).cost(config) + FeedForward.cost(config)
 
     def param_specs(self) -> dict[str, ParamSpec]:
         """Describe the parameters of the norms. The sublayers describe their own."""
@@ -74,7 +78,10 @@ class Block(nn.Module):
             return out_BSD if depth_scale_BS1 is None else out_BSD * depth_scale_BS1.to(out_BSD.dtype)
 
         def attend(x_BSD: Tensor) -> Tensor:
-            return self.attention(x_BSD, rotation, mask, cache)
+            mixer = self.mixer if self.attention is None else self.attention
+            assert mixer is not None
+            out_BSD: Tensor = mixer(x_BSD, rotation, mask, cache)
+            return out_BSD
 
         if self.config.parallel_residual != "off":
             normed_BSD = cast_to_autocast_dtype(self.norm_attention(x_BSD))

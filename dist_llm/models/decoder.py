@@ -19,11 +19,12 @@ from dist_llm.config.derive import round_up
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy, LossTerms
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
-from dist_llm.models.attention import KVCache, materialize_mask
+from dist_llm.models.attention import materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
 from dist_llm.models.feedforward import ACTIVATIONS
 from dist_llm.models.init import embedding_init, matrix_init
+from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.norm import build_norm
 from dist_llm.models.positional_encoding import RelativeBias, SinusoidalEncoding
 from dist_llm.models.rope import RotaryCosSin, compute_rotary_cos_sin

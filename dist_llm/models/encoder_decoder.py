@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
-from dist_llm.models.attention import KVCache, materialize_mask
+from dist_llm.models.attention import materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput
 from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder, Embedding
+from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.norm import build_norm
 from dist_llm.models.positional_encoding import RelativeBias
 from dist_llm.param_spec import ParamSpec, norm_specs

@@ -24,8 +24,8 @@ from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce
 def apply_context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Replace each attention kernel in `model` by an AllGatherAttention. `mesh` is the cp dimension."""
     for block in model.blocks.values():
-        attention = block.attention
-        attention.kernel = AllGatherAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
+        if (attention := block.attention) is not None:  # `check` refuses mixers that do not support this
+            attention.kernel = AllGatherAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]
 
 
 def shard_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:

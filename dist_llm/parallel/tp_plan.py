@@ -11,10 +11,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dist_llm.models.attention import Attention, AttentionKernel
+from dist_llm.models.attention import AttentionKernel
 from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder, Embedding, Head
 from dist_llm.models.feedforward import FeedForward
+from dist_llm.models.mixer import Mixer
 from dist_llm.models.norm import LayerNorm, RMSNorm
 from dist_llm.parallel import fp8, tensor_parallel
 from dist_llm.parallel.context_parallel import AllGatherAttention
@@ -37,6 +38,7 @@ TENSOR_PARALLEL_CLASSES: dict[tuple[type[nn.Module], int | None], type[nn.Module
     (RMSNorm, None): tensor_parallel.ReplicatedRMSNorm,
     (RMSNorm, 0): tensor_parallel.ShardedRMSNorm,
 }
+LAYER_CLASSES = (nn.Linear, nn.Embedding, LayerNorm, RMSNorm)
 
 
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
@@ -78,11 +80,11 @@ def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: Tens
         if dim is None and (region.sequence_parallel or spec.is_shared_by_heads):
             partial_grad_params.append(name)
     module.partial_grad_params = tuple(partial_grad_params)  # type: ignore[assignment]
-    if isinstance(module, Head):
-        return  # its only own parameter is a bias; VocabParallelHead replaces the module
+    layer_class = next((base for base in LAYER_CLASSES if isinstance(module, base)), None)
+    if layer_class is None:
+        return  # a module that reads its own parameters: a mixer, or the head, which VocabParallelHead replaces
     if isinstance(module, nn.Linear):
         module.matmul = fp8.float8_linear if isinstance(module, fp8.Float8Linear) else F.linear  # type: ignore[assignment]
-    layer_class = next(base for base in (nn.Linear, nn.Embedding, LayerNorm, RMSNorm) if isinstance(module, base))
     module.__class__ = TENSOR_PARALLEL_CLASSES[layer_class, sharded_dim(specs["weight"])]
     module.region = region  # type: ignore[assignment]
 
@@ -93,7 +95,7 @@ def _register_hooks(module: nn.Module, region: TensorParallelRegion) -> None:
     The matrix products need all tokens. Under sequence parallelism, the layers between them get only the positions or
     the stochastic-depth scale of the tokens of this rank.
     """
-    if isinstance(module, Attention | FeedForward):
+    if isinstance(module, Mixer | FeedForward):
         module.register_forward_pre_hook(region.gather_inputs)
     elif region.sequence_parallel and isinstance(module, Embedding):
         module.register_forward_pre_hook(region.shard_positions)

@@ -92,7 +92,9 @@ def make_config_pair(key: str) -> tuple[Config, Config]:
 
 
 def test_every_key_has_a_role() -> None:
-    assert set(MODEL_ROLES) == set(ModelConfig.model_fields) == set(OTHER_VALUES), "classify the new key of ModelConfig"
+    assert set(MODEL_ROLES) == set(ModelConfig.model_fields), "classify the new key of ModelConfig"
+    of_other_packages = {"mixer", "mixer_options"}
+    assert set(MODEL_ROLES) - of_other_packages == set(OTHER_VALUES), "give another value of the new key"
     objective_keys = {key for member in get_union_members(ObjectiveConfig).values() for key in member.model_fields}
     assert set(OBJECTIVE_ROLES) == objective_keys, "classify the new key of the objectives"
     assert set(REQUESTABLE) >= PARAMETER_KEYS

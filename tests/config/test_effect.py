@@ -80,6 +80,7 @@ READ_ELSEWHERE = {
     *(f"GuardConfig.{name}" for name in ("spike_z", "skip_steps", "budget")),
     "AccelerateConfig.plugin",
     "CheckpointConfig.probe",  # read if a probe differs
+    "LayerKeys.mixer_options",  # read by the mixer of another package (tests/test_custom_mixer.py)
     *(f"{scaling.__name__}.name" for scaling in get_union_members(RopeScaling).values()),  # selects the class
 }
 LONG = {"factor": 2.0, "original_max_seq_len": 8}

@@ -5,7 +5,7 @@ import torch
 
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.models.attention import KVCache
+from dist_llm.models.kv_cache import KVCache
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import MODELS, SGD, Layout

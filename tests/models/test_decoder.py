@@ -7,9 +7,10 @@ import torch
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
-from dist_llm.models.attention import KVCache, scaled_dot_product
+from dist_llm.models.attention import scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, FULL
 from dist_llm.models.decoder import Decoder, Embedding
+from dist_llm.models.kv_cache import KVCache
 
 GPT2 = {
     "positions": "learned",

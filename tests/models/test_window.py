@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_llm.models.attention import KVCache, banded_attention, can_use_bands, materialize_mask, scaled_dot_product
+from dist_llm.models.attention import banded_attention, can_use_bands, materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL
+from dist_llm.models.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 DOCUMENTS = torch.tensor([[0] * 13 + [1] * 40 + [2] * 147, [0] * 100 + [1] * 100])
