@@ -42,6 +42,11 @@ def check_layers(model: UnresolvedModelConfig) -> Iterator[Violation]:
 def _check_kind(model: UnresolvedModelConfig, name: str, overrides: Mapping[str, Any]) -> Iterator[Violation]:
     # A kind can only switch rotation on or off: other positional encodings belong to the model.
     positions = overrides.get("positions", model.positions)
+    if "positions" in overrides and model.positions in ("relative", "alibi"):
+        yield Violation(
+            (f"model.kinds.{name}.positions", "model.positions"),
+            f"has no effect with model.positions={model.positions}, whose bias all layers have; remove the key",
+        )
     if overrides.get("positions") not in (None, "rope", "none"):
         yield Violation(
             (f"model.kinds.{name}.positions",), f"{positions} applies to all layers; set it in model.positions"
@@ -55,10 +60,10 @@ def _check_kind(model: UnresolvedModelConfig, name: str, overrides: Mapping[str,
     for key in ("rope_theta", "rotary_fraction", "rope_scaling"):
         if overrides.get(key) is not None and positions != "rope":
             yield Violation((f"model.kinds.{name}.{key}",), f"has no effect with positions {positions}; remove the key")
-    if "n_heads" in overrides and model.positions == "relative":
+    if "n_heads" in overrides and model.positions in ("relative", "alibi"):
         yield Violation(
             (f"model.kinds.{name}.n_heads", "model.positions"),
-            "all layers share the table of relative positions, which has a column per head; remove the key",
+            f"all layers share the bias of {model.positions} positions, which has a value per head; remove the key",
         )
 
 

@@ -70,8 +70,9 @@ class LayerKeys(Section):
         "a multiple of 64",
         None,
     )
-    positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = key(
-        "positional encoding; relative: a learned bias per head and distance, shared by all layers (T5)",
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "alibi", "none"] = key(
+        "positional encoding; relative: a learned bias per head and distance, shared by all layers (T5); alibi: a "
+        "fixed bias that grows with the distance (BLOOM)",
         "rope",
     )
     rope_theta: PositiveFloat = key("rope: base of the rotary frequencies", 10_000.0)

@@ -127,8 +127,8 @@ def _make_family(
     hf_class: str,
     *codecs: Any,
     names: Mapping[str, ModuleName] = {},
-    sizes: Sizes = LLAMA_SIZES,
-    activation: Activation = LLAMA_ACTIVATION,
+    sizes: Any = LLAMA_SIZES,
+    activation: Any = LLAMA_ACTIVATION,
     rope: Any = LLAMA_ROPE,
     other_names: Mapping[str, ModuleName] = OTHER_NAMES,
     prefix: str = "model.layers.{}.",
@@ -268,6 +268,32 @@ class _ParallelResidual:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         return {"use_parallel_residual": model.parallel_residual != "off"}
+
+
+class _BloomSizes:
+    """The sizes of BLOOM. Its positions have no limit; ours record seq_length, the length of the training."""
+
+    def read(self, fields: ConfigFields) -> dict[str, Any]:
+        d_model, n_heads = fields["hidden_size"], fields.get("n_head") or fields["num_attention_heads"]
+        fields.get("num_attention_heads")
+        fields.get("slow_but_exact")  # another order of the same sums
+        return {
+            "d_model": d_model,
+            "n_layers": fields.get("n_layer") or fields["num_hidden_layers"],
+            "n_heads": n_heads,
+            "n_kv_heads": n_heads,
+            "head_dim": d_model // n_heads,
+            "d_ff": 4 * d_model,
+            "max_seq_len": fields.get("seq_length", 2048),
+        }
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        return {
+            "hidden_size": model.d_model,
+            "n_layer": model.n_layers,
+            "n_head": model.n_heads,
+            "seq_length": model.max_seq_len,
+        }
 
 
 class _FalconLayout:
@@ -517,5 +543,29 @@ DECODER_FAMILIES: dict[str, Family] = {
         tied=True,
         bias=True,
         norm="layernorm",
+    ),
+    "bloom": _make_family(
+        "BloomForCausalLM",
+        *(Value("layer_norm_epsilon", "norm_eps", 1e-5), Constant("apply_residual_connection_post_layernorm", False)),
+        names={
+            **{f"attention.{name}": Part("self_attention.query_key_value", _by_group(name)) for name in "qkv"},
+            "attention.out": "self_attention.dense",
+            "feedforward.up": "mlp.dense_h_to_4h",
+            "feedforward.down": "mlp.dense_4h_to_h",
+        },
+        other_names={
+            "embed.tokens": "transformer.word_embeddings",
+            "embed.norm": "transformer.word_embeddings_layernorm",
+            "head.norm": "transformer.ln_f",
+            "head.out": "lm_head",
+        },
+        prefix="transformer.h.{}.",
+        sizes=_BloomSizes(),
+        activation=Derived("activation", lambda fields: "gelu_tanh"),
+        rope=Derived("positions", lambda fields: "alibi"),
+        tied=True,
+        bias=True,
+        norm="layernorm",
+        norm_embedding=True,
     ),
 }

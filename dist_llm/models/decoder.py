@@ -26,7 +26,7 @@ from dist_llm.models.feedforward import ACTIVATIONS
 from dist_llm.models.init import embedding_init, matrix_init
 from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.norm import build_norm
-from dist_llm.models.positional_encoding import RelativeBias, SinusoidalEncoding
+from dist_llm.models.positional_encoding import AlibiBias, RelativeBias, SinusoidalEncoding
 from dist_llm.models.rope import RotaryCosSin, compute_rotary_cos_sin
 from dist_llm.models.stochastic_depth import stochastic_depth_scale
 from dist_llm.param_spec import ZEROS, ParamSpec, linear_specs, norm_specs
@@ -161,9 +161,11 @@ class Decoder(nn.Module):
         self.config = config
         self.is_first_stage = self.is_last_stage = True
         self.embed: Embedding | None = Embedding(config)
-        self.relative: RelativeBias | None = None
+        self.relative: RelativeBias | AlibiBias | None = None
         if config.positions == "relative":
             self.relative = RelativeBias(config, bidirectional=config.architecture == "encoder")
+        elif config.positions == "alibi":
+            self.relative = AlibiBias(config.n_heads)
         # Keyed by layer number, so that the parameters of a pipeline stage have the same names as in the full model.
         self.blocks = nn.ModuleDict(
             {str(layer): Block(config.layer_config(layer), layer) for layer in range(config.n_layers)}
@@ -247,7 +249,7 @@ class Decoder(nn.Module):
     def _materialize_masks(
         self,
         mask: AttentionMask,
-        relative: RelativeBias | None,
+        relative: RelativeBias | AlibiBias | None,
         shape_BS: tuple[int, int],
         num_cached: int,
         device: torch.device,
@@ -274,7 +276,7 @@ class Decoder(nn.Module):
         return by_layer
 
     def _relative_bias(
-        self, relative: RelativeBias, mask: AttentionMask, S: int, T: int, device: torch.device
+        self, relative: RelativeBias | AlibiBias, mask: AttentionMask, S: int, T: int, device: torch.device
     ) -> Tensor:
         """Return the relative position bias of the last S of T tokens, or of `mask.query_positions_BS`, [H, S, T]."""
         keys_T = torch.arange(T, device=device)

@@ -17,7 +17,7 @@ from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder, Embedding
 from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.norm import build_norm
-from dist_llm.models.positional_encoding import RelativeBias
+from dist_llm.models.positional_encoding import AlibiBias, RelativeBias
 from dist_llm.param_spec import ParamSpec, norm_specs
 
 
@@ -29,7 +29,9 @@ class EncoderDecoder(Decoder):
         assert self.embed is not None
         num_encoder_layers = config.n_encoder_layers
         self.source_embed: Embedding | None = Embedding(config, self.embed.tokens)
-        self.source_relative = RelativeBias(config, bidirectional=True) if self.relative is not None else None
+        self.source_relative: RelativeBias | AlibiBias | None = self.relative
+        if isinstance(self.relative, RelativeBias):
+            self.source_relative = RelativeBias(config, bidirectional=True)
         self.blocks = nn.ModuleDict(
             {
                 str(layer): Block(config, layer, has_cross_attention=layer >= num_encoder_layers)

@@ -69,3 +69,30 @@ class RelativeBias(nn.Module):
         steps_ST = torch.log(distance_ST.clamp(min=1) / num_exact) / log_ratio * (num_buckets - num_exact)
         shared_bucket_ST = (num_exact + steps_ST.long()).clamp(max=num_buckets - 1)
         return first_bucket_ST + torch.where(distance_ST < num_exact, distance_ST, shared_bucket_ST)
+
+
+class AlibiBias(nn.Module):
+    """A fixed bias on the attention scores, -slope * distance, with a slope per head (Press et al. 2022, ALiBi)."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.local_heads = range(num_heads)  # the heads of this rank; tensor parallelism sets it
+
+    def forward(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
+        """Positions of queries [S] and keys [T] -> biases of the heads of this rank, [H, S, T]."""
+        slopes_H = torch.tensor(compute_alibi_slopes(self.num_heads), device=keys_T.device)
+        distance_ST = (queries_S[:, None] - keys_T[None, :]).abs()
+        return -slopes_H[self.local_heads.start : self.local_heads.stop, None, None] * distance_ST
+
+
+def compute_alibi_slopes(num_heads: int) -> list[float]:
+    """Return the slope of each head: a geometric sequence that begins with 2^(-8/n) for n heads.
+
+    If n is not a power of two, the slopes of the next smaller power come first, then every second slope of twice as
+    many heads (Press et al. 2022, and the code of BLOOM).
+    """
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * number / power) for number in range(1, power + 1)]
+    more = [2 ** (-4 * number / power) for number in range(1, 2 * (num_heads - power) + 1, 2)]
+    return slopes + more

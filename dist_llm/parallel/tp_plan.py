@@ -17,6 +17,7 @@ from dist_llm.models.decoder import Decoder, Embedding, Head
 from dist_llm.models.feedforward import FeedForward
 from dist_llm.models.mixer import Mixer
 from dist_llm.models.norm import LayerNorm, RMSNorm
+from dist_llm.models.positional_encoding import AlibiBias
 from dist_llm.parallel import fp8, tensor_parallel
 from dist_llm.parallel.context_parallel import AllGatherAttention
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
@@ -90,11 +91,14 @@ def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: Tens
 
 
 def _register_hooks(module: nn.Module, region: TensorParallelRegion) -> None:
-    """Register the hooks that communicate the inputs of a module.
+    """Register the hooks that communicate the inputs of a module, and choose the heads of a bias without parameters.
 
     The matrix products need all tokens. Under sequence parallelism, the layers between them get only the positions or
     the stochastic-depth scale of the tokens of this rank.
     """
+    if isinstance(module, AlibiBias):
+        num_heads = module.num_heads // region.tp_size
+        module.local_heads = range(region.rank * num_heads, (region.rank + 1) * num_heads)
     if isinstance(module, Mixer | FeedForward):
         module.register_forward_pre_hook(region.gather_inputs)
     elif region.sequence_parallel and isinstance(module, Embedding):

@@ -47,8 +47,13 @@ def check_model(world_size=1, **keys):
             "model.kinds.a.rope_theta: has no effect with positions none; remove the key",
         ),
         (
+            {"model__positions": "alibi", "model__layers": ["a"], "model__kinds": {"a": {"positions": "none"}}},
+            "model.kinds.a.positions: has no effect with model.positions=alibi, whose bias all layers have; remove the "
+            "key",
+        ),
+        (
             {"model__positions": "relative", "model__layers": ["a"], "model__kinds": {"a": {"n_heads": 8}}},
-            "model.kinds.a.n_heads: all layers share the table of relative positions, which has a column per head; "
+            "model.kinds.a.n_heads: all layers share the bias of relative positions, which has a value per head; "
             "remove the key",
         ),
         (

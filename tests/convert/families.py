@@ -127,6 +127,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "OPTForCausalLM",
         {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32},
     ),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 36, "n_layer": 3, "n_head": 6}),
     "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}),
     "t5": (
         "T5Config",

@@ -26,7 +26,14 @@ def make_model(family: str) -> ModelConfig:
 
 # Fields without an effect on the function: lengths that do not limit the model, and disabled windows.
 NO_EFFECT = {
-    *("max_position_embeddings", "n_positions", "sliding_window", "use_sliding_window", "no_rope_layer_interval"),
+    *(
+        "max_position_embeddings",
+        "n_positions",
+        "seq_length",
+        "sliding_window",
+        "use_sliding_window",
+        "no_rope_layer_interval",
+    ),
     "multi_query",  # of the older architecture of Falcon
 }
 

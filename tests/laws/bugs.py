@@ -19,6 +19,7 @@ from dist_llm import sharded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention, decoder
 from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.positional_encoding import AlibiBias
 from dist_llm.models.rope import compute_rotary_cos_sin
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
@@ -403,6 +404,19 @@ def norm_over_all_heads_does_not_reduce_its_gradient() -> Iterator[Any]:
         return original(x, forward, torch.clone if is_sum_of_squares else backward)
 
     with patch.object(tensor_parallel, "differentiable_collective", without_backward):
+        yield
+
+
+@register_bug
+def every_tensor_rank_has_the_slopes_of_the_first_heads() -> Iterator[Any]:
+    """The bias of ALiBi has no parameters that tensor parallelism would shard."""
+    original = AlibiBias.forward
+
+    def use_first_heads(self: AlibiBias, *positions: torch.Tensor) -> torch.Tensor:
+        self.local_heads = range(len(self.local_heads))
+        return original(self, *positions)
+
+    with patch.object(AlibiBias, "forward", use_first_heads):
         yield
 
 
