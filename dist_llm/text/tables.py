@@ -32,10 +32,10 @@ def read_table(
     lines = io.TextIOWrapper(decompressed_file, "utf-8-sig", errors="surrogateescape", newline="")
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        for key in row_format.keys:
+        for option, key in row_format.key_by_option.items():
             if key not in (rows.fieldnames or ()):
                 raise DataError(
-                    f"{path}: no column '{key}' in the first line. Give --text-key one of: "
+                    f"{path}: no column '{key}' in the first line. Give {option} one of: "
                     f"{', '.join(rows.fieldnames or ())}; or leave the file out with --exclude"
                 )
         for row in rows:

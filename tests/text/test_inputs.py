@@ -363,6 +363,9 @@ def test_the_text_column_of_a_table_is_read(suffix, separator, tmp_path):
     ]
     with pytest.raises(DataError, match=r"no column 'text'.*--text-key one of: n, body.*--exclude"):
         read_sources(path)
+    prompt_format = RowFormat("body", prompt_key="question")
+    with pytest.raises(DataError, match=r"no column 'question'.*--prompt-key one of: n, body"):
+        list(iter_documents(open_inputs([str(path)], prompt_format), RowTracker(0.0)))
     path.write_bytes(b'body\n"never closed\n1\n2\n')
     with pytest.raises(DataError, match=rf"{suffix}: cannot be read: line \d: not readable as {suffix}"):
         read_sources(path, text_key="body")
