@@ -185,11 +185,12 @@ class CheckpointStore:
             log.warning("%s: old checkpoints cannot be removed: %s", self.directory, error)
 
 
-def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
-    """Return the local path of the checkpoint that `resolve_checkpoint` finds at `location`.
+def fetch_verified_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
+    """Fetch and verify the checkpoint that `resolve_checkpoint` finds at `location`, and return its local path.
 
-    A remote checkpoint is copied to the cache. The hashes of every `world_size`-th file, beginning with file `rank`,
-    are checked. Raises CheckpointError if there is no checkpoint or it is damaged, DataError if it cannot be fetched.
+    A remote checkpoint is copied to the cache. A local one stays where it is. The hashes of every `world_size`-th file,
+    beginning with file `rank`, are checked. Raises CheckpointError if there is no checkpoint or it is damaged, and
+    DataError if it cannot be fetched.
     """
     folder = resolve_checkpoint(location)
     path = folder.local_path or _download(folder)

@@ -7,7 +7,7 @@ import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import open_checkpoint, read_progress
+from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
     console,
     initial_progress,
@@ -38,7 +38,7 @@ def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int
     """
     if bool(stage) == universal:
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
-    path = open_checkpoint(checkpoint)
+    path = fetch_verified_checkpoint(checkpoint)
     config, step = load_saved(path), read_progress(CheckpointFolder(path)).step
     report_probe(read_probe(path), compute_probe_layerwise(NativeWeights(path), config.model), path)
     with show_progress(NativeWeights(path), "converting") as weights:
@@ -61,7 +61,7 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
 
     Raises CheckpointError if a tensor is missing, unknown, or of another shape.
     """
-    reference = open_checkpoint(like)
+    reference = fetch_verified_checkpoint(like)
     config = load_saved(reference)
     groups, _, shared = optimizer_groups(config)
     weights = open_deepspeed(Path(directory), groups)

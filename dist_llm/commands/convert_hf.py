@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE
-from dist_llm.checkpoint.store import open_checkpoint
+from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
     console,
     new_checkpoint_files,
@@ -44,7 +44,7 @@ def to_hf(
 
     Raises CheckpointError if no family can express the model, or the written weights or logits differ.
     """
-    path, torch_dtype = open_checkpoint(checkpoint), DTYPES[dtype]
+    path, torch_dtype = fetch_verified_checkpoint(checkpoint), DTYPES[dtype]
     config, tokenizer = load_saved(path), _load_tokenizer(path, no_tokenizer)
     token_ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
     generation = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None

@@ -6,7 +6,7 @@ import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import open_checkpoint, read_progress
+from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
     console,
     new_checkpoint_files,
@@ -33,7 +33,7 @@ def from_nanogpt(file: str, out: str, tokenizer: str | None = None) -> None:
 
 def to_nanogpt(checkpoint: str, out: str) -> None:
     """Write a ckpt.pt. Raises CheckpointError if nanoGPT cannot express the model."""
-    path = open_checkpoint(checkpoint)
+    path = fetch_verified_checkpoint(checkpoint)
     config, weights = load_saved(path), NativeWeights(path)
     with write_atomically(Path(out)) as temporary:
         with show_progress(weights, "converting") as tracked:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE, parse_probe
-from dist_llm.checkpoint.store import open_checkpoint
+from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import CONFIG, console, read_probe, read_small_files, report_probe, write_checkpoint
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
@@ -20,7 +20,7 @@ from dist_llm.errors import CheckpointError
 
 def to_torch(checkpoint: str, out: str) -> None:
     """Write one file of torch.save: {"model": tensors, "optim": tensors, "files": {name: text}}."""
-    path = open_checkpoint(checkpoint)
+    path = fetch_verified_checkpoint(checkpoint)
     weights = NativeWeights(path)
     content: dict[str, dict[str, Tensor | str]] = {"model": {}, "optim": {}}
     for name in track(weights.shapes, "reading"):

@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     The model is sharded over all ranks, whatever its layout in training was. Raises ConfigError or DataError that names
     the option to change.
     """
-    path = store.open_checkpoint(checkpoint, world.rank, world.world_size)
+    path = store.fetch_verified_checkpoint(checkpoint, world.rank, world.world_size)
     is_trained = store.read_progress(CheckpointFolder(path)).tokens > 0  # else the model was imported
     config, seq_len_origin = _with_seq_len(load_saved(path), options.seq_len, is_trained)
     corpora = _open_corpora(config, data, split)

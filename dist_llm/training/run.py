@@ -19,7 +19,7 @@ import torch
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log_harmless_differences
-from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
+from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, fetch_verified_checkpoint, read_progress
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.engine_names import NATIVE_ENGINE
 from dist_llm.config.load import dump_config
@@ -83,7 +83,7 @@ def train(config: Config, world: World) -> int:
     else:
         _check_checkpoints_not_moved(store, run_dir)
         if config.init_from:
-            initial_weights = open_checkpoint(config.init_from, world.rank, world.world_size)
+            initial_weights = fetch_verified_checkpoint(config.init_from, world.rank, world.world_size)
             check_init_from(initial_weights, config)
             _check_tokenizer(initial_weights, sources[0].corpus.manifest.tokenizer_sha256, corpus_dir)
     _build_history(config, sources, latest)  # raises its errors before any process group starts

@@ -140,7 +140,7 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert newest is not None
     assert are_states_equal(load_state(newest), copy_state(engine))
 
-    result = store.open_checkpoint(str(newest))
+    result = store.fetch_verified_checkpoint(str(newest))
     assert result.is_relative_to(tmp_path / "cache")
     assert are_states_equal(load_state(result), copy_state(engine))
 

@@ -80,7 +80,7 @@ def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path:
         file.write_bytes(content)
         assert CheckpointStore(copy).latest_verified() == CheckpointFolder(copy / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.open_checkpoint(copy / "step_00000002")
+            store.fetch_verified_checkpoint(copy / "step_00000002")
 
 
 def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_damaged_later_checkpoint_does_not_replace_a_new_one(two_copies: Path,
     save_checkpoint(checkpoints, build_engine(), Progress(3), FILES)
     assert checkpoints.latest_verified() == CheckpointFolder(two_copies / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
-        store.open_checkpoint(make_run(two_copies, tmp_path))
+        store.fetch_verified_checkpoint(make_run(two_copies, tmp_path))
 
 
 def make_run(checkpoints: Path, directory: Path) -> Path:

@@ -151,12 +151,12 @@ def test_a_directory_without_a_marker_is_not_a_checkpoint(tmp_path: Path) -> Non
     first = save_checkpoint(checkpoints, engine, Progress(1), FILES)
     second = save_checkpoint(checkpoints, engine, Progress(2), FILES)
     (second / MARKER).unlink()
-    assert store.open_checkpoint(tmp_path) == first
+    assert store.fetch_verified_checkpoint(tmp_path) == first
     save_checkpoint(checkpoints, engine, Progress(2), FILES)  # the step can be saved again
-    assert store.open_checkpoint(tmp_path) == second
+    assert store.fetch_verified_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
-        store.open_checkpoint(tmp_path)
+        store.fetch_verified_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
