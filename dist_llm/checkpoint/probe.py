@@ -23,7 +23,7 @@ from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput
 from dist_llm.objectives.batch import Batch
 
-PROBE = "probe.json"
+PROBE_FILE = "probe.json"
 FORMAT = "dist_llm probe 1"
 NUM_ROWS, ROW_TOKENS, NUM_LOGITS = 4, 64, 8
 # (tolerance of the loss, tolerance of a logit) by precision. The first is relative to the loss; the second is relative

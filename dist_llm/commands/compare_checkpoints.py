@@ -16,7 +16,7 @@ from dist_llm.commands.convert_torch import to_weights
 from dist_llm.config.compare import find_function_differences
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
-from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX, LazyWeights, Weights, load_torch, open_huggingface
+from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX_FILE, LazyWeights, Weights, load_torch, open_huggingface
 from dist_llm.errors import CheckpointError
 
 
@@ -105,7 +105,7 @@ def open_weights(source: str) -> Weights:
     path = Path(source)
     if path.is_file():
         return to_weights(load_torch(path))
-    if any(path.glob("*.safetensors")) or (path / TORCH_FILE).exists() or (path / TORCH_INDEX).exists():
+    if any(path.glob("*.safetensors")) or (path / TORCH_FILE).exists() or (path / TORCH_INDEX_FILE).exists():
         return open_huggingface(path)
     return NativeWeights(fetch_verified_checkpoint(source))
 

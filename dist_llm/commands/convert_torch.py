@@ -8,9 +8,16 @@ from rich.progress import track
 from torch import Tensor
 
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.probe import PROBE, parse_probe
+from dist_llm.checkpoint.probe import PROBE_FILE, parse_probe
 from dist_llm.checkpoint.store import fetch_verified_checkpoint
-from dist_llm.commands.conversion import CONFIG, console, read_probe, read_small_files, report_probe, write_checkpoint
+from dist_llm.commands.conversion import (
+    CONFIG_FILE,
+    console,
+    read_probe,
+    read_small_files,
+    report_probe,
+    write_checkpoint,
+)
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors, load_torch
@@ -44,9 +51,9 @@ def from_torch(file: str, out: str) -> None:
     if outside_names := [name for name in texts if "/" in name or name in ("", ".", "..")]:
         raise CheckpointError(f"{file}: names a file outside the checkpoint: {outside_names[0]!r}")
     files = {name: text.encode() for name, text in texts.items()}
-    if CONFIG not in files:
+    if CONFIG_FILE not in files:
         raise CheckpointError(f"{file}: has no config; it was not written by to-torch")
-    probe = parse_probe(files[PROBE], f"{file}: {PROBE}") if PROBE in files else None
+    probe = parse_probe(files[PROBE_FILE], f"{file}: {PROBE_FILE}") if PROBE_FILE in files else None
     write_checkpoint(Path(out), to_weights(content), files, source_probe=probe)
 
 

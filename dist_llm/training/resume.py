@@ -15,7 +15,7 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, log_init_differences, read_config
 from dist_llm.checkpoint.init_from import init_from_checkpoint
-from dist_llm.checkpoint.probe import PROBE, TOLERANCES, compare_probes, parse_probe
+from dist_llm.checkpoint.probe import PROBE_FILE, TOLERANCES, compare_probes, parse_probe
 from dist_llm.config.compare import PARAMETER_KEYS
 from dist_llm.config.load import parse_saved
 from dist_llm.config.schema import Config
@@ -68,7 +68,9 @@ def check_probe(folder: CheckpointFolder, engine: Engine, config: Config) -> Non
 
     Raises CheckpointError if the two differ by more than rounding, unless checkpoint.probe is warn.
     """
-    probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.list_names() else None
+    probe = (
+        parse_probe(folder.read(PROBE_FILE), f"{folder}/{PROBE_FILE}") if PROBE_FILE in folder.list_names() else None
+    )
     if probe is None:
         log.info("%s: has no probe that this version can compare; the weights are used unchecked", folder)
         return

@@ -12,7 +12,7 @@ from signal import Signals
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.checkpoint.flat_shard import local_chunks
-from dist_llm.checkpoint.probe import PROBE
+from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config, LossConfig
 from dist_llm.config.sequence_lengths import compute_inputs_len, count_sample_tokens
@@ -242,7 +242,7 @@ class Trainer:
         self.guard.check_weights_finite(self.progress.step, finite)
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
-        files = {**self.files, PROBE: measure_probe(self.engine, self.config).dump()}
+        files = {**self.files, PROBE_FILE: measure_probe(self.engine, self.config).dump()}
         self.store.save(self.engine.state, self.progress, files)
         self.recorder.restart_clock(self.progress.tokens)
 

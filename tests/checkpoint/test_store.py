@@ -9,7 +9,7 @@ import torch
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.manifest import MARKER
+from dist_llm.checkpoint.manifest import MARKER_FILE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
@@ -150,7 +150,7 @@ def test_a_directory_without_a_marker_is_not_a_checkpoint(tmp_path: Path) -> Non
     )
     first = save_checkpoint(checkpoints, engine, Progress(1), FILES)
     second = save_checkpoint(checkpoints, engine, Progress(2), FILES)
-    (second / MARKER).unlink()
+    (second / MARKER_FILE).unlink()
     assert store.fetch_verified_checkpoint(tmp_path) == first
     save_checkpoint(checkpoints, engine, Progress(2), FILES)  # the step can be saved again
     assert store.fetch_verified_checkpoint(tmp_path) == second

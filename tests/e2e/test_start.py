@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.probe import PROBE
+from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.config.load import load_saved
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write_weights import write_native
@@ -131,10 +131,10 @@ def test_weights_with_another_probe_loss_are_refused(run: Path, corpus: Path) ->
 
 
 def test_a_checkpoint_without_a_probe_is_loaded_with_a_note(run: Path, corpus: Path) -> None:
-    rewrite_checkpoint(run / "checkpoints" / "step_00000020", lambda _, tensor: tensor, PROBE)
+    rewrite_checkpoint(run / "checkpoints" / "step_00000020", lambda _, tensor: tensor, PROBE_FILE)
     completed = commands.run(*commands.make_train_arguments(corpus, "run.steps=21"), cwd=run.parent)
     assert (completed.stderr + completed.stdout).count("has no probe that this version can compare") == 1
-    assert PROBE in {path.name for path in commands.find_latest_checkpoint(run).iterdir()}
+    assert PROBE_FILE in {path.name for path in commands.find_latest_checkpoint(run).iterdir()}
 
 
 def test_repeated_steps_are_compared_with_the_earlier_ones(corpus: Path, tmp_path: Path) -> None:
