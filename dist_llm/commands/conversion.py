@@ -46,7 +46,7 @@ def write_checkpoint(
     """
     probe = compute_probe_layerwise(weights, parse_saved(files[CONFIG_FILE].decode(), CONFIG_FILE).model)
     if source_probe is not None:
-        report_probe(source_probe, replace(probe, weights=source_probe.weights), out)
+        check_probe(source_probe, replace(probe, weights=source_probe.weights), out)
     with write_atomically(out) as temporary:
         with show_progress(weights, "converting") as tracked:
             write_native(temporary, tracked, {**files, PROBE_FILE: probe.dump()})
@@ -63,8 +63,8 @@ def read_probe(directory: Path) -> Probe | None:
     return parse_probe(path.read_bytes(), str(path)) if path.exists() else None
 
 
-def report_probe(expected: Probe | None, actual: Probe | None, path: Path) -> None:
-    """Print how close two probes are. Raises CheckpointError if they differ by more than rounding."""
+def check_probe(expected: Probe | None, actual: Probe | None, path: Path) -> None:
+    """Raise CheckpointError if two probes differ by more than rounding; else print how close they are."""
     if expected is None or actual is None:
         console.print(f"{path}: has no probe that this version can compare; the weights are used without this check")
     else:

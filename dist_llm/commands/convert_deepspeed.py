@@ -1,4 +1,4 @@
-"""`dist-llm convert to-deepspeed` and `from-deepspeed`: ZeRO directories and universal checkpoints."""
+"""`dist-llm convert to-deepspeed` and `from-deepspeed` convert a checkpoint to one of DeepSpeed, and back."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
+    check_probe,
     console,
     initial_progress,
     read_probe,
     read_small_files,
-    report_probe,
     show_progress,
     write_checkpoint,
 )
@@ -40,7 +40,7 @@ def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
     path = fetch_verified_checkpoint(checkpoint)
     config, step = load_saved(path), read_progress(CheckpointFolder(path)).step
-    report_probe(read_probe(path), compute_probe_layerwise(NativeWeights(path), config.model), path)
+    check_probe(read_probe(path), compute_probe_layerwise(NativeWeights(path), config.model), path)
     with show_progress(NativeWeights(path), "converting") as weights:
         if stage is None:
             directory = write_universal(Path(out), weights, step=step)

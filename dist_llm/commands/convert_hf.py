@@ -1,4 +1,4 @@
-"""`dist-llm convert to-hf` and `from-hf`: checkpoints of Hugging Face."""
+"""`dist-llm convert to-hf` and `from-hf` convert a checkpoint to a directory of Hugging Face, and back."""
 
 import json
 from dataclasses import replace
@@ -8,10 +8,10 @@ from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
+    check_probe,
     console,
     new_checkpoint_files,
     read_probe,
-    report_probe,
     show_progress,
     write_checkpoint,
 )
@@ -60,10 +60,10 @@ def to_hf(
             verify_written(SafetensorsWeights(temporary), tracked, torch_dtype)
         family = hf_convert.read_config(temporary)[0]
         probe = compute_probe_layerwise(NativeWeights(path), config.model)
-        report_probe(read_probe(path), probe, path)
+        check_probe(read_probe(path), probe, path)
         written = hf_convert.from_huggingface(SafetensorsWeights(temporary), config.model, family)
         written_probe = replace(compute_probe_layerwise(written, config.model), weights=dtype)
-        report_probe(probe, written_probe, temporary)
+        check_probe(probe, written_probe, temporary)
         (temporary / PROBE_FILE).write_bytes(written_probe.dump())
         if check:
             console.print(compare_logits(path, temporary, torch_dtype))

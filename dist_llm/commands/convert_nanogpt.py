@@ -1,4 +1,4 @@
-"""`dist-llm convert to-nanogpt` and `from-nanogpt`: ckpt.pt of nanoGPT."""
+"""`dist-llm convert to-nanogpt` and `from-nanogpt` convert a checkpoint to the file ckpt.pt of nanoGPT, and back."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
+    check_probe,
     console,
     new_checkpoint_files,
     read_probe,
-    report_probe,
     show_progress,
     write_checkpoint,
 )
@@ -39,8 +39,8 @@ def to_nanogpt(checkpoint: str, out: str) -> None:
         with show_progress(weights, "converting") as tracked:
             torch.save(nanogpt.to_nanogpt(tracked, config, read_progress(CheckpointFolder(path)).step), temporary)
         probe = compute_probe_layerwise(weights, config.model)
-        report_probe(read_probe(path), probe, path)
+        check_probe(read_probe(path), probe, path)
         model, written = nanogpt.from_nanogpt(load_torch(temporary), str(temporary))
         written_probe = compute_probe_layerwise(hf_convert.from_huggingface(written, model, "nanogpt"), model)
-        report_probe(probe, written_probe, temporary)
+        check_probe(probe, written_probe, temporary)
     console.print(f"wrote {out}: {len(written.shapes)} tensors; nanoGPT starts with a new optimizer state")
