@@ -20,7 +20,7 @@ from dist_llm.commands.conversion import (
 )
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
-from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors, load_torch
+from dist_llm.convert.weights import DictWeights, Weights, load_torch, require_tensors
 from dist_llm.convert.write_weights import verify_written, write_atomically
 from dist_llm.errors import CheckpointError
 
@@ -43,7 +43,7 @@ def to_torch(checkpoint: str, out: str) -> None:
 
 
 def from_torch(file: str, out: str) -> None:
-    """Read a file of to-torch, and write the checkpoint `out`. Raises CheckpointError if to-torch did not write `file`."""
+    """Read a file of to-torch, and write it as a checkpoint. Raises CheckpointError if `file` is another file."""
     content = load_torch(Path(file))
     text_by_name = content.get("files")
     if not isinstance(text_by_name, dict) or not all(
@@ -65,7 +65,7 @@ def flatten_weights(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
     Raises CheckpointError if a value is not a tensor.
     """
     sections = {
-        section: check_only_tensors(tensors, f"a file of torch.save: {section}")
+        section: require_tensors(tensors, f"a file of torch.save: {section}")
         for section, tensors in content.items()
         if section != "files"
     }

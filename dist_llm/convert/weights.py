@@ -66,7 +66,7 @@ def open_huggingface(directory: Path) -> Weights:
         raise CheckpointError(f"{directory}: has neither .safetensors files nor {TORCH_FILE}; copy the weights there")
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= check_only_tensors(load_torch(path), str(path))
+        tensors |= require_tensors(load_torch(path), str(path))
     return DictWeights(tensors)
 
 
@@ -160,7 +160,7 @@ def check_tensor_sizes(content: object, path: Path) -> None:
             pending.extend(item.values() if isinstance(item, dict) else item)
 
 
-def check_only_tensors(content: object, location: str) -> dict[str, Tensor]:
+def require_tensors(content: object, location: str) -> dict[str, Tensor]:
     """Return `content` if it is a dictionary of named tensors.
 
     Otherwise raise CheckpointError, which names `location`.
