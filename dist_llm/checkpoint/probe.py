@@ -99,7 +99,7 @@ def compare_probes(saved: Probe, current: Probe, location: str) -> str:
 
 
 def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
-    """Build the probe batch of a resolved model. The num_tokens of the rows is padded to a multiple of `multiple`.
+    """Build the probe batch of a resolved model. Rows are padded to a multiple of `multiple` tokens.
 
     Any layout can then split the rows. Padding changes no result: it has no targets, and no token attends to it.
     """

@@ -258,7 +258,7 @@ def load_checkpoint(folder: CheckpointFolder | Path, state: CheckpointState, wit
     if with_moments:
         state.allocate_moments(saved)
         tensors |= state.moments()
-    read_tensors(folder, tensors)
+    fill_tensors(folder, tensors)
     state.after_load()
     return read_progress(folder)
 
@@ -272,7 +272,7 @@ def read_shapes(folder: CheckpointFolder | Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
+def fill_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` in place. Each rank reads its own shards."""
     is_single_process = not dist.is_initialized()
     if is_single_process:

@@ -80,16 +80,16 @@ class SamplePlan:
     def list_sample_numbers(self, first_sample: int, num_samples: int) -> Ints:
         """Return the next `num_samples` sample numbers from `first_sample` on, without those in `skip`."""
         numbers = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
-        return self._apply_skips(first_sample, numbers)
+        return self._apply_skips_(first_sample, numbers)
 
     def advance(self, first_sample: int, num_samples: int) -> int:
         """Return the sample number that follows the next `num_samples` samples from `first_sample` on."""
         if not self.skip:
             return first_sample + num_samples
-        return int(self._apply_skips(first_sample, np.array([first_sample + num_samples]))[0])
+        return int(self._apply_skips_(first_sample, np.array([first_sample + num_samples]))[0])
 
-    def _apply_skips(self, first_sample: int, numbers: Ints) -> Ints:
-        """Shift numbers, counted from `first_sample` on without gaps, past the skipped ranges. Modifies `numbers`."""
+    def _apply_skips_(self, first_sample: int, numbers: Ints) -> Ints:
+        """Shift numbers, counted from `first_sample` on without gaps, past the skipped ranges, in place."""
         for start, end in self.skip:
             skip_start = max(first_sample, start)
             numbers[numbers >= skip_start] += max(0, end - skip_start)

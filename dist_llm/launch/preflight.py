@@ -117,7 +117,7 @@ def measure_ranks(world: World, directory: Path, timeout: PreflightTimeout) -> l
     timeout.phase = "the clock"
     clock_offset = measure_clock_offset()
     timeout.phase = "--directory"
-    sees_shared_file, failures = check_shared_file(directory, timeout)
+    sees_shared_file, failures = try_shared_file(directory, timeout)
     timeout.phase = "versions and matrix products"
     device, tflops = torch.device("cpu"), math.nan
     try:
@@ -176,10 +176,12 @@ def measure_clock_offset() -> float:
     return min(round_trips)[1]
 
 
-def check_shared_file(
+def try_shared_file(
     directory: Path, timeout: PreflightTimeout, wait_seconds: float = 10
 ) -> tuple[bool | None, list[str]]:
-    """Return (whether this rank sees a file that rank 0 writes to `directory`, problems). Every rank must call this.
+    """Write a file on rank 0 and look for it on all ranks, to find out whether `directory` is shared.
+
+    Return (whether this rank sees the file, problems). Every rank must call this.
 
     If rank 0 cannot write, the result is (None, [reason]) on rank 0 and (None, []) on the other ranks. The file is
     removed.

@@ -70,7 +70,7 @@ class EncodedChunk:
 
 
 class DocumentEncoder:
-    """FilterChain and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
+    """Filters and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
 
     def __init__(self, tokenizer: Tokenizer, spec: DocumentEncoderSpec) -> None:
         self.tokenizer, self.spec = tokenizer, spec

@@ -13,7 +13,7 @@ from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
 from dist_llm.text.tokenizer import to_well_formed
 
-MAX_LOCATIONS = 5
+MAX_LOCATIONS = 5  # maximum number of bad rows whose location is recorded
 MIN_ROWS = 10_000  # rows to read before a high rate of bad rows stops the run
 PARAGRAPH_BREAK = "\n\n"
 BLANK_LINES = "blank-lines"  # value of --separator: one or more empty lines separate documents

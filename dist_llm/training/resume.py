@@ -13,7 +13,7 @@ from typing import Any
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, log_init_differences, read_config
+from dist_llm.checkpoint.compatibility import compare_for_init, compare_parameters, log_init_differences, read_config
 from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.probe import PROBE_FILE, TOLERANCES, compare_probes, parse_probe
 from dist_llm.config.compare import PARAMETER_KEYS
@@ -36,7 +36,7 @@ LOSS_DATA_KEYS = ("seq_len", "global_batch", "order", "windows", "score_prompts"
 
 def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progress:
     """Read weights and optimizer state. Raises CheckpointError if the weights differ from the saved ones."""
-    check_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
+    compare_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
     progress = checkpoints.load_checkpoint(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
@@ -46,10 +46,10 @@ def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progre
 
 def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     """Load the weights of another run. Raises CheckpointError if they do not fit or differ from the saved ones."""
-    requested = check_init_from(path, config)
+    requested = compare_for_init(path, config)
     log_init_differences(path, config, requested)
     changes_parts = any(difference.key in PARAMETER_KEYS for difference in requested)
-    added, dropped = check_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
+    added, dropped = compare_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
     for description, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
         if names:
             log.info("init_allow: parameters %s: %s", description, ", ".join(names))
