@@ -81,7 +81,9 @@ def _get_file_bytes(location: str) -> int:
     try:
         return as_path(location).stat().st_size
     except OSError as error:
-        raise DataError(f"{location}: cannot be read: {error.strerror}. Check the paths given to --data.") from None
+        raise DataError(
+            f"{location}: cannot be read: {error.strerror}. Check the paths of --data and --heldout."
+        ) from None
 
 
 class _AdoptRun:

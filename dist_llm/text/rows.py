@@ -117,8 +117,8 @@ class RowTracker:
         if self.unreadable and not self.skip_unreadable:
             path, (_, reason) = next(iter(self.unreadable.items()))
             raise DataError(
-                f"{path}: cannot be read: {reason}. Fix it or download it again, leave it out with --exclude, or skip "
-                "unreadable files with --skip-unreadable."
+                f"{path}: cannot be read: {reason}. Fix it or download it again, leave it out (in a folder, with "
+                "--exclude), or skip unreadable files with --skip-unreadable."
             )
 
 

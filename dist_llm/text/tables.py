@@ -36,7 +36,7 @@ def read_table(
             if key not in (rows.fieldnames or ()):
                 raise DataError(
                     f"{path}: no column '{key}' in the first line. Give {option} one of: "
-                    f"{', '.join(rows.fieldnames or ())}; or leave the file out with --exclude"
+                    f"{', '.join(rows.fieldnames or ())}; or leave the file out (in a folder, with --exclude)"
                 )
         for row in rows:
             row_tracker.bytes_read = bytes_read_before + disk_file.tell()

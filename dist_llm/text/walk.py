@@ -111,7 +111,8 @@ class FolderWalk:
             raise DataError(
                 f"{len(self._unreadable)} files or folders of --source cannot be read:\n  "
                 + "\n  ".join(self._unreadable[:MAX_LISTED])
-                + f"{more}\nFix them, leave them out with --exclude, or skip them with --skip-unreadable."
+                + f"{more}\nFix them, leave them out (in a folder, with --exclude), or skip them with "
+                "--skip-unreadable."
             )
         for option, globs in (("--include", self.rules.include), ("--exclude", self.rules.exclude)):
             if unused_globs := [glob for glob in globs if glob not in self._used_globs]:

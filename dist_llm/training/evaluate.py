@@ -61,9 +61,10 @@ class HeldoutData:
             if self.objective.layout.has_document_mask:
                 corpus.check_document_bounds()
             if corpus.num_tokens < min_tokens:
+                hint = ", or with a larger --heldout-fraction" if corpus.split == "heldout" else ""
                 raise DataError(
                     f"{corpus.directory}: the objective needs {min_tokens} tokens of {corpus.split} text, but there "
-                    f"are {corpus.num_tokens}; prepare more, or with a larger --heldout-fraction"
+                    f"are {corpus.num_tokens}; prepare more text{hint}"
                 )
 
 

@@ -69,7 +69,7 @@ def test_healthy_nodes_have_no_problems():
         ),
         (
             make_changed_reports(2, 3, sees_shared_file=False),
-            ["node1: does not see the file that rank 0 wrote to --directory"],
+            ["node1: does not see the file that rank 0 wrote to the shared directory"],
         ),
         (
             make_changed_reports(5, neighbour_gb_per_second=14.0),
