@@ -74,8 +74,13 @@ class SamplePlan:
 
     @property
     def streams(self) -> list[WindowStream]:
-        """The window streams: for each source, one per component of the objective."""
+        """The window streams, source by source: one per component of the objective."""
         return [stream for source in self.sources for stream in source.streams]
+
+    def get_source_and_component(self, stream_index: int) -> tuple[DataSource, int]:
+        """Return (source of the window stream at an index of `streams`, index of its component of the objective)."""
+        source_index, component_index = divmod(stream_index, len(self.sources[0].streams))
+        return self.sources[source_index], component_index
 
     def list_sample_numbers(self, first_sample: int, num_samples: int) -> Ints:
         """Return the next `num_samples` sample numbers from `first_sample` on, without those in `skip`."""
