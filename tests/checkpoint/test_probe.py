@@ -65,13 +65,13 @@ LAYOUTS = [
     Layout(2, {"dp_shard": 2}, "tied"),
     Layout(2, {"tp": 2}, "gpt"),
     Layout(2, {"cp": 2}, "tied"),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
     Layout(2, {"tp": 2}, "t5"),
-    Layout(2, {"pp": 2}, "encoder_decoder", 6),
+    Layout(2, {"pp": 2}, "encoder_decoder", micro_batch=6),
     Layout(2, {"cp": 2}, "bert"),
     Layout(3, {"cp": 3}, "bert"),
     Layout(3, {"cp": 3}, "gpt"),
-    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", micro_batch=3),
     Layout(4, {"cp": 2, "tp": 2}, "tied"),
 ]
 

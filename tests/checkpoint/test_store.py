@@ -176,10 +176,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: dict[st
 LAYOUTS = [
     Layout(2, {"dp_shard": 2, "recompute": "full"}, "tied"),
     Layout(2, {"tp": 2}, "tied"),
-    Layout(2, {"pp": 2}, "tied", 6),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
+    Layout(2, {"pp": 2}, "tied", micro_batch=6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
     Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
-    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", micro_batch=3),
 ]
 
 
