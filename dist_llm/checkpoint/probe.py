@@ -98,7 +98,7 @@ def compare_probes(saved: Probe, current: Probe, location: str) -> str:
     return values
 
 
-def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
+def build_probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
     """Build the probe batch of a resolved model. Rows are padded to a multiple of `multiple` tokens.
 
     Any layout can then split the rows. Padding changes no result: it has no targets, and no token attends to it.
@@ -119,7 +119,7 @@ def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
 
 def count_probe_tokens(model: ModelConfig) -> int:
     """Return the number of valid targets of the probe batch."""
-    return probe_batch(model).num_valid_tokens
+    return build_probe_batch(model).num_valid_tokens
 
 
 def select_logits(logits_V: Tensor) -> tuple[float, ...]:

@@ -71,7 +71,7 @@ def check_probe(expected: Probe | None, actual: Probe | None, path: Path) -> Non
         console.print(compare_probes(expected, actual, str(path)))
 
 
-def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
+def build_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
     """Return the small files of a checkpoint for an imported model: config, environment, progress, tokenizer."""
     config = Config.model_validate(
         {
@@ -84,12 +84,12 @@ def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source
     files = {
         CONFIG_FILE: dump_config(config).encode(),
         "environment.json": json.dumps({"converted_from": str(source), "dist-llm": version("dist-llm")}).encode(),
-        **initial_progress(),
+        **build_initial_progress(),
     }
     return files | ({TOKENIZER_FILE: tokenizer.to_json_bytes()} if tokenizer is not None else {})
 
 
-def initial_progress() -> dict[str, bytes]:
+def build_initial_progress() -> dict[str, bytes]:
     """Return the progress file of a run at step 0."""
     return {PROGRESS_FILE: json.dumps(Progress().as_dict()).encode()}
 

@@ -9,9 +9,9 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
+    build_initial_progress,
     check_probe,
     console,
-    initial_progress,
     read_probe,
     read_small_files,
     show_progress,
@@ -45,7 +45,7 @@ def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int
         if stage is None:
             directory = write_universal(Path(out), weights, step=step)
         else:
-            names, settings, shared = optimizer_groups(config)
+            names, settings, shared = build_optimizer_groups(config)
             directory = write_deepspeed(
                 Path(out), weights, stage, world, groups=names, settings=settings, step=step, shared=shared
             )
@@ -63,7 +63,7 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
     """
     reference = fetch_verified_checkpoint(like)
     config = load_saved(reference)
-    groups, _, shared = optimizer_groups(config)
+    groups, _, shared = build_optimizer_groups(config)
     weights = open_deepspeed(Path(directory), groups)
     expected = {f"model.{name}": shape for name, shape in hf_convert.model_shapes(config.model).items()}
     for name, shape in expected.items():
@@ -74,10 +74,12 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
     if unknown := sorted(unexpected_names - {f"model.{name}" for name in shared}):
         raise CheckpointError(f"{directory}: {unknown[0]} is not a parameter of the model of --like {reference}")
     shapes = {name: shape for name, shape in weights.shapes.items() if name not in unexpected_names}
-    write_checkpoint(Path(out), LazyWeights(shapes, weights.read), read_small_files(reference) | initial_progress())
+    write_checkpoint(
+        Path(out), LazyWeights(shapes, weights.read), read_small_files(reference) | build_initial_progress()
+    )
 
 
-def optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
+def build_optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
     """Return (parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
     with torch.device("meta"):
         model = build_model(config.model)

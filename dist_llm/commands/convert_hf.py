@@ -8,9 +8,9 @@ from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
+    build_checkpoint_files,
     check_probe,
     console,
-    new_checkpoint_files,
     read_probe,
     show_progress,
     write_checkpoint,
@@ -108,7 +108,7 @@ def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[st
         tokenizer = import_tokenizer(source)
     except CheckpointError as error:
         console.print(f"without a tokenizer: {error}")
-    files = new_checkpoint_files(model, tokenizer, source)
+    files = build_checkpoint_files(model, tokenizer, source)
     files[TOKEN_IDS_FILE] = json.dumps(hf_convert.read_token_ids(source)).encode()
     if (source / GENERATION_FILE).exists():
         files[GENERATION_FILE] = (source / GENERATION_FILE).read_bytes()

@@ -8,9 +8,9 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
+    build_checkpoint_files,
     check_probe,
     console,
-    new_checkpoint_files,
     read_probe,
     show_progress,
     write_checkpoint,
@@ -28,7 +28,7 @@ def from_nanogpt(file: str, out: str, tokenizer: str | None = None) -> None:
     model, nanogpt_weights = nanogpt.from_nanogpt(load_torch(Path(file)), file)
     built = build_tokenizer(tokenizer, None, lambda: ()) if tokenizer else None
     weights = hf_convert.from_huggingface(nanogpt_weights, model, "nanogpt")
-    write_checkpoint(Path(out), weights, new_checkpoint_files(model, built, Path(file)))
+    write_checkpoint(Path(out), weights, build_checkpoint_files(model, built, Path(file)))
 
 
 def to_nanogpt(checkpoint: str, out: str) -> None:

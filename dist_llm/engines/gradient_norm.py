@@ -25,7 +25,7 @@ def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, d
             is_counted = is_first_tp_rank or is_sharded_over(parameter, "tp")
             if parameter.grad is not None and is_counted and not model_part.is_tied_copy(name):
                 grads.append(to_local(parameter.grad))
-    norm = gradient_clipping.global_norm(grads).to(device)
+    norm = gradient_clipping.compute_global_norm(grads).to(device)
     if mesh is None:
         return norm
     square_sum = all_reduce_over_axes_(norm.square(), mesh, ("pp", *SHARD_AXES, "tp"))

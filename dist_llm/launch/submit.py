@@ -72,7 +72,7 @@ def render_batch_script(job: SlurmJob, directories: Sequence[str]) -> str:
     )
 
 
-def run_directories(job: SlurmJob, base: str) -> list[str]:
+def list_run_directories(job: SlurmJob, base: str) -> list[str]:
     """Return the directory of each run: `base`, or in a sweep a subdirectory named after the values of the run."""
     if not job.sweep:
         return [base]

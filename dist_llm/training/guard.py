@@ -146,14 +146,14 @@ class Guard:
         if self.checks_norm and not math.isfinite(norm):
             return Anomaly("not_finite", f"the gradient's norm is {norm}")
         losses, anomaly = self.state.losses, None
-        if len(losses) == self.config.window and (z := robust_z_score(loss, losses)) > self.config.spike_z:
+        if len(losses) == self.config.window and (z := compute_robust_z_score(loss, losses)) > self.config.spike_z:
             anomaly = Anomaly("spike", f"a loss of {loss:.4f} is {z:.1f} deviations above the median of recent losses")
         if anomaly is None or self.config.spike == "warn":
             self.state.losses = [*losses, loss][-self.config.window :]
         return anomaly
 
 
-def robust_z_score(loss: float, losses: Sequence[float]) -> float:
+def compute_robust_z_score(loss: float, losses: Sequence[float]) -> float:
     """Return how many standard deviations `loss` is above the median of `losses`.
 
     The standard deviation is estimated from the median absolute deviation (MAD).

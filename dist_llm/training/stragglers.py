@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from operator import add
 
 from dist_llm.engines.base import Engine
-from dist_llm.launch.flight_recorder import in_collective
+from dist_llm.launch.flight_recorder import is_in_collective
 from dist_llm.launch.world import World
 from dist_llm.observe.metrics import MetricsRow
 
@@ -79,7 +79,7 @@ class StragglerMonitor:
     def _sample_loop(self) -> None:
         rng = random.Random()  # random intervals sample all parts of a step equally often
         while not self._closed.wait(rng.uniform(0.5, 1.5) * SAMPLE_SECONDS):
-            is_waiting = in_collective()  # takes 1 ms, so it runs before the two counters change
+            is_waiting = is_in_collective()  # takes 1 ms, so it runs before the two counters change
             self.num_waiting += is_waiting
             self.num_samples += 1
 

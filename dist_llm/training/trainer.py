@@ -28,7 +28,7 @@ from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.observe.console import ConsoleSink
-from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
+from dist_llm.observe.flops import CONVENTION, count_flops_per_sample, find_peak_flops
 from dist_llm.observe.metrics import MetricsFile, MetricsRecorder, MetricsRow, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
@@ -280,10 +280,12 @@ class Trainer:
     def _build_recorder(self) -> MetricsRecorder:
         config, step = self.config, self.progress.step
         device = self.engine.device
-        peak, peak_origin = peak_flops(device, config.precision)
+        peak, peak_origin = find_peak_flops(device, config.precision)
         if config.log.peak_tflops:
             peak, peak_origin = config.log.peak_tflops * 1e12, "log.peak_tflops"
-        sample_flops = flops_per_sample(config.model, compute_inputs_len(config), self.loader.objective.encoder_len)
+        sample_flops = count_flops_per_sample(
+            config.model, compute_inputs_len(config), self.loader.objective.encoder_len
+        )
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, peak_origin)
         sinks: list[MetricsFile | TensorBoard | ConsoleSink] = []
         if self.world.is_main:

@@ -7,7 +7,14 @@ import pytest
 
 from dist_llm.errors import ConfigError
 from dist_llm.launch import submit as submitting
-from dist_llm.launch.submit import SCRIPT, SlurmJob, parse_sweep, render_batch_script, run_directories, submit_script
+from dist_llm.launch.submit import (
+    SCRIPT,
+    SlurmJob,
+    list_run_directories,
+    parse_sweep,
+    render_batch_script,
+    submit_script,
+)
 
 CONFIG = Path("configs/debug.yaml")
 
@@ -50,7 +57,7 @@ def test_overrides_are_passed_to_the_run_unchanged() -> None:
 
 def test_a_sweep_becomes_a_job_array() -> None:
     job = SlurmJob(CONFIG, ("run.steps=2",), sweep=parse_sweep(["optim.lr=1e-3,3e-4", "init_from=a/b"]))
-    run_dirs = run_directories(job, "runs/x")
+    run_dirs = list_run_directories(job, "runs/x")
     assert run_dirs == ["runs/x/lr=1e-3_init_from=a-b", "runs/x/lr=3e-4_init_from=a-b"]
     script = render_batch_script(job, run_dirs)
     assert read_sbatch_options(script)[-2:] == ["--array=0-1", "--output=slurm-%A_%a.log"]
