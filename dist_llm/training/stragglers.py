@@ -44,8 +44,8 @@ class StragglerMonitor:
     def __exit__(self, *raised: object) -> None:
         self._closed.set()
 
-    def report(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
-        """Return a row with the busy seconds of each rank if an interval has passed, else no row.
+    def gather_report(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+        """All-gather the busy seconds of each rank, and return them as a row if an interval has passed, else no row.
 
         Every rank must call this after the steps of `rows`. The returned row has an event if a rank is slow.
         """

@@ -156,7 +156,7 @@ class Trainer:
         self.sample_audit.add(progress.samples, batches)
         if (interval := config.guard.replay_every) and (progress.step + 1) % interval == 0:
             differences = replay_step(self.engine, self.loader, progress.samples, progress.step, config.precision)
-            self.guard.report_divergence(progress.step + 1, differences)
+            self.guard.handle_divergence(progress.step + 1, differences)
         should_apply = partial(self.guard.should_apply, progress.step + 1) if self.guard.can_skip else None
         report = train_step(
             self.engine,
@@ -186,17 +186,17 @@ class Trainer:
         )
         self.recorder.add(step_metrics)
         if (interval := config.guard.digest_every) and progress.step % interval == 0:
-            self.compare_replicas()
+            self.check_replicas()
 
-    def compare_replicas(self) -> None:
-        """Raise DivergedError or RewindError on all ranks if replicas of the weights differ."""
+    def check_replicas(self) -> None:
+        """Compare replicas of the weights. Raises DivergedError or RewindError on all ranks if they differ."""
         if replica_groups := self.engine.replica_groups:
-            self.guard.report_divergence(self.progress.step, find_mismatches(replica_groups, self.world.host))
+            self.guard.handle_divergence(self.progress.step, find_mismatches(replica_groups, self.world.host))
 
     def flush_metrics(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
         rows = self.recorder.flush()
-        events = self.guard.check_metrics(rows) + self.stragglers.report(rows) + self.earlier_steps.compare(rows)
+        events = self.guard.check_metrics(rows) + self.stragglers.gather_report(rows) + self.earlier_steps.compare(rows)
         if events:
             self.recorder.emit(events)
 
@@ -236,7 +236,7 @@ class Trainer:
         self.flush_metrics()
         self.sample_audit.check()
         if self.config.guard.digest_every:
-            self.compare_replicas()
+            self.check_replicas()
         chunks = (chunk for weight in self.engine.state.weights().values() for _, chunk in local_chunks(weight))
         finite = all(bool(chunk.isfinite().all()) for chunk in chunks)
         self.guard.check_weights_finite(self.progress.step, finite)
