@@ -40,7 +40,7 @@ def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progre
     progress = checkpoints.load_checkpoint(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
-    check_probe(folder, engine, config)
+    check_probe(folder, engine, config, "move this checkpoint away to resume from the previous one")
     return progress
 
 
@@ -60,12 +60,13 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     if changed := [difference.key for difference in requested if difference.key != "objective"]:
         log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))
     else:
-        check_probe(CheckpointFolder(path), engine, config)
+        check_probe(CheckpointFolder(path), engine, config, "set init_from to another checkpoint")
 
 
-def check_probe(folder: CheckpointFolder, engine: Engine, config: Config) -> None:
+def check_probe(folder: CheckpointFolder, engine: Engine, config: Config, alternative: str) -> None:
     """Compare the probe of the loaded weights with the probe in the checkpoint. Every rank must call this.
 
+    `alternative` says what a user can do if the hardware is not the cause.
     Raises CheckpointError if the two differ by more than rounding, unless checkpoint.probe is warn.
     """
     probe = (
@@ -80,7 +81,7 @@ def check_probe(folder: CheckpointFolder, engine: Engine, config: Config) -> Non
         if config.checkpoint.probe == "refuse":
             raise CheckpointError(
                 f"{error}. Start again, on another machine if possible: the hardware may be faulty. If it fails again, "
-                "move this checkpoint away to resume from the previous one; or set checkpoint.probe: warn to accept it"
+                f"{alternative}; or set checkpoint.probe: warn to accept it"
             ) from None
         log.warning("%s", error)
 

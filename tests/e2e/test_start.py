@@ -122,9 +122,10 @@ def test_weights_with_another_probe_loss_are_refused(run: Path, corpus: Path) ->
     assert re.search(
         r"do not compute what they computed .* the probe's loss was [\d.]+ and is [\d.]+; 0.0001 of", error
     )
-    assert "set checkpoint.probe: warn" in error
+    assert "move this checkpoint away to resume from the previous one; or set checkpoint.probe: warn" in error
     assert {name: content for name, content in read_contents(run).items() if not name.startswith("logs")} == before
-    run_refused(*commands.make_train_arguments(corpus, "run.dir=next", f"init_from={run}"), cwd=run.parent)
+    error = run_refused(*commands.make_train_arguments(corpus, "run.dir=next", f"init_from={run}"), cwd=run.parent)
+    assert "set init_from to another checkpoint; or set checkpoint.probe: warn" in error
     start = ("run.dir=next", "run.steps=1", f"init_from={run}")
     completed = commands.run(*commands.make_train_arguments(corpus, *start, "checkpoint.probe=warn"), cwd=run.parent)
     assert "do not compute what they computed" in completed.stderr + completed.stdout
