@@ -20,7 +20,7 @@ from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.text.tokenizer import TOKENIZER_FILE
-from dist_llm.training.evaluate import Evaluation, HeldoutData, evaluate
+from dist_llm.training.evaluate import Evaluation, EvaluationSetup, evaluate
 from dist_llm.training.settings import read_vocabulary
 
 # The default window of an imported model is data.seq_len, its maximum length, but at most this many tokens. Windows of
@@ -56,17 +56,17 @@ def evaluate_checkpoint(
     vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
     objective = build_objective(config, vocabulary, mask_prompts)
     score_prompts = config.data.score_prompts
-    heldout = HeldoutData(
+    setup = EvaluationSetup(
         corpora, objective, options.micro_batch or config.data.micro_batch, score_prompts=score_prompts
     )
-    heldout.check()
+    setup.check()
     # Models trained in float8 are scored in bf16 on all devices, as in `generate`.
     config = config.model_copy(update={"parallel": ParallelConfig(dp_shard=world.world_size), "fp8": False})
     device = select_device(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
         progress = store.load_checkpoint(path, engine.state, with_moments=False)
-        result = evaluate(engine, heldout)
+        result = evaluate(engine, setup)
         del engine
     if world.is_main:
         print(

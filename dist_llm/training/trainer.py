@@ -34,7 +34,7 @@ from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.replica_check import find_mismatches
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.training.evaluate import HeldoutData, evaluate
+from dist_llm.training.evaluate import EvaluationSetup, evaluate
 from dist_llm.training.gc_control import GCControl
 from dist_llm.training.guard import Guard
 from dist_llm.training.replay import replay_step
@@ -81,7 +81,7 @@ class Trainer:
         num_samples = (config.run.steps - self.progress.step) * config.data.global_batch
         end_sample = loader.plan.advance(self.progress.samples, num_samples)
         self.repetitions = find_repetitions(loader.plan, self.progress.samples, end_sample)
-        self.heldout_data = self._open_heldout(loader.objective)
+        self.evaluation_setup = self._build_evaluation_setup(loader.objective)
         self.sample_audit = SampleAudit(engine, loader, config.data.audit_every)
         parallel = config.parallel
         self.can_generate = parallel.pp == parallel.tp == parallel.cp == 1 and config.model.architecture != "encoder"
@@ -202,10 +202,12 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Log the held-out loss and a generated sample."""
-        if self.heldout_data is None:
+        if self.evaluation_setup is None:
             return
         self.flush_metrics()
-        result = evaluate(self.engine, self.heldout_data, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR))
+        result = evaluate(
+            self.engine, self.evaluation_setup, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR)
+        )
         self.progress.heldout_loss = result.loss
         row: MetricsRow = {
             "step": self.progress.step,
@@ -256,20 +258,20 @@ class Trainer:
         log.info("resumed from %s", start)
         return progress
 
-    def _open_heldout(self, objective: Objective) -> HeldoutData | None:
+    def _build_evaluation_setup(self, objective: Objective) -> EvaluationSetup | None:
         """Open the held-out text of each data source with enough tokens. Return None if there is no such source."""
         data, corpora = self.config.data, {}
         for source in self.loader.plan.sources:
             corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)
             try:
-                HeldoutData({source.name: corpus}, objective, data.micro_batch).check()
+                EvaluationSetup({source.name: corpus}, objective, data.micro_batch).check()
             except DataError as error:
                 log.info("no evaluation: %s", error)
             else:
                 corpora[source.name] = corpus
         if not corpora:
             return None
-        return HeldoutData(
+        return EvaluationSetup(
             corpora,
             objective,
             data.micro_batch,
