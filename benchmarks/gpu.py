@@ -10,7 +10,7 @@ table of the finished cases. A case that runs out of memory is not a failure: th
   python benchmarks/gpu.py
   python benchmarks/gpu.py --device cpu --write runs/gpu             use the CPU in place of the GPU, at tiny sizes
   python benchmarks/gpu.py --device fake                             use no device (fake_gpu.py): shapes and memory
-  python benchmarks/gpu.py --rows "step fp32" "attention flex"       run only these cases
+  python benchmarks/gpu.py --cases "step fp32" "attention flex"      run only these cases
 """
 
 import argparse
@@ -77,7 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="use tiny sizes, as on a CPU")
     parser.add_argument("--budget", type=float, help="time for all cases, in seconds; default: 470 (CPU: 3600)")
     parser.add_argument(
-        "--rows",
+        "--cases",
+        "--rows",  # the former name
         dest="case_names",
         nargs="+",
         choices=[case.name for case in CASES],

@@ -3,7 +3,8 @@
   ideal         each process trains on half of the batch without communication: no layout can be faster
   dp_replicate, dp_shard, tp, cp, pp
                 this axis of `parallel` is 2; with pp a microbatch is one sequence
-  tp, whole     tensor parallel without sequence_parallel
+  tp, sequence_parallel off
+                tensor parallel, with replicated activations outside the matrix products
   muon          dp_shard with optim.name: muon; compared with `ideal muon`
 
 The layouts take turns. `ratio` is tokens/s relative to the ideal, the median over the rounds. On a machine of two cores
@@ -40,7 +41,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "dp_replicate": ("parallel.dp_replicate=2",),
     "dp_shard": ("parallel.dp_shard=2",),
     "tp": ("parallel.tp=2",),
-    "tp, whole": ("parallel.tp=2", "parallel.sequence_parallel=false"),
+    "tp, sequence_parallel off": ("parallel.tp=2", "parallel.sequence_parallel=false"),
     "cp": ("parallel.cp=2",),
     "pp": ("parallel.pp=2", "data.micro_batch=1"),
     "ideal muon": ("optim.name=muon",),

@@ -16,8 +16,9 @@ at the end of each stage:
   exit           until the process has ended
 
 Before the rounds, one process runs with -X importtime, which reports the time of each module and slightly increases it.
-`ours` is the time of the modules of dist_llm. `late` is the time of modules that a stage after `imports` imports. `own`
-is the time of our own code until the first step: `ours`, and the stages from config to loader without late imports.
+`late` is the time of modules that a stage after `imports` imports. `dist_llm_import_seconds` is the time of the modules
+of dist_llm. `dist_llm_seconds` is the time of our own code until the first step: these modules, and the stages from
+config to loader without late imports.
 
 Prints one JSON line per stage (medians over the rounds), and one per package and per module of dist_llm that takes
 longest to import. The goal: the first step within 8 seconds, of which our own code takes less than 1 second.
@@ -41,7 +42,7 @@ from measure import choose_device
 from results import Results, format_table, make_parser, parse_options
 
 REPOSITORY = Path(__file__).parents[1]
-GOAL_SECONDS, GOAL_OWN_SECONDS = 8.0, 1.0
+GOAL_SECONDS, GOAL_DIST_LLM_SECONDS = 8.0, 1.0
 STAGE_PREFIX = "startup.py: "  # of a line on stderr: the prefix, the stage, the time of its end in seconds
 STAGED_TRAINING_SCRIPT = f"""\
 import sys, time
@@ -83,7 +84,7 @@ mark_calls(run.Trainer, "run", after="end")
 cli.run()
 """
 STAGES = ("interpreter", "torch", "imports", "config", "data", "model", "loader", "first_step", "end", "exit")
-OWN_STAGES = ("config", "data", "model", "loader")
+DIST_LLM_STAGES = ("config", "data", "model", "loader")
 
 
 def main() -> None:
@@ -216,9 +217,15 @@ def sum_imports(lines: list[str]) -> dict[str, dict[str, float]]:
 def summarize(medians: dict[str, float], import_seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Sum up the seconds until the first step ends, and those of our own code; see the docstring of the module."""
     to_first_step = sum(medians[stage] for stage in STAGES[: STAGES.index("first_step") + 1])
-    our_imports, late_seconds = import_seconds["packages"].get("dist_llm", 0.0), import_seconds["late"]
-    own_seconds = our_imports + sum(max(0.0, medians[stage] - late_seconds.get(stage, 0.0)) for stage in OWN_STAGES)
-    return {"to_first_step": to_first_step, "own": own_seconds, "ours": our_imports, "command": medians["command"]}
+    dist_llm_import_seconds = import_seconds["packages"].get("dist_llm", 0.0)
+    late_seconds = import_seconds["late"]
+    stage_seconds = sum(max(0.0, medians[stage] - late_seconds.get(stage, 0.0)) for stage in DIST_LLM_STAGES)
+    return {
+        "to_first_step": to_first_step,
+        "dist_llm_seconds": dist_llm_import_seconds + stage_seconds,
+        "dist_llm_import_seconds": dist_llm_import_seconds,
+        "command": medians["command"],
+    }
 
 
 def make_report(results: Results, summary: dict[str, Any]) -> str:
@@ -234,7 +241,8 @@ def make_report(results: Results, summary: dict[str, Any]) -> str:
             sections.append(format_table([kind, "seconds"], cells))
     sections.append(
         f"to the first step: {summary['to_first_step']:.2f} s (the goal: {GOAL_SECONDS}), of which our own code "
-        f"{summary['own']:.2f} s (the goal: {GOAL_OWN_SECONDS}); the command, to its exit: {summary['command']:.2f} s"
+        f"{summary['dist_llm_seconds']:.2f} s (the goal: {GOAL_DIST_LLM_SECONDS}); "
+        f"the command, to its exit: {summary['command']:.2f} s"
     )
     return "\n\n".join(sections)
 

@@ -1,18 +1,20 @@
-"""Measure training speed: tokens/s, MFU and peak memory of our training step and of a bare PyTorch loop.
+"""Measure training speed: tokens/s, MFU and peak memory of the native engine and of a plain PyTorch loop.
 
-ours    the step of the native engine, as in training, on a batch made before (benchmarks/data.py measures loading)
-bare    another implementation of the same model and loop (benchmarks/bare.py), with the same initial weights and tokens
+native  the step of the native engine, as in training, on a batch made before (benchmarks/data.py measures loading)
+plain   another implementation of the same model and loop (benchmarks/bare.py), with the same initial weights and tokens
 limit   FLOP/s of a matrix product of the same precision, 2048 x 2048 on a CPU, 8192 x 8192 on a GPU; the best of all
         rounds
 
-Ours and bare have their own processes, so that their peak memories are separate. They take turns of a few steps in the
-order ours, bare, bare, ours, with the matrix product in between. `loss` and `bare_loss` are the losses of the first
-step and should agree. The other keys:
+The two steps have their own processes, so that their peak memories are separate. They take turns of a few steps in the
+order native, plain, plain, native, with the matrix product in between. Keys without a prefix belong to the native
+engine, keys with `plain_` to the plain loop. `loss` and `plain_loss` are the losses of the first step and should agree.
+The other keys:
 
-  ratio       tokens/s of ours over bare, the median over the rounds; `least` and `most` are its extremes
+  ratio       tokens_per_second over plain_tokens_per_second, the median over the rounds; min_ratio and max_ratio are
+              its extremes
   cpu_ratio   the ratio with CPU seconds instead of elapsed time: more reliable on a busy machine, with
               OMP_NUM_THREADS=1 so that no thread spins while it waits
-  memory      peak memory of ours over bare
+  memory      peak over plain_peak, the peak memory in bytes
   mfu         FLOP/s by the convention of metrics.jsonl (6N + 12LHES per token) over the data-sheet peak of a known GPU,
               or else over the limit
   of_matmul   FLOP/s of the matrix products that are computed, over the limit: only the causal half of attention, with
@@ -20,14 +22,14 @@ step and should agree. The other keys:
   faults      page faults per step: on a CPU, large temporary tensors
   system      fraction of the CPU seconds that the operating system uses
 
-With --compile, ours compiles each block, and bare the complete model. With --recompute, bare uses activation
-checkpointing for each block, also if ours is selective.
+With --compile, the native engine compiles each block, and the plain loop the complete model. With --recompute, the
+plain loop uses activation checkpointing for each block, also if the native engine recomputes selectively.
 
   python benchmarks/train.py                                        two small models, or two medium ones on a GPU
   python benchmarks/train.py --models llama-cpu --precision bf16 --profile
   python benchmarks/train.py --models llama-1b --compile no yes --recompute none selective --seq-len 2048 8192
   python benchmarks/train.py --models gpt2-124m model.vocab_size=50257 loss.z_loss=1e-4
-  python benchmarks/train.py --models llama-1b --precision bf16 --compile yes fp8=true    (bare and the limit stay bf16)
+  python benchmarks/train.py --models llama-1b --precision bf16 --compile yes fp8=true   (plain and the limit stay bf16)
 """
 
 import argparse
@@ -110,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seq-len", nargs="+", type=int, default=[0], help="tokens of a sequence; default: models.py")
     parser.add_argument("--batch", type=int, default=0, help="sequences of a step; default: models.py")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of ours and of bare; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of native and of plain; default: %(default)s")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn; default: %(default)s")
     parser.add_argument("--profile", action="store_true", help="show which operators take the time (torch.profiler)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys: model.qk_norm=true")
@@ -120,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure_case(
     config: Config, options: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Measure ours and bare (the two sides) with one config; return the row, and with --profile the profile by side."""
+    """Measure both sides, native and plain, with one config; return the row, and with --profile the profile by side."""
     with start_workers({side: (make_side, config, device) for side, make_side in SIDES.items()}) as workers_by_side:
         first_turns = {side: worker.take_turn(WARM_UP_STEPS) for side, worker in workers_by_side.items()}
         cases: dict[str, Callable[[], Any]] = {
@@ -144,14 +146,14 @@ def make_row(
 ) -> dict[str, Any]:
     """Make the row of a config: medians over its turns. `first_turns` has the losses of the first step."""
     data, limit = config.data, max(turns_by_case["limit"])
-    pairs = list(zip(turns_by_case["ours"], turns_by_case["bare"], strict=True))
-    ratios = [bare_turn["seconds"] / our_turn["seconds"] for our_turn, bare_turn in pairs]
+    pairs = list(zip(turns_by_case["native"], turns_by_case["plain"], strict=True))
+    ratios = [plain_turn["seconds"] / native_turn["seconds"] for native_turn, plain_turn in pairs]
     median = {
         side: {name: statistics.median(turn[name] for turn in turns_by_case[side]) for name in turns_by_case[side][0]}
         for side in SIDES
     }
     tokens_per_turn = data.global_batch * data.seq_len * num_steps
-    our_rate, bare_rate = (tokens_per_turn / median[side]["seconds"] for side in SIDES)
+    native_rate, plain_rate = (tokens_per_turn / median[side]["seconds"] for side in SIDES)
     if device.type == "cuda":
         peak_flops_per_second, peak_source = find_peak_flops(device, config.precision)
     else:
@@ -163,28 +165,28 @@ def make_row(
         "recompute": config.parallel.recompute,
         "seq_len": data.seq_len,
         "batch": data.global_batch,
-        "ours": our_rate,
-        "bare": bare_rate,
+        "tokens_per_second": native_rate,
+        "plain_tokens_per_second": plain_rate,
         "ratio": statistics.median(ratios),
-        "least": min(ratios),
-        "most": max(ratios),
+        "min_ratio": min(ratios),
+        "max_ratio": max(ratios),
         "cpu_ratio": statistics.median(
-            bare_turn["cpu_seconds"] / our_turn["cpu_seconds"] for our_turn, bare_turn in pairs
+            plain_turn["cpu_seconds"] / native_turn["cpu_seconds"] for native_turn, plain_turn in pairs
         ),
-        "mfu": our_rate * count_flops_per_token(config.model, data.seq_len) / peak_flops_per_second,
+        "mfu": native_rate * count_flops_per_token(config.model, data.seq_len) / peak_flops_per_second,
         "mfu_of": peak_source,
         "limit": limit,
-        "of_matmul": our_rate * computed_flops / limit,
-        "bare_of_matmul": bare_rate * computed_flops / limit,
-        "peak": median["ours"]["peak"],
-        "bare_peak": median["bare"]["peak"],
-        "memory": median["ours"]["peak"] / median["bare"]["peak"],
-        "faults": median["ours"]["faults"] / num_steps,
-        "bare_faults": median["bare"]["faults"] / num_steps,
-        "system": median["ours"]["system"],
-        "bare_system": median["bare"]["system"],
-        "loss": first_turns["ours"]["loss"],
-        "bare_loss": first_turns["bare"]["loss"],
+        "of_matmul": native_rate * computed_flops / limit,
+        "plain_of_matmul": plain_rate * computed_flops / limit,
+        "peak": median["native"]["peak"],
+        "plain_peak": median["plain"]["peak"],
+        "memory": median["native"]["peak"] / median["plain"]["peak"],
+        "faults": median["native"]["faults"] / num_steps,
+        "plain_faults": median["plain"]["faults"] / num_steps,
+        "system": median["native"]["system"],
+        "plain_system": median["plain"]["system"],
+        "loss": first_turns["native"]["loss"],
+        "plain_loss": first_turns["plain"]["loss"],
     }
 
 
@@ -210,8 +212,8 @@ def make_native_stepper(config: Config, device: torch.device) -> Turn:
     return make_turn(lambda: train_step(engine, batches, config.optim.lr).loss, device, peak)
 
 
-def make_bare_stepper(config: Config, device: torch.device) -> Turn:
-    """Make the function that takes turns of the bare loop, with the initial weights of the native engine."""
+def make_plain_stepper(config: Config, device: torch.device) -> Turn:
+    """Make the function that takes turns of the plain loop, with the initial weights of the native engine."""
     peak = start_memory_peak(config, device)
     with torch.device(device):
         model = Model(config.model, recompute=config.parallel.recompute != "none")
@@ -227,7 +229,7 @@ def make_bare_stepper(config: Config, device: torch.device) -> Turn:
     return make_turn(lambda: loop.step(inputs.to(device), targets.to(device)), device, peak)
 
 
-SIDES = {"ours": make_native_stepper, "bare": make_bare_stepper}
+SIDES = {"native": make_native_stepper, "plain": make_plain_stepper}
 
 
 def start_memory_peak(config: Config, device: torch.device) -> PeakMemory:
@@ -238,7 +240,7 @@ def start_memory_peak(config: Config, device: torch.device) -> PeakMemory:
 
 
 def make_tokens(config: Config) -> torch.Tensor:
-    """Make the token ids of a step, [global_batch, seq_len + 1], equal for ours and bare."""
+    """Make the token ids of a step, [global_batch, seq_len + 1], equal for both sides."""
     shape = (config.data.global_batch, config.data.seq_len + 1)
     return torch.randint(config.model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
@@ -279,9 +281,9 @@ def make_profile(work: Callable[[], object], device: torch.device, max_rows: int
 
 def make_report(results: Results, options: argparse.Namespace) -> str:
     """Format the table."""
-    names = ("ratio", "least", "most", "cpu_ratio", "mfu", "of_matmul", "bare_of_matmul", "memory")
-    header = ["model", "precision", "compile", "recompute", "tokens", "ours tok/s", "bare tok/s", *names]
-    header = [name.replace("bare_of_matmul", "bare's").replace("_", " ") for name in header]
+    names = ("ratio", "min_ratio", "max_ratio", "cpu_ratio", "mfu", "of_matmul", "plain_of_matmul", "memory")
+    header = ["model", "precision", "compile", "recompute", "tokens", "tok/s", "plain tok/s", *names]
+    header = [name.replace("plain_of_matmul", "plain's").replace("_", " ") for name in header]
     rows = []
     for row in results.rows:
         cells = [
@@ -292,15 +294,15 @@ def make_report(results: Results, options: argparse.Namespace) -> str:
         ]
         cells += [
             f"{row['batch']} x {row['seq_len']}",
-            f"{row['ours']:,.0f}",
-            f"{row['bare']:,.0f}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['plain_tokens_per_second']:,.0f}",
         ]
         cells += [f"{row[name]:.3f}" for name in names]
-        cells += [f"{row['peak'] / 1e6:,.0f}", f"{row['system']:.0%}", f"{row['bare_system']:.0%}"]
-        rows.append([*cells, f"{row['loss']:.5f}", f"{row['bare_loss']:.5f}"])
+        cells += [f"{row['peak'] / 1e6:,.0f}", f"{row['system']:.0%}", f"{row['plain_system']:.0%}"]
+        rows.append([*cells, f"{row['loss']:.5f}", f"{row['plain_loss']:.5f}"])
     limits = {row["precision"]: f"{row['limit'] / 1e12:.2f} TFLOP/s in {row['precision']}" for row in results.rows}
     conditions = f"{options.rounds} rounds of {options.steps} steps; a matrix product: {', '.join(limits.values())}"
-    table = format_table([*header, "peak MB", "system", "bare's", "loss", "bare's"], rows)
+    table = format_table([*header, "peak MB", "system", "plain's", "loss", "plain's"], rows)
     return f"{conditions}; MFU: {CONVENTION}\n\n{table}"
 
 

@@ -85,7 +85,7 @@ def linear_specs(
 
 def norm_specs(name: str, norm: nn.Module | None, dim: str = "embed", by_head: bool = False) -> dict[str, ParamSpec]:
     """Describe the weight and the bias of a normalization layer over `dim`. `by_head`: it normalizes each head."""
-    values = {"weight": ONES, "bias": ZEROS}
+    values = {"weight": ZEROS if getattr(norm, "plus_one", False) else ONES, "bias": ZEROS}
     return {
         f"{name}.{key}": ParamSpec((dim,), init, decay=False, is_shared_by_heads=by_head)
         for key, init in values.items()

@@ -176,10 +176,10 @@ def make_adopt_and_read(kind: str, name: str = "x.bin", **options: Any) -> Calla
 def write_checkpoint(directory: Path) -> None:
     config = make_config()
     segment = data_history.Segment(
-        step=0, first=0, global_batch=1, skip=((3, 4),),
-        mix=data_history.DataSpec(
-            first=0, tokens=0, sample_tokens=16, seed=1, order="shuffle", windows="stream", seq_len=16, objective=({},),
-            tokenizer="none", sources=(data_history.SourceRecord(name="", path="/x", content="y"),),
+        step=0, first_sample=0, global_batch=1, skip=((3, 4),),
+        spec=data_history.DataSpec(
+            first_sample=0, tokens=0, sample_tokens=16, seed=1, order="shuffle", windows="stream", seq_len=16,
+            objective=({},), tokenizer="none", sources=(data_history.SourceRecord(name="", path="/x", content="y"),),
             stages=(data_history.StageRecord(from_tokens=0, quotas=(1,)),),
         ),
     )  # fmt: skip

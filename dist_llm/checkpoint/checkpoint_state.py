@@ -18,12 +18,16 @@ from dist_llm.optim.loss_scale import LossScale
 
 @dataclass
 class GuardState:
-    """State of the guard: losses of recent good steps, the used part of guard.budget, and the samples left out."""
+    """State of the guard: losses of recent good steps, the used part of guard.budget, and the skipped samples.
+
+    `skipped_ranges` are the ranges [first, end) of sample numbers that a rewind left out.
+    """
 
     losses: list[float] = field(default_factory=list)
     # This field was named `spent` up to version 0.1.
     num_used: Annotated[int, Field(validation_alias=AliasChoices("num_used", "spent"))] = 0
-    left_out: list[tuple[int, int]] = field(default_factory=list)  # sample ranges [first, end)
+    # The key in progress.json is left_out.
+    skipped_ranges: Annotated[list[tuple[int, int]], Field(validation_alias="left_out")] = field(default_factory=list)
 
 
 @dataclass
@@ -53,7 +57,9 @@ class Progress:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of progress.json."""
-        return asdict(self)
+        content = asdict(self)
+        content["guard"]["left_out"] = content["guard"].pop("skipped_ranges")
+        return content
 
 
 class HasNamedParameters(Protocol):

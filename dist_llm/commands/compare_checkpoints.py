@@ -33,7 +33,7 @@ def average(out: str, checkpoints: list[str]) -> None:
             raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}")
         differences = find_function_differences(read_config(paths[0]), read_config(path))
         if differences := [difference for difference in differences if difference.key != "objective"]:
-            values = f"{differences[0].key} {differences[0].now}, {differences[0].before} there"
+            values = f"{differences[0].key} {differences[0].current}, {differences[0].saved} there"
             raise CheckpointError(f"{path}: is not a checkpoint of the same model as {paths[0]}: {values}")
 
     def mean(name: str) -> Tensor:

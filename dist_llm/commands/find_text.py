@@ -74,7 +74,7 @@ def iter_steps_with_document(
 
     Locates all samples in blocks, with the plan that training uses. So the steps are those that read the document.
     """
-    first_sample, global_batch = segment.first, segment.global_batch
+    first_sample, global_batch = segment.first_sample, segment.global_batch
     steps_per_block = max(1, BLOCK_SAMPLES // global_batch)
     for first_step in range(segment.step, end_step, steps_per_block):
         samples = plan.list_sample_numbers(first_sample, min(steps_per_block, end_step - first_step) * global_batch)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--rank", type=int, metavar="N", help="one data-parallel rank; default: all")
     help_text = "number of data-parallel ranks; default: the run's"
     action.add_argument("--ranks", type=int, dest="num_ranks", metavar="N", help=help_text)
-    action.add_argument("--whole", action="store_true", dest="full_text", help="print documents in full")
+    action.add_argument("--full-text", "--whole", action="store_true", help="print documents in full")
 
     action = add_action("find", "find_text:find_text", "list the steps that read the documents with a given text")
     action.add_argument("text", metavar="TEXT", help="text that the documents contain")

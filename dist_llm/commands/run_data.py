@@ -35,4 +35,4 @@ def select_corpora(corpora: Sequence[Path], run: Path | None) -> list[Path]:
     if run is None:
         return [Path(localize_corpus(str(corpus), CACHE)) for corpus in corpora]
     _, history = open_run(run)
-    return [Path(source.path) for source in history[-1].mix.sources]
+    return [Path(source.path) for source in history[-1].spec.sources]

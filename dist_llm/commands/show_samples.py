@@ -12,7 +12,7 @@ from dist_llm.data.streams import WindowStream
 from dist_llm.errors import DataError
 from dist_llm.text.tokenizer import Tokenizer
 
-SHOWN_CHARS = 300  # characters of a document that are printed without --whole
+SHOWN_CHARS = 300  # characters of a document that are printed without --full-text
 
 
 def show_samples(
@@ -27,7 +27,7 @@ def show_samples(
         raise DataError(f"--step {step}: the first is 1")
     segment = [segment for segment in history if segment.step < step][-1]
     segment_config, plan = open_segment(config, segment)
-    first_sample = plan.advance(segment.first, (step - 1 - segment.step) * segment.global_batch)
+    first_sample = plan.advance(segment.first_sample, (step - 1 - segment.step) * segment.global_batch)
     sample_numbers = plan.list_sample_numbers(first_sample, segment.global_batch)
     if rank is not None:
         num_ranks = num_ranks or config.parallel.dp_replicate * config.parallel.dp_shard

@@ -13,10 +13,10 @@ from dist_llm.config.check_effect import check_effect
 from dist_llm.config.check_engine import check_axes, check_engine
 from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
-from dist_llm.config.check_layers import check_each_kind, check_layers
+from dist_llm.config.check_layers import check_each_kind, check_layers, check_one_layer, check_residuals
 from dist_llm.config.check_layout import check_budget, check_layout
 from dist_llm.config.compare import check_init
-from dist_llm.config.derive import AXES, format_divisors, format_layout
+from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.config.objective_sections import CausalSpec, MixtureConfig
@@ -57,7 +57,8 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
         *objective_violations,
         *data_violations,
         *check_layers(config.model),
-        *check_each_kind(config, _check_heads),
+        *check_each_kind(config, check_one_layer),
+        *check_residuals(config.model),
         *_check_relative(config.model),
         *_check_lengths(config, tokenizer_size),
         *_check_schedule(config),
@@ -114,29 +115,6 @@ def _factorizations(product: int, num_factors: int) -> Iterator[tuple[int, ...]]
         if product % factor == 0:
             for remaining_factors in _factorizations(product // factor, num_factors - 1):
                 yield (factor, *remaining_factors)
-
-
-def _check_heads(config: UnresolvedConfig) -> Iterator[Violation]:
-    model = config.model
-    if not model.head_dim and model.d_model % model.n_heads:
-        yield Violation(
-            ("model.n_heads", "model.d_model", "model.head_dim"),
-            f"{model.n_heads} heads do not divide d_model {model.d_model}; set n_heads to one of "
-            f"{format_divisors(model.d_model)}, or set model.head_dim",
-        )
-    elif model.positions == "rope" and (model.head_dim or model.d_model // model.n_heads) % 2:
-        yield Violation(
-            ("model.n_heads", "model.d_model", "model.head_dim", "model.positions"),
-            "rope rotates pairs of dimensions, but a head has "
-            f"{model.head_dim or model.d_model // model.n_heads} dimensions; set an even "
-            "head_dim, or make d_model / n_heads even",
-        )
-    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
-        yield Violation(
-            ("model.n_kv_heads", "model.n_heads"),
-            f"{model.n_kv_heads} key-value heads do not divide {model.n_heads} query heads; "
-            f"set one of {format_divisors(model.n_heads)}",
-        )
 
 
 def _check_relative(model: UnresolvedModelConfig) -> Iterator[Violation]:

@@ -24,6 +24,18 @@ def _has_positions(kind: str) -> Callable[[UnresolvedConfig], bool]:
 
 RULES: tuple[Rule, ...] = (
     ("model.rope_theta", _has_positions("rope"), "model.positions=rope"),
+    ("model.rotary_fraction", _has_positions("rope"), "model.positions=rope"),
+    ("model.rope_scaling", _has_positions("rope"), "model.positions=rope"),
+    *(
+        (f"model.{name}", lambda config: not config.model.bias, "model.bias=false")
+        for name in ("qkv_bias", "out_bias", "feedforward_bias")
+    ),
+    (
+        "model.norm_bias",
+        lambda config: config.model.norm == "layernorm" and not config.model.bias,
+        "model.norm=layernorm and bias=false",
+    ),
+    ("model.head_bias", lambda config: config.model.head != "mlm", "model.head=linear"),
     ("model.relative_buckets", _has_positions("relative"), "model.positions=relative"),
     ("model.relative_distance", _has_positions("relative"), "model.positions=relative"),
     (

@@ -1,11 +1,12 @@
-"""Check `model.layers` and `model.kinds`, and apply the rules of one layer to each kind of layer."""
+"""Check the layers of a model: the names of their kinds, and the rules of one layer for each kind."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dist_llm.config.derive import iter_layer_models
+from dist_llm.config.derive import format_divisors, iter_layer_models
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import UnresolvedModelConfig
+from dist_llm.config.rope_sections import DynamicScaling, Llama3Scaling, LongropeScaling
 from dist_llm.config.schema import UnresolvedConfig
 
 LayerCheck = Callable[[UnresolvedConfig], Iterator[Violation]]
@@ -44,10 +45,9 @@ def _check_kind(model: UnresolvedModelConfig, name: str, overrides: Mapping[str,
         yield Violation(
             (f"model.kinds.{name}.positions",), f"{positions} applies to all layers; set it in model.positions"
         )
-    if "rope_theta" in overrides and positions != "rope":
-        yield Violation(
-            (f"model.kinds.{name}.rope_theta",), f"has no effect with positions {positions}; remove the key"
-        )
+    for key in ("rope_theta", "rotary_fraction", "rope_scaling"):
+        if overrides.get(key) is not None and positions != "rope":
+            yield Violation((f"model.kinds.{name}.{key}",), f"has no effect with positions {positions}; remove the key")
     if "n_heads" in overrides and model.positions == "relative":
         yield Violation(
             (f"model.kinds.{name}.n_heads", "model.positions"),
@@ -70,3 +70,70 @@ def _key_of_kind(model: UnresolvedModelConfig, kind: str | None, key: str) -> st
     if kind is None or section != "model" or name not in model.kinds[kind].model_fields_set:
         return key
     return f"model.kinds.{kind}.{name}"
+
+
+def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
+    """Yield violations of the heads, the rotation and the window of a layer."""
+    model = config.model
+    if not model.head_dim and model.d_model % model.n_heads:
+        yield Violation(
+            ("model.n_heads", "model.d_model", "model.head_dim"),
+            f"{model.n_heads} heads do not divide d_model {model.d_model}; set n_heads to one of "
+            f"{format_divisors(model.d_model)}, or set model.head_dim",
+        )
+    elif model.positions == "rope":
+        yield from _check_rotation(model)
+    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
+        yield Violation(
+            ("model.n_kv_heads", "model.n_heads"),
+            f"{model.n_kv_heads} key-value heads do not divide {model.n_heads} query heads; "
+            f"set one of {format_divisors(model.n_heads)}",
+        )
+    if model.window and model.architecture != "decoder":
+        yield Violation(
+            ("model.window", "model.architecture"), "sliding windows need model.architecture=decoder; remove the key"
+        )
+
+
+def _check_rotation(model: UnresolvedModelConfig) -> Iterator[Violation]:
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    num_rotated = int(head_dim * model.rotary_fraction)
+    if num_rotated % 2 or not num_rotated:
+        share = "a head has" if model.rotary_fraction == 1 else f"{model.rotary_fraction} of a head are"
+        yield Violation(
+            ("model.n_heads", "model.d_model", "model.head_dim", "model.rotary_fraction", "model.positions"),
+            f"rope rotates pairs of dimensions, but {share} {num_rotated} dimensions; set an even head_dim, or make "
+            "d_model / n_heads even",
+        )
+    scaling = model.rope_scaling
+    if isinstance(scaling, LongropeScaling):
+        for name in ("short_factors", "long_factors"):
+            if len(getattr(scaling, name)) != num_rotated // 2:
+                yield Violation(
+                    (f"model.rope_scaling.{name}", "model.rope_scaling"),
+                    f"{len(getattr(scaling, name))} numbers, but {num_rotated} dimensions rotate; list "
+                    f"{num_rotated // 2}, one for each pair",
+                )
+    if isinstance(scaling, Llama3Scaling) and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield Violation(
+            ("model.rope_scaling.low_freq_factor", "model.rope_scaling"),
+            f"{scaling.low_freq_factor} must be less than high_freq_factor {scaling.high_freq_factor}",
+        )
+    if isinstance(scaling, DynamicScaling) and num_rotated <= 2:
+        yield Violation(
+            ("model.rope_scaling", "model.head_dim"), "dynamic scaling needs more than 2 rotated dimensions in a head"
+        )
+
+
+def check_residuals(model: UnresolvedModelConfig) -> Iterator[Violation]:
+    """Yield violations of the order of norms and sublayers."""
+    if model.parallel_residual != "off" and model.norm_order != "pre":
+        yield Violation(
+            ("model.parallel_residual", "model.norm_order"),
+            f"parallel attention and feed-forward need norm_order pre, found {model.norm_order}; set one of the two",
+        )
+    if model.parallel_residual != "off" and model.architecture == "encoder_decoder":
+        yield Violation(
+            ("model.parallel_residual", "model.architecture"),
+            "an encoder_decoder has cross-attention between attention and feed-forward; set parallel_residual to off",
+        )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.load import Violation
-from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.model_section import LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import Config, UnresolvedConfig
 
@@ -35,19 +35,32 @@ MODEL_ROLES: dict[str, Role] = {
     "max_seq_len": "fixed",  # size of the table of learned positions; ignored for other positional encodings
     "positions": "requestable",
     "rope_theta": "requestable",
+    "rotary_fraction": "requestable",
+    "rope_scaling": "requestable",
+    "window": "requestable",
     "relative_buckets": "fixed",
     "relative_distance": "requestable",
     "norm": "requestable",
     "norm_eps": "requestable",
     "norm_order": "requestable",
+    "norm_weight": "requestable",
+    "norm_bias": "requestable",
     "norm_embedding": "requestable",
+    "parallel_residual": "requestable",
+    "embedding_scale": "requestable",
+    "residual_scale": "requestable",
+    "logit_scale": "requestable",
     "activation": "requestable",
     "bias": "requestable",
     "qkv_bias": "requestable",
+    "out_bias": "requestable",
+    "feedforward_bias": "requestable",
     "tie_embeddings": "requestable",
     "head": "requestable",
+    "head_bias": "requestable",
     "attention_scale": "requestable",
     "qk_norm": "requestable",
+    "attention_cap": "requestable",
     "logit_cap": "requestable",
     "dropout": "training",
     "stochastic_depth": "training",
@@ -84,6 +97,12 @@ PARAMETER_KEYS = {
         "activation",
         "bias",
         "qkv_bias",
+        "out_bias",
+        "feedforward_bias",
+        "norm_bias",
+        "norm_weight",
+        "parallel_residual",
+        "head_bias",
         "tie_embeddings",
         "head",
         "qk_norm",
@@ -93,63 +112,97 @@ PARAMETER_KEYS = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A dotted key whose value in a checkpoint's config differs from the current one."""
+    """A dotted key whose value in a checkpoint's config (`saved`) differs from the current one."""
 
     key: str
-    before: Any
-    now: Any
+    saved: Any
+    current: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before} in the checkpoint, {self.now} in this config"
+        return f"{self.key}: {self.saved} in the checkpoint, {self.current} in this config"
 
 
 def get_function_keys(model: ModelConfig) -> dict[str, Any]:
-    """Return the keys that decide the forward pass of a resolved model; a key without effect in this model is None."""
+    """Return the keys that decide the forward pass of a resolved model; a key without effect in this model is None.
+
+    A key that differs between layers has the list of the values of all layers, so the names of the kinds do not matter.
+    """
     fields = {key: value for key, value in model.model_dump().items() if MODEL_ROLES[key] != "training"}
-    if model.positions != "rope":
-        fields["rope_theta"] = None
+    layers = [_get_layer_keys(model.layer_config(layer)) for layer in range(model.n_layers)]
+    for key in LayerKeys.model_fields:
+        values = [layer[key] for layer in layers]
+        fields[key] = values[0] if all(value == values[0] for value in values) else values
+    fields["layers"] = fields["kinds"] = None
+    depends_on_length = any(_depends_on_length(layer) for layer in layers)
     if model.positions != "relative":
         fields["relative_buckets"] = fields["relative_distance"] = None
-    if model.positions != "learned":
+    if model.positions != "learned" and not depends_on_length:
         fields["max_seq_len"] = None  # records the training length; does not limit the model
     if model.architecture != "encoder_decoder":
         fields["n_encoder_layers"] = None
-    fields["attention_scale"] = model.attention_scale or model.head_dim**-0.5
-    fields["qkv_bias"] = model.bias or model.qkv_bias
-    # The names of the kinds do not matter. Either key may change the list of what differs in each layer.
-    kinds_by_layer = [model.kinds[name].list_overrides() for name in model.layers]
-    fields["layers"] = fields["kinds"] = kinds_by_layer if any(kinds_by_layer) else []
+    fields["norm_bias"] = model.norm == "layernorm" and (model.bias or model.norm_bias)
+    fields["head_bias"] = model.head_bias or model.head == "mlm"
     return fields
 
 
-def find_function_differences(before: Config, now: Config) -> list[Difference]:
+def _get_layer_keys(layer: ModelConfig) -> dict[str, Any]:
+    """Return the keys that decide the forward pass of a layer."""
+    fields: dict[str, Any] = {key: value for key, value in layer.model_dump().items() if key in LayerKeys.model_fields}
+    if layer.positions != "rope":
+        fields["rope_theta"] = fields["rotary_fraction"] = fields["rope_scaling"] = None
+    fields["attention_scale"] = layer.attention_scale or layer.head_dim**-0.5
+    for name in ("qkv_bias", "out_bias", "feedforward_bias"):
+        fields[name] = layer.bias or fields[name]
+    return fields
+
+
+def _depends_on_length(layer: dict[str, Any]) -> bool:
+    """Return whether the rotary frequencies of a layer depend on model.max_seq_len."""
+    scaling = layer["rope_scaling"]
+    return scaling is not None and scaling["name"] in ("dynamic", "longrope")
+
+
+def find_function_differences(saved: Config, current: Config) -> list[Difference]:
     """List the differences that change the function: keys of `model`, and the objective. Both configs are resolved."""
-    old, new = get_function_keys(before.model), get_function_keys(now.model)
-    raw = before.model.model_dump(), now.model.model_dump()
+    saved_function, current_function = get_function_keys(saved.model), get_function_keys(current.model)
+    saved_values, current_values = saved.model.model_dump(), current.model.model_dump()
+    keys = [key for key in saved_function if saved_function[key] != current_function[key]]
     # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported.
-    keys = [key for key in old if old[key] != new[key] and raw[0][key] != raw[1][key]]
-    differences = [Difference(f"model.{key}", raw[0][key], raw[1][key]) for key in keys]
-    objectives = _objective_of(before), _objective_of(now)
-    return differences + ([Difference("objective", *objectives)] if objectives[0] != objectives[1] else [])
+    changed_keys = [key for key in keys if saved_values[key] != current_values[key]]
+    # A key of a layer whose own value is equal differs because of the kinds of layers.
+    if any(key in LayerKeys.model_fields for key in set(keys) - set(changed_keys)):
+        changed_keys += [key for key in ("layers", "kinds") if saved_values[key] != current_values[key]]
+    differences = [Difference(f"model.{key}", saved_values[key], current_values[key]) for key in changed_keys]
+    saved_objective, current_objective = _objective_of(saved), _objective_of(current)
+    if saved_objective != current_objective:
+        differences.append(Difference("objective", saved_objective, current_objective))
+    return differences
 
 
-def find_other_differences(before: Config, now: Config) -> list[Difference]:
+def find_other_differences(saved: Config, current: Config) -> list[Difference]:
     """List the differences of the model sections that do not change the function."""
-    function_keys = {difference.key for difference in find_function_differences(before, now)}
-    pairs = zip(before.model.model_dump().items(), now.model.model_dump().values(), strict=True)
-    differences = [Difference(f"model.{key}", old, new) for (key, old), new in pairs if old != new]
+    function_keys = {difference.key for difference in find_function_differences(saved, current)}
+    saved_values, current_values = saved.model.model_dump(), current.model.model_dump()
+    differences = [
+        Difference(f"model.{key}", saved_values[key], current_values[key])
+        for key in saved_values
+        if saved_values[key] != current_values[key]
+    ]
     return [difference for difference in differences if difference.key not in function_keys]
 
 
-def find_resume_differences(before: Config, now: Config) -> list[Difference]:
+def find_resume_differences(saved: Config, current: Config) -> list[Difference]:
     """List the differences that prevent a resume. The objective and the data are compared with data.json instead."""
-    differences = [diff for diff in find_function_differences(before, now) if diff.key != "objective"]
-    rows_before = round_up(before.model.vocab_size, before.model.vocab_multiple)
-    rows_now = round_up(now.model.vocab_size, now.model.vocab_multiple)
-    if before.model.vocab_size == now.model.vocab_size and rows_before != rows_now:
-        differences.append(Difference("model.vocab_multiple", before.model.vocab_multiple, now.model.vocab_multiple))
-    masks = before.data.document_mask, now.data.document_mask
-    if masks[0] != masks[1] and now.data.on_change == "refuse":
+    differences = [
+        difference for difference in find_function_differences(saved, current) if difference.key != "objective"
+    ]
+    saved_rows = round_up(saved.model.vocab_size, saved.model.vocab_multiple)
+    current_rows = round_up(current.model.vocab_size, current.model.vocab_multiple)
+    if saved.model.vocab_size == current.model.vocab_size and saved_rows != current_rows:
+        multiples = saved.model.vocab_multiple, current.model.vocab_multiple
+        differences.append(Difference("model.vocab_multiple", *multiples))
+    masks = saved.data.document_mask, current.data.document_mask
+    if masks[0] != masks[1] and current.data.on_change == "refuse":
         differences.append(Difference("data.document_mask", *masks))
     return differences
 

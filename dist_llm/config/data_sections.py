@@ -64,7 +64,7 @@ class UnresolvedDataConfig(Section):
         "stream",
     )
     score_prompts: bool = key(
-        "also compute the loss on prompts, in a corpus that was prepared with --prompt-field", False
+        "also compute the loss on prompts, in a corpus that was prepared with --prompt-key", False
     )
     document_mask: bool = key("restrict attention to tokens of the same document; positions restart in each", False)
     verify: Literal["size", "hash"] = key(

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
@@ -110,6 +110,7 @@ def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iter
         elif len(members) > 1 and len(tags_with_key) < len(named_members):
             description = f"{', '.join(tags_with_key)}: {description}"
         yield KeyHelp(full_name, kind, default, description)
+        yield from _describe_section(f"{prefix}.{name}", _sections_of(field.annotation))
         entry = strip_metadata(field.annotation)
         if get_origin(entry) is tuple and not get_union_members(get_args(entry)[0]):
             yield from _describe_section(f"{prefix}.{name}.*", _sections_of(get_args(entry)[0]))
@@ -126,6 +127,8 @@ def _describe_field(name: str, field: Any) -> KeyHelp:
 
 def type_name(annotation: Any) -> str:
     """Return the type of a key as shown to a user."""
+    if get_union_members(annotation):
+        return "section | null" if NoneType in get_args(annotation) else "section"
     origin = get_origin(annotation)
     if origin is Literal:
         return " | ".join(str(value) or "empty" for value in get_args(annotation))

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, create_model, model_serializer
 
+from dist_llm.config.rope_sections import RopeScaling
 from dist_llm.config.section import (
     MAX_IDS,
     MAX_LAYERS,
@@ -12,11 +13,13 @@ from dist_llm.config.section import (
     DerivedFloat,
     DerivedWidth,
     Fraction,
+    Interval,
     Limit,
     Positive,
     PositiveFloat,
     PositiveWidth,
     Section,
+    Share,
     key,
 )
 
@@ -63,12 +66,26 @@ class LayerKeys(Section):
         "rope",
     )
     rope_theta: PositiveFloat = key("rope: base of the rotary frequencies", 10_000.0)
-    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = key(
+    rotary_fraction: Share = key("rope: share of the dimensions of a head that rotate (GPT-NeoX, Phi)", 1.0)
+    rope_scaling: RopeScaling | None = key("rope: frequencies for long contexts; null: unchanged", None)
+    window: Interval = key(
+        "sliding-window attention: a query attends to itself and to the window - 1 tokens before it (Mistral); off: "
+        "to all tokens",
+        None,
+    )
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu_squared"] = key(
         "feed-forward activation; swiglu and geglu gate a second projection", "swiglu"
     )
     qkv_bias: bool = key("biases of queries, keys and values, independent of `bias` (Qwen2)", False)
+    out_bias: bool = key("bias of the output projection of attention, independent of `bias`", False)
+    feedforward_bias: bool = key("biases of the feed-forward layer, independent of `bias`", False)
     attention_scale: DerivedFloat = key("factor of the attention scores; null: 1 / sqrt(head_dim); T5 uses 1", None)
-    qk_norm: bool = key("RMSNorm of the queries and keys of each head, which bounds the attention scores", False)
+    qk_norm: Literal["all"] | bool = key(
+        "RMSNorm of queries and keys, which bounds the attention scores; true: of each head; all: of all heads "
+        "together (OLMo 2)",
+        False,
+    )
+    attention_cap: Limit = key("softcap of attention scores: cap * tanh(score / cap) (Gemma 2)", None)
 
 
 class StackKeys(Section):
@@ -78,12 +95,27 @@ class StackKeys(Section):
     relative_distance: Positive = key("relative: distance from which all positions share the last bucket", 128)
     norm: Literal["rmsnorm", "layernorm"] = key("normalization layer", "rmsnorm")
     norm_eps: PositiveFloat = key("epsilon of the normalization layers", 1e-5)
-    norm_order: Literal["pre", "post"] = key(
-        "pre: normalize the input of each sublayer; post: normalize after the residual sum", "pre"
+    norm_order: Literal["pre", "post", "sandwich", "reordered"] = key(
+        "pre: normalize the input of each sublayer; post: normalize after the residual sum; sandwich: normalize the "
+        "input and the output of each sublayer (Gemma 2); reordered: only the output (OLMo 2)",
+        "pre",
     )
+    norm_weight: Literal["plain", "plus_one", "none"] = key(
+        "plus_one: multiply by 1 + weight, with weights that start at 0 (Gemma); none: no weights (OLMo)", "plain"
+    )
+    norm_bias: bool = key("biases of layer norms, independent of `bias`", False)
+    parallel_residual: Literal["off", "one_norm", "two_norms"] = key(
+        "attention and feed-forward read the same residual stream, after the same norm (Phi, Cohere) or each after its "
+        "own (GPT-NeoX)",
+        "off",
+    )
+    embedding_scale: PositiveFloat = key("factor of the token embeddings (Gemma: sqrt(d_model))", 1.0)
+    residual_scale: PositiveFloat = key("factor of the output of each sublayer (Granite)", 1.0)
+    logit_scale: PositiveFloat = key("factor of the logits (Cohere; Granite: 1 / logits_scaling)", 1.0)
     norm_embedding: bool = key("normalize the embeddings before the first block (BERT, BART)", False)
     bias: bool = key("biases in linear layers and layer norms", False)
     tie_embeddings: bool = key("share the weight of the token embedding with the output head", False)
+    head_bias: bool = key("bias of the logits (Phi)", False)
     head: Literal["linear", "mlm"] = key(
         "mlm: a dense layer and a norm before the logits, and a bias after them (BERT)", "linear"
     )
@@ -141,6 +173,10 @@ class UnresolvedModelConfig(StackKeys, LayerKeys, SizeKeys):
         changes = {name: value for name, value in overrides.items() if value is not None or name not in sizes}
         return self.model_copy(update=changes)
 
+    def layer_config(self, layer: int) -> Self:
+        """Return this config with the keys of one layer, counted from 0."""
+        return self.with_kind(self.layers[layer % len(self.layers)]) if self.layers else self
+
 
 class ModelConfig(UnresolvedModelConfig):
     """The section `model` with all sizes. `attention_scale` stays None if the default formula applies."""
@@ -152,7 +188,3 @@ class ModelConfig(UnresolvedModelConfig):
     d_ff: PositiveWidth
     vocab_size: IDs
     max_seq_len: IDs
-
-    def layer_config(self, layer: int) -> "ModelConfig":
-        """Return this config with the keys of one layer, counted from 0."""
-        return self.with_kind(self.layers[layer % len(self.layers)]) if self.layers else self

@@ -6,7 +6,7 @@ no effect.
 """
 
 from collections.abc import Iterator, Mapping
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
@@ -20,6 +20,7 @@ PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # fits into an int64
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
@@ -80,10 +81,13 @@ def strip_metadata(annotation: Any) -> Any:
 
 
 def get_union_members(annotation: Any) -> dict[str, type[Section]]:
-    """Return {tag: section} for a union of sections; {} for another annotation."""
+    """Return {tag: section} for a union of sections, which may also be null; {} for another annotation."""
     annotation = strip_metadata(annotation)
     if get_origin(annotation) not in (Union, UnionType):
         return {}
+    members = [member for member in get_args(annotation) if member is not NoneType]
+    if len(members) == 1:
+        return get_union_members(members[0])
     return {
         metadata.tag: get_args(member)[0]
         for member in get_args(annotation)

@@ -14,6 +14,7 @@ from dist_llm.config.derive import resolve_model
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import MAX_LAYERS
 from dist_llm.convert.hf_config_fields import ConfigFields
+from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
 from dist_llm.errors import CheckpointError
 
 # Fields with a number of layers.
@@ -43,7 +44,9 @@ def parse_hf_config(content: Mapping[str, Any], ignored: Collection[str] = ()) -
     except KeyError as error:
         raise CheckpointError(f"config.json: has model_type {family}, but no {error}") from None
     except ValidationError as error:
-        raise CheckpointError(f"config.json: {error}") from None
+        (first, *_) = error.errors()
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"config.json: model.{key} cannot be derived: {first['msg'].lower()}") from None
     except (TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"config.json: a value has the wrong type for model_type {family}: {error}") from None
     fields.check_all_read(ignored)
@@ -103,51 +106,6 @@ def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
         "activation_function": _hf_activation(model),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout),
     }
-
-
-def _read_llama(fields: ConfigFields) -> dict[str, Any]:
-    family = fields["model_type"]
-    fields.require(hidden_act="silu", mlp_bias=False, attention_bias=False, use_sliding_window=False)
-    if family in ("qwen2", "qwen3"):
-        fields.get("sliding_window")  # no effect without use_sliding_window
-        fields.require(layer_types=["full_attention"] * fields["num_hidden_layers"])
-    else:
-        fields.require(sliding_window=None)
-    heads = fields["num_attention_heads"]
-    return {
-        **_native_sizes(
-            fields["hidden_size"],
-            fields["num_hidden_layers"],
-            heads,
-            fields["intermediate_size"],
-            fields.get("head_dim"),
-        ),
-        "n_kv_heads": fields.get("num_key_value_heads") or heads,
-        "max_seq_len": fields["max_position_embeddings"],
-        "rope_theta": fields.rope_theta(),
-        "norm_eps": fields["rms_norm_eps"],
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
-        "qk_norm": family == "qwen3",
-        "qkv_bias": family == "qwen2",
-    }
-
-
-def _write_llama(model: ModelConfig) -> dict[str, Any]:
-    return {
-        **_hf_sizes(model),
-        "num_key_value_heads": model.n_kv_heads,
-        "head_dim": model.head_dim,
-        "max_position_embeddings": model.max_seq_len,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "rms_norm_eps": model.norm_eps,
-        "hidden_act": "silu",
-        "attention_dropout": model.dropout,
-    }
-
-
-def _write_mistral(model: ModelConfig) -> dict[str, Any]:
-    return {**_write_llama(model), "sliding_window": None}
 
 
 def _read_bert(fields: ConfigFields) -> dict[str, Any]:
@@ -268,30 +226,21 @@ def _write_bart(model: ModelConfig) -> dict[str, Any]:
 LAYERNORM_FIELDS = {"positions": "learned", "norm": "layernorm", "bias": True}
 READERS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
     "gpt2": _read_gpt2,
-    "llama": _read_llama,
-    "mistral": _read_llama,
-    "qwen2": _read_llama,
-    "qwen3": _read_llama,
+    **{name: family.read for name, family in DECODER_FAMILIES.items()},
     "bert": _read_bert,
     "t5": _read_t5,
     "bart": _read_bart,
 }
 WRITERS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
     "gpt2": _write_gpt2,
-    "llama": _write_llama,
-    "mistral": _write_mistral,
-    "qwen2": _write_llama,
-    "qwen3": _write_llama,
+    **{name: family.write for name, family in DECODER_FAMILIES.items()},
     "bert": _write_bert,
     "t5": _write_t5,
     "bart": _write_bart,
 }
 CLASSES = {
     "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+    **{name: family.hf_class for name, family in DECODER_FAMILIES.items()},
     "bert": "BertForMaskedLM",
     "t5": "T5ForConditionalGeneration",
     "bart": "BartForConditionalGeneration",

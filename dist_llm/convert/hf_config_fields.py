@@ -20,6 +20,7 @@ HARMLESS_FIELDS = {
     *("transformers_version", "typical_p", "use_bfloat16", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("cls_token_id", "mask_token_id", "unk_token_id", "vocab_size", "model_type", "cross_attention_hidden_size"),
     *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "hidden_dropout_prob"),
+    *("hidden_dropout", "residual_dropout", "embedding_dropout", "layerdrop"),
     *("resid_pdrop", "dropout", "dropout_rate", "activation_dropout", "classifier_dropout", "classif_dropout"),
     *("encoder_layerdrop", "decoder_layerdrop", "initializer_factor", "init_std", "summary_type", "summary_use_proj"),
     *("summary_activation", "summary_proj_to_labels", "summary_first_dropout", "n_ctx", "reorder_and_upcast_attn"),
@@ -38,10 +39,8 @@ OFF_VALUES: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_encoder_decoder": False,
     "use_mrope": False,
+    "use_bidirectional_attention": False,
     "use_sliding_window": False,
-    "mlp_bias": False,
-    "attention_bias": False,
-    "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
     "add_bias_logits": False,
     "add_final_layer_norm": False,
@@ -52,7 +51,6 @@ OFF_VALUES: dict[str, Any] = {
     "dense_act_fn": "gelu_new",
     "is_gated_act": True,
 }
-ROPE_FIELDS = {"rope_type", "type", "rope_theta"}
 
 
 class ConfigFields(Mapping[str, Any]):
@@ -77,22 +75,6 @@ class ConfigFields(Mapping[str, Any]):
         for name, value in supported_values.items():
             if self.get(name, value) != value:
                 raise CheckpointError(f"config.json: {name} {self[name]} is not supported, only {value}")
-
-    def rope_theta(self) -> float:
-        """Return the base of the rotary positions. Raises CheckpointError if the positions are scaled."""
-        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        if (rope_type := rope.get("rope_type", rope.get("type", "default"))) != "default":
-            raise CheckpointError(f"config.json: rope_type {rope_type} is not supported, only default")
-        for name, value in rope.items():
-            if name not in ROPE_FIELDS and value is not None and value != OFF_VALUES.get(name):
-                raise CheckpointError(f"config.json: {name} {value} of rope is not supported")
-        outer_theta = self.get("rope_theta")
-        inner_theta = rope.get("rope_theta")
-        if None not in (outer_theta, inner_theta) and outer_theta != inner_theta:
-            raise CheckpointError(
-                f"config.json: rope_theta is {outer_theta}, but {inner_theta} in rope_parameters; make them equal"
-            )
-        return float(next((theta for theta in (inner_theta, outer_theta) if theta is not None), 10_000.0))
 
     def check_all_read(self, ignored: Collection[str] = ()) -> None:
         """Raise CheckpointError for a field that was not read and may change the outputs of the model."""

@@ -17,7 +17,9 @@ from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import count_objective_ids
 from dist_llm.convert.export_tokenizers import export_chars, export_files, export_tokenizer
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
-from dist_llm.convert.hf_tensors import TensorMapping, group_by_hf_name, tensor_mappings, to_hf, to_native
+from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_tensor_mapping import TensorMapping, group_by_hf_name, to_hf, to_native
+from dist_llm.convert.hf_tensors import tensor_mappings
 from dist_llm.convert.weights import LazyWeights, Weights
 from dist_llm.convert.write_weights import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
@@ -32,20 +34,28 @@ from dist_llm.text.tokenizer import Tokenizer
 # Prefix of tensors that only the model of Hugging Face has. A checkpoint saves these tensors for a later export.
 HF_ONLY_PREFIX = "theirs."
 SEGMENT_EMBEDDINGS = "bert.embeddings.token_type_embeddings.weight"
-BODY_PREFIXES = ("transformer.", "model.", "bert.")  # prefixes of tensor names that some checkpoints omit
+BODY_PREFIXES = ("transformer.", "model.", "bert.", "gpt_neox.")  # prefixes of tensor names that some checkpoints omit
+
+# Name in the latest version of transformers -> name in files.
+OLDER_NAMES = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX
 
 # Names of buffers in Hugging Face's models whose values follow from the config.
 _GPT2, _ROPE = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias", r".*rotary_emb\.inv_freq"
+_NEOX = r".*\.attention\.(masked_)?bias"
 BUFFERS = {
     **dict.fromkeys(("gpt2", "nanogpt"), re.compile(_GPT2)),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), re.compile(_ROPE)),
+    **dict.fromkeys(DECODER_FAMILIES, re.compile(_ROPE)),
+    "gpt_neox": re.compile(f"{_ROPE}|{_NEOX}"),
     "bert": re.compile(r"(bert\.)?embeddings\.position_ids"),
 }
 # Heads of BERT for sentence pairs, which masked language modeling does not use. `find_unused_heads` lists them.
 UNUSED_HEADS = re.compile(r"(bert\.)?pooler\..*|cls\.seq_relationship\..*")
 # Tensor name -> names of tensors that must have equal values, because the model ties them.
 TIED_NAMES = {
-    "lm_head.weight": ("transformer.wte.weight", "model.embed_tokens.weight", "model.shared.weight", "shared.weight"),
+    "lm_head.weight": (
+        *("transformer.wte.weight", "model.shared.weight", "shared.weight"),
+        *{f"{family.other_names['embed.tokens']}.weight" for family in DECODER_FAMILIES.values()},
+    ),
     "cls.predictions.decoder.weight": ("bert.embeddings.word_embeddings.weight",),
     "cls.predictions.decoder.bias": ("cls.predictions.bias",),
     **{
@@ -148,7 +158,8 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
 
 
 def _add_body_prefix(name: str, mapped_names: set[str]) -> str:
-    """Return `name` with the prefix of the body if `name` lacks that prefix."""
+    """Return `name` with the prefix of the body if `name` lacks that prefix, and the older name of a renamed tensor."""
+    name = OLDER_NAMES.get(name, name) if OLDER_NAMES.get(name) in mapped_names else name
     if name in mapped_names:
         return name
     return next((prefix + name for prefix in BODY_PREFIXES if prefix + name in mapped_names), name)

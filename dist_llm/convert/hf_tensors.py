@@ -1,69 +1,13 @@
 """Tables that map our tensors to the tensors of Hugging Face, for each supported model family.
 
-A `TensorMapping` says which part of a Hugging Face tensor (`hf`) corresponds to one of our tensors (`native`). The
-tables work in both directions, for import and export.
+The families of `hf_decoder_families.py` have tables of module names. The tables of the other families are here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
 
 from dist_llm.config.model_section import ModelConfig
-
-
-@dataclass(frozen=True)
-class TensorMapping:
-    """Maps one of our tensors, `native`, to a part of a Hugging Face tensor, `hf`.
-
-    The part is chunk `chunk` of `num_chunks` equal chunks along the output dimension, without its first `skip` rows.
-    """
-
-    native: str
-    hf: str
-    transposed: bool = False  # whether `hf` is [inputs, outputs] (Conv1D of GPT-2)
-    chunk: int = 0
-    num_chunks: int = 1
-    skip: int = 0  # rows of `hf` without a counterpart (the first two positions of BART)
-    plus_row: str = ""  # tensor whose first row is added to each row (segment embeddings of BERT)
-
-
-def to_native(mapping: TensorMapping, hf_tensors: Mapping[str, Tensor]) -> Tensor:
-    """Extract our tensor from the Hugging Face tensors."""
-    tensor = hf_tensors[mapping.hf]
-    if mapping.transposed:
-        tensor = tensor.t() if tensor.ndim == 2 else tensor
-    chunk_rows = len(tensor) // mapping.num_chunks
-    tensor = tensor[mapping.chunk * chunk_rows : (mapping.chunk + 1) * chunk_rows][mapping.skip :]
-    return tensor + hf_tensors[mapping.plus_row][0] if mapping.plus_row else tensor
-
-
-def to_hf(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor], saved: Mapping[str, Tensor]) -> Tensor:
-    """Build a Hugging Face tensor from all mappings to it. This is the inverse of `to_native`.
-
-    `saved` are Hugging Face tensors that an import saved, because our tensors lack a part of their values.
-    """
-    tensor = (
-        torch.cat([read_native(mapping.native) for mapping in group])
-        if len(group) > 1
-        else read_native(group[0].native)
-    )
-    (mapping, *_) = group
-    imported = saved.get(mapping.hf)
-    if mapping.skip:
-        rows = imported[: mapping.skip] if imported is not None else tensor.new_zeros(mapping.skip, *tensor.shape[1:])
-        tensor = torch.cat((rows, tensor))
-    if mapping.plus_row and imported is not None and torch.equal(tensor, imported + saved[mapping.plus_row][0]):
-        tensor = imported  # unchanged since the import
-    return tensor.t() if mapping.transposed and tensor.ndim == 2 else tensor
-
-
-def group_by_hf_name(table: Sequence[TensorMapping]) -> Iterator[tuple[str, list[TensorMapping]]]:
-    """Yield (Hugging Face tensor name, its mappings in order)."""
-    ordered = sorted(table, key=lambda mapping: (mapping.hf, mapping.chunk))
-    return ((hf, list(group)) for hf, group in groupby(ordered, key=lambda mapping: mapping.hf))
+from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_tensor_mapping import TensorMapping
 
 
 def tensor_mappings(family: str, model: ModelConfig) -> list[TensorMapping]:
@@ -104,25 +48,6 @@ def _gpt2(model: ModelConfig, transposed: bool = True) -> Iterator[TensorMapping
 
 def _nanogpt(model: ModelConfig) -> Iterator[TensorMapping]:
     return _gpt2(model, transposed=False)
-
-
-def _llama(model: ModelConfig) -> Iterator[TensorMapping]:
-    yield TensorMapping("embed.tokens.weight", "model.embed_tokens.weight")
-    for layer in range(model.n_layers):
-        native, hf = f"blocks.{layer}", f"model.layers.{layer}"
-        yield TensorMapping(f"{native}.norm_attention.weight", f"{hf}.input_layernorm.weight")
-        for name, hf_name in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "o_proj")):
-            bias = model.qkv_bias and name != "out"
-            yield from _weight_and_bias(f"{native}.attention.{name}", f"{hf}.self_attn.{hf_name}", bias)
-        if model.qk_norm:
-            for name in "qk":
-                yield TensorMapping(f"{native}.attention.norm_{name}.weight", f"{hf}.self_attn.{name}_norm.weight")
-        yield TensorMapping(f"{native}.norm_feedforward.weight", f"{hf}.post_attention_layernorm.weight")
-        for name in ("gate", "up", "down"):
-            yield TensorMapping(f"{native}.feedforward.{name}.weight", f"{hf}.mlp.{name}_proj.weight")
-    yield TensorMapping("head.norm.weight", "model.norm.weight")
-    if not model.tie_embeddings:
-        yield TensorMapping("head.out.weight", "lm_head.weight")
 
 
 def _bert(model: ModelConfig) -> Iterator[TensorMapping]:
@@ -191,10 +116,7 @@ def _bart(model: ModelConfig) -> Iterator[TensorMapping]:
 
 FAMILIES: dict[str, Callable[[ModelConfig], Iterator[TensorMapping]]] = {
     "gpt2": _gpt2,
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _llama,
-    "qwen3": _llama,
+    **{name: family.map_tensors for name, family in DECODER_FAMILIES.items()},
     "bert": _bert,
     "t5": _t5,
     "bart": _bart,

@@ -28,8 +28,8 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
     """Load the model of a checkpoint, with at most `memory_bytes` of weights in host memory.
 
     Blocks that fit neither in host memory nor on a GPU are written to a new directory in `folder`. Until the process
-    resident_names, the directory takes up to twice the bytes of the weights. Raises ConfigError if accelerate is not
-    installed or the memory is too small for embedding and head.
+    ends, the directory takes up to twice the bytes of the weights. Raises ConfigError if accelerate is not installed or
+    the memory is too small for embedding and head.
     """
     if find_spec("accelerate") is None:
         raise ConfigError("--offload: accelerate is not installed; pip install 'dist-llm[accelerate]'")

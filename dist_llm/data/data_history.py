@@ -34,9 +34,9 @@ CONFIG_KEY_OF_FIELD = {
 
 
 class Record(BaseModel):
-    """A part of data.json. Field names are keys of the file."""
+    """A part of data.json. The keys of the file are the field names, or their aliases."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class SourceRecord(Record):
@@ -45,7 +45,7 @@ class SourceRecord(Record):
     name: str
     path: str
     content: str  # hash of the tokens
-    num_consumed: int = Field(default=0, alias="taken")  # the key in data.json is "taken"
+    num_consumed: int = Field(default=0, alias="taken")
 
 
 class StageRecord(Record):
@@ -56,10 +56,10 @@ class StageRecord(Record):
 
 
 class DataSpec(Record):
-    """Everything that maps sample numbers to windows, from sample `first` on."""
+    """Everything that maps sample numbers to windows, from sample `first_sample` on."""
 
-    first: int  # first sample number
-    tokens: int  # tokens that the run had consumed before sample `first`
+    first_sample: int = Field(alias="first")
+    tokens: int  # tokens that the run had consumed before sample `first_sample`
     sample_tokens: int  # tokens per sample
     seed: int
     order: str
@@ -79,7 +79,8 @@ class DataSpec(Record):
     def to_stages(self) -> list[MixtureStage]:
         """Return the mixture stages. A stage begins at the first sample after its `from_tokens` tokens."""
         first_samples = [
-            self.first + max(0, -(-(stage.from_tokens - self.tokens) // self.sample_tokens)) for stage in self.stages
+            self.first_sample + max(0, -(-(stage.from_tokens - self.tokens) // self.sample_tokens))
+            for stage in self.stages
         ]
         mixtures = [
             Mixture(self.seed ^ first_sample, stage.quotas)
@@ -92,14 +93,14 @@ class Segment(Record):
     """The data of a range of steps, which begins after step `step`."""
 
     step: int
-    first: int  # sample number at which the segment begins
+    first_sample: int = Field(alias="first")  # sample number at which the segment begins
     global_batch: int  # samples per step
     skip: tuple[tuple[int, int], ...]  # ranges [start, end) of sample numbers that are left out
-    mix: DataSpec
+    spec: DataSpec = Field(alias="mix")
 
     def build_plan(self, sources: Sequence[DataSource]) -> SamplePlan:
         """Return the sample plan of this segment for these open sources."""
-        return SamplePlan(sources, self.mix.to_stages(), self.skip)
+        return SamplePlan(sources, self.spec.to_stages(), self.skip)
 
 
 DataHistory = tuple[Segment, ...]
@@ -112,8 +113,8 @@ def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segmen
     for stage in data.stages:
         weights = [stage.weights[source.name] for source in sources]
         stages.append(StageRecord(from_tokens=stage.from_tokens, quotas=compute_quotas(weights)))
-    mix = DataSpec(
-        first=0,
+    spec = DataSpec(
+        first_sample=0,
         tokens=0,
         sample_tokens=count_sample_tokens(config),
         seed=config.run.seed,
@@ -132,7 +133,7 @@ def segment_from_config(config: Config, sources: Sequence[DataSource]) -> Segmen
         ),
         stages=tuple(stages),
     )
-    return Segment(step=0, first=0, global_batch=data.global_batch, skip=data.skip, mix=mix)
+    return Segment(step=0, first_sample=0, global_batch=data.global_batch, skip=data.skip, spec=spec)
 
 
 def build_fresh_plan(config: Config) -> SamplePlan:
@@ -146,21 +147,21 @@ def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
 
     Raises DataError as `open_sources` does.
     """
-    mix = segment.mix
-    paths: dict[str, Any] = {"path": mix.sources[0].path, "sources": ()}
-    if mix.sources[0].name:
-        sources = tuple(SourceConfig(name=source.name, path=source.path) for source in mix.sources)
+    spec = segment.spec
+    paths: dict[str, Any] = {"path": spec.sources[0].path, "sources": ()}
+    if spec.sources[0].name:
+        sources = tuple(SourceConfig(name=source.name, path=source.path) for source in spec.sources)
         paths = {"path": "", "sources": sources}
     settings = {
-        "order": mix.order,
-        "windows": mix.windows,
-        "seq_len": mix.seq_len,
+        "order": spec.order,
+        "windows": spec.windows,
+        "seq_len": spec.seq_len,
         "global_batch": segment.global_batch,
     }
-    components = tuple(parse_union(ObjectiveSpec, fields) for fields in mix.objective)
+    components = tuple(parse_union(ObjectiveSpec, fields) for fields in spec.objective)
     segment_config = config.model_copy(
         update={
-            "run": config.run.model_copy(update={"seed": mix.seed}),
+            "run": config.run.model_copy(update={"seed": spec.seed}),
             "data": config.data.model_copy(update={**paths, **settings}),
             "objective": MixtureConfig(mixture=components),
         }
@@ -177,24 +178,24 @@ def extend_history(
     Raises DataError if other data changed, unless `new_segment` is set.
     """
     last = history[-1]
-    changes = list(_iter_changes(last.mix, config_segment.mix))
+    changes = list(_iter_changes(last.spec, config_segment.spec))
     if changes and not new_segment:
         change_lines = "".join(f"\n  {name}: {before} -> {after}" for name, before, after in changes)
         raise DataError(
             f"the run's data differs from the data it read until step {step}:{change_lines}\n"
             "Restore it; or set data.on_change: new_segment, to continue with the new data from here"
         )
-    if changes or config_segment.mix.stages != last.mix.stages:
-        mix = config_segment.mix.model_copy(
-            update={"first": samples, "tokens": tokens, "sources": _carry_num_consumed(last, config_segment, samples)}
-        )
+    if changes or config_segment.spec.stages != last.spec.stages:
+        sources = _carry_num_consumed(last, config_segment, samples)
+        spec = config_segment.spec.model_copy(update={"first_sample": samples, "tokens": tokens, "sources": sources})
     else:
-        paths = {source.name: source.path for source in config_segment.mix.sources}
-        relocated = tuple(source.model_copy(update={"path": paths[source.name]}) for source in last.mix.sources)
-        mix = last.mix.model_copy(update={"sources": relocated})
-    segment = config_segment.model_copy(update={"step": step, "first": samples, "mix": mix})
-    unchanged = segment.model_copy(update={"step": last.step, "first": last.first})
-    if mix.first == last.mix.first and (unchanged.global_batch, unchanged.skip) == (last.global_batch, last.skip):
+        paths = {source.name: source.path for source in config_segment.spec.sources}
+        relocated = tuple(source.model_copy(update={"path": paths[source.name]}) for source in last.spec.sources)
+        spec = last.spec.model_copy(update={"sources": relocated})
+    segment = config_segment.model_copy(update={"step": step, "first_sample": samples, "spec": spec})
+    unchanged = segment.model_copy(update={"step": last.step, "first_sample": last.first_sample})
+    is_same_spec = spec.first_sample == last.spec.first_sample
+    if is_same_spec and (unchanged.global_batch, unchanged.skip) == (last.global_batch, last.skip):
         return (*history[:-1], unchanged)
     return (*(earlier for earlier in history if earlier.step < step), segment)
 
@@ -219,7 +220,7 @@ def _iter_changes(before: DataSpec, after: DataSpec) -> Iterator[tuple[str, Any,
     for field, key in CONFIG_KEY_OF_FIELD.items():
         if getattr(before, field) != getattr(after, field):
             yield key, getattr(before, field), getattr(after, field)
-    old_sources, new_sources = ({source.name: source for source in mix.sources} for mix in (before, after))
+    old_sources, new_sources = ({source.name: source for source in spec.sources} for spec in (before, after))
     for name in sorted(old_sources.keys() | new_sources.keys()):
         old, new = old_sources.get(name), new_sources.get(name)
         if old is None or new is None or old.content != new.content:
@@ -235,12 +236,12 @@ def _carry_num_consumed(last: Segment, config_segment: Segment, samples: int) ->
 
     An unchanged source continues after its consumed samples. A new or changed source begins at its first sample.
     """
-    stage = [stage for stage in last.mix.to_stages() if stage.first_sample <= samples][-1]
+    stage = [stage for stage in last.spec.to_stages() if stage.first_sample <= samples][-1]
     num_consumed = {}
-    if all(getattr(last.mix, field) == getattr(config_segment.mix, field) for field in CONFIG_KEY_OF_FIELD):
+    if all(getattr(last.spec, field) == getattr(config_segment.spec, field) for field in CONFIG_KEY_OF_FIELD):
         counts = stage.count_consumed(samples)
-        num_consumed = {(old.name, old.content): count for old, count in zip(last.mix.sources, counts, strict=True)}
+        num_consumed = {(old.name, old.content): count for old, count in zip(last.spec.sources, counts, strict=True)}
     return tuple(
         source.model_copy(update={"num_consumed": num_consumed.get((source.name, source.content), 0)})
-        for source in config_segment.mix.sources
+        for source in config_segment.spec.sources
     )

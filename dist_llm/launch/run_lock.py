@@ -37,7 +37,8 @@ LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0  # a lock without a heartbeat for this time is stale
 EXIT_CODE = 2  # of a run that lost its lock
-DEFAULT_LAUNCH_IDS = ("", "none")  # values of --rdzv-id of torchrun if the user did not set it
+DEFAULT_RDZV_IDS = ("", "none")  # values of --rdzv-id of torchrun if the user did not set it
+KEY_OF_FIELD = {"rdzv_id": "launch"}  # field of LockHolder -> key of the lock file; otherwise they are equal
 SQUEUE_TIMEOUT_SECONDS = 20
 
 
@@ -51,7 +52,7 @@ class LockHolder:
     machine: str = ""  # boot id and PID namespace
     start_time: str = ""  # of the process, in clock ticks since boot
     since: str = ""  # date and time at which the lock was created
-    launch: str = ""  # --rdzv-id of torchrun, which stays the same when torchrun restarts the ranks
+    rdzv_id: str = ""  # --rdzv-id of torchrun, which stays the same when torchrun restarts the ranks
     job: str = ""  # Slurm job id
     cluster: str = ""  # Slurm cluster
     restarts: int = 0  # how often Slurm has requeued the job
@@ -76,7 +77,7 @@ def describe_this_process(host: str, environ: Mapping[str, str] = os.environ) ->
     boot_id, namespace, start_time = "", "", ""
     with suppress(OSError):
         boot_id, namespace, start_time = read_process_identity(os.getpid())
-    launch = environ.get("TORCHELASTIC_RUN_ID", "")
+    rdzv_id = environ.get("TORCHELASTIC_RUN_ID", "")
     restarts = environ.get("SLURM_RESTART_COUNT", "0")
     return LockHolder(
         token=uuid4().hex,
@@ -85,7 +86,7 @@ def describe_this_process(host: str, environ: Mapping[str, str] = os.environ) ->
         machine=f"{boot_id} {namespace}".strip(),
         start_time=start_time,
         since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        launch="" if launch in DEFAULT_LAUNCH_IDS else launch,
+        rdzv_id="" if rdzv_id in DEFAULT_RDZV_IDS else rdzv_id,
         job=environ.get("SLURM_JOB_ID", ""),
         cluster=environ.get("SLURM_CLUSTER_NAME", ""),
         restarts=int(restarts) if restarts.isdigit() else 0,
@@ -97,7 +98,7 @@ def has_ended(holder: LockHolder, this_process: LockHolder, job_ended: Callable[
 
     `this_process` asks. `job_ended(job)` returns True if a Slurm job is known to have ended.
     """
-    if holder.launch and holder.launch == this_process.launch:
+    if holder.rdzv_id and holder.rdzv_id == this_process.rdzv_id:
         return True  # torchrun restarts the ranks only after all previous ranks have ended
     same_cluster = bool(holder.job and this_process.job) and holder.cluster == this_process.cluster
     if same_cluster and holder.job == this_process.job and holder.restarts < this_process.restarts:
@@ -206,7 +207,7 @@ class RunLock:
 
     def _create(self, path: Path) -> bool:
         """Create a lock file. Return False if it exists."""
-        return create_exclusively(path, json.dumps(asdict(self.this_process)).encode() + b"\n")
+        return create_exclusively(path, dump_holder(self.this_process))
 
     def _is_untouched(self, path: Path, lock: LockState) -> bool:
         """Watch the lock file for STALE_SECONDS. Return False if its holder touches the file, else True.
@@ -251,9 +252,16 @@ def read_lock(path: Path) -> LockState | None:
         return None
 
 
+def dump_holder(holder: LockHolder) -> bytes:
+    """Return the content of a lock file."""
+    values = {KEY_OF_FIELD.get(name, name): value for name, value in asdict(holder).items()}
+    return json.dumps(values).encode() + b"\n"
+
+
 def parse_holder(content: bytes) -> LockHolder:
     """Parse the content of a lock file. If a kill has truncated the file, its hash becomes the token."""
     with suppress(ValueError, TypeError, AttributeError):
-        field_names = {field.name for field in fields(LockHolder)}
-        return LockHolder(**{name: value for name, value in json.loads(content).items() if name in field_names})
+        values = json.loads(content)
+        keys = {field.name: KEY_OF_FIELD.get(field.name, field.name) for field in fields(LockHolder)}
+        return LockHolder(**{name: values[key] for name, key in keys.items() if key in values})
     return LockHolder(token=hashlib.sha256(content).hexdigest())

@@ -20,7 +20,7 @@ from dist_llm.io.atomic import replace_file
 TERMINATING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # preemption, Ctrl-C, a closed terminal
 STOPPING = (*TERMINATING, signal.SIGUSR1)  # SIGUSR1: Slurm's warning before the time limit
 IGNORABLE = (signal.SIGINT, signal.SIGHUP)  # nohup and background jobs ignore these; we then ignore them too
-MARKER_VARIABLE = "DIST_LLM_STOPPED"  # environment variable: path of the marker file, which a batch script reads
+STOP_MARKER_VARIABLE = "DIST_LLM_STOPPED"  # environment variable: path of the stop marker, for a batch script
 GRACE_SECONDS = 1.0  # time after a second signal in which the main thread may end the process by itself
 
 
@@ -102,15 +102,15 @@ def _end_on_second_signal(read_fd: int) -> None:
 
 
 def write_stop_marker(signum: int, step: int, directory: Path) -> None:
-    """Write the signal, and the step after which the run stopped, to the marker file for a batch script."""
+    """Write the signal, and the step after which the run stopped, to the stop marker, which a batch script reads."""
     content = json.dumps({"signal": signal.Signals(signum).name, "step": step}) + "\n"
-    replace_file(_marker_path(directory), content.encode())
+    replace_file(_stop_marker_path(directory), content.encode())
 
 
 def clear_stop_marker(directory: Path) -> None:
-    """Remove the marker file of an earlier stop."""
-    _marker_path(directory).unlink(missing_ok=True)
+    """Remove the stop marker of an earlier stop."""
+    _stop_marker_path(directory).unlink(missing_ok=True)
 
 
-def _marker_path(directory: Path) -> Path:
-    return Path(os.environ.get(MARKER_VARIABLE) or directory / "stopped.json")
+def _stop_marker_path(directory: Path) -> Path:
+    return Path(os.environ.get(STOP_MARKER_VARIABLE) or directory / "stopped.json")

@@ -32,11 +32,10 @@ from dist_llm.launch.world import World
 log = logging.getLogger("dist_llm")
 
 EXIT_CODE = 70  # exit code of a rank that the watchdog ends
-# The timeout run.hang_seconds is multiplied by START_FACTOR before the first heartbeat, and by FIRST_FACTOR during the
-# first NUM_FIRST_STEPS steps, which may compile.
-START_FACTOR = 30
-NUM_FIRST_STEPS, FIRST_FACTOR = 3, 10
-MEDIAN_FACTOR = 10  # the timeout is at least this many times the median duration of recent steps
+START_TIMEOUT_FACTOR = 30  # multiplies run.hang_seconds before the first heartbeat
+NUM_FIRST_STEPS = 3  # steps that may compile
+FIRST_STEPS_TIMEOUT_FACTOR = 10  # multiplies run.hang_seconds during the first steps
+MEDIAN_STEP_TIMEOUT_FACTOR = 10  # the timeout is at least this many times the median duration of recent steps
 NUM_RECENT_STEPS = 32  # number of steps in the median
 REPORT_TIMEOUT_SECONDS = 5.0  # a rank waits at most this long for the reports of other ranks
 PROCESS_KEY, REPORT_KEY = "dist_llm/process", "dist_llm/stalled"  # prefixes of keys in the rendezvous store
@@ -59,7 +58,8 @@ class Watchdog:
         self, world: World, limit_seconds: float | None, exit_process: Callable[[int], Any] = os._exit
     ) -> None:
         self.world, self.limit_seconds, self.exit_process = world, limit_seconds or 0.0, exit_process
-        self.num_heartbeats, self.factor, self.last_time, self.activity = 0, START_FACTOR, time.monotonic(), "the start"
+        self.num_heartbeats, self.timeout_factor = 0, START_TIMEOUT_FACTOR
+        self.last_time, self.activity = time.monotonic(), "the start"
         self.recent_seconds: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
         self._main_thread = threading.get_ident()
         self._closed = threading.Event()
@@ -85,21 +85,22 @@ class Watchdog:
             for key in (f"{REPORT_KEY}/{self.world.rank}", *([FIRST_FAILURE] if self.world.is_main else [])):
                 rendezvous_store.delete_key(key)
 
-    def heartbeat(self, activity: str, factor: int = 1) -> None:
-        """Record progress: this rank begins `activity`, which may take `factor` times as long as a step."""
+    def heartbeat(self, activity: str, timeout_factor: int = 1) -> None:
+        """Record progress: this rank begins `activity`. Its timeout is `timeout_factor` times that of a step."""
         now = time.monotonic()
-        if self.num_heartbeats >= NUM_FIRST_STEPS and self.factor == 1:
+        if self.num_heartbeats >= NUM_FIRST_STEPS and self.timeout_factor == 1:
             self.recent_seconds.append(now - self.last_time)
         self.num_heartbeats += 1
-        self.last_time, self.activity, self.factor = now, activity, factor
+        self.last_time, self.activity, self.timeout_factor = now, activity, timeout_factor
 
     @property
     def timeout_now(self) -> float:
         """Return the current timeout: seconds from the last heartbeat until the process is ended."""
-        first_factor = FIRST_FACTOR if self.num_heartbeats <= NUM_FIRST_STEPS else 1
+        first_steps_factor = FIRST_STEPS_TIMEOUT_FACTOR if self.num_heartbeats <= NUM_FIRST_STEPS else 1
         recent_seconds = tuple(self.recent_seconds)  # a copy, because the main thread appends
         median_seconds = statistics.median(recent_seconds) if recent_seconds else 0.0
-        return max(self.limit_seconds * max(first_factor, self.factor), MEDIAN_FACTOR * median_seconds)
+        timeout = self.limit_seconds * max(first_steps_factor, self.timeout_factor)
+        return max(timeout, MEDIAN_STEP_TIMEOUT_FACTOR * median_seconds)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit_seconds / 4)):

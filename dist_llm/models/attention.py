@@ -15,16 +15,19 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
 from dist_llm.models.init import block_matrix_init
-from dist_llm.models.positional_encoding import apply_rotary
+from dist_llm.models.norm import RMSNorm
+from dist_llm.models.rope import RotaryCosSin, apply_rotary
 from dist_llm.param_spec import ParamSpec, linear_specs, norm_specs
 
 # Shape suffixes: B batch, S queries, T keys, D d_model, H query heads, K key-value heads, E head_dim.
 
-RotaryCosSin = tuple[Tensor, Tensor]  # cos and sin, each [S, E/2] or [B, S, E/2]
+MIN_BLOCK = 64  # queries of a block in `banded_attention`, so that narrow windows do not make tiny products
 
 
 class KVCache:
-    """Keys and values of each layer, for generation: of all tokens so far, and of the encoder output (the memory).
+    """Keys and values of each layer, for generation: of the tokens so far, and of the encoder output (the memory).
+
+    A layer with a window keeps only the keys and values that the next query can attend to.
 
     Not a dataclass: FSDP's mixed-precision input casting copies dataclasses, so updates to the cache would be lost.
     """
@@ -32,18 +35,21 @@ class KVCache:
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.memory: dict[int, tuple[Tensor, Tensor]] = {}
+        self.length = 0  # number of cached tokens, which the model counts
 
-    @property
-    def length(self) -> int:
-        return next(iter(self.layers.values()))[0].shape[1] if self.layers else 0
+    def append(self, layer: int, k_BSKE: Tensor, v_BSKE: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens, [B, S, K, E].
 
-    def append(self, layer: int, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens, [B, S, K, E]. Return those of all tokens, [B, T, K, E]."""
+        Return those that the new tokens may attend to, [B, T, K, E].
+        """
         k_BTKE, v_BTKE = k_BSKE, v_BSKE
         if layer in self.layers:
             k_cached, v_cached = self.layers[layer]
             k_BTKE, v_BTKE = torch.cat((k_cached, k_BSKE), dim=1), torch.cat((v_cached, v_BSKE), dim=1)
-        self.layers[layer] = (k_BTKE, v_BTKE)
+        # A next query attends to itself and to the window - 1 tokens before it.
+        num_kept = k_BTKE.shape[1] if window is None else min(window - 1, k_BTKE.shape[1])
+        first = k_BTKE.shape[1] - num_kept
+        self.layers[layer] = (k_BTKE[:, first:], v_BTKE[:, first:])
         return k_BTKE, v_BTKE
 
 
@@ -54,13 +60,20 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer, self.head_dim = config, layer, config.head_dim
         bias = config.bias or config.qkv_bias
+        self.normalizes_each_head = config.qk_norm is True
         self.q = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=bias)
         self.k = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=bias)
         self.v = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=bias)
-        self.norm_q = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.norm_k = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.kernel = AttentionKernel(config.dropout, config.attention_scale or config.head_dim**-0.5)
-        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        self.norm_q = self.norm_k = None
+        if config.qk_norm:
+            num_heads = (1, 1) if self.normalizes_each_head else (config.n_heads, config.n_kv_heads)
+            self.norm_q, self.norm_k = (
+                RMSNorm(num * config.head_dim, config.norm_eps, config.norm_weight) for num in num_heads
+            )
+        self.kernel = AttentionKernel(
+            config.dropout, config.attention_scale or config.head_dim**-0.5, config.attention_cap
+        )
+        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias or config.out_bias)
 
     def forward(
         self, x_BSD: Tensor, rotation: RotaryCosSin | None, mask: AttentionMask, cache: KVCache | None = None
@@ -71,7 +84,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q_BSHE, k_BSKE = apply_rotary(q_BSHE, *rotation), apply_rotary(k_BSKE, *rotation)
         if cache is not None:
-            k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
+            k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE, self.config.window)
         return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, mask).flatten(-2))
 
     @staticmethod
@@ -91,22 +104,29 @@ class Attention(nn.Module):
                 "k", self.k, ("kv_heads", "embed"), block_matrix_init(config, layer, self.k, role="query_or_key")
             ),
             **linear_specs("v", self.v, ("kv_heads", "embed"), block_matrix_init(config, layer, self.v, role="input")),
-            **norm_specs("norm_q", self.norm_q, "head_dim", by_head=True),
-            **norm_specs("norm_k", self.norm_k, "head_dim", by_head=True),
+            **norm_specs("norm_q", self.norm_q, self._norm_dim("heads"), by_head=self.normalizes_each_head),
+            **norm_specs("norm_k", self.norm_k, self._norm_dim("kv_heads"), by_head=self.normalizes_each_head),
             **linear_specs(
                 "out", self.out, ("embed", "heads"), block_matrix_init(config, layer, self.out, role="residual_output")
             ),
         }
 
     def _project_queries(self, x_BSD: Tensor) -> Tensor:
-        # -1 instead of n_heads, because a tensor-parallel rank has only some of the heads.
-        q_BSHE = self.q(x_BSD).unflatten(-1, (-1, self.head_dim))
-        return q_BSHE if self.norm_q is None else self.norm_q(q_BSHE)
+        return self._split_heads(self.q(x_BSD), self.norm_q)
 
     def _project_keys_and_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        k_BTKE = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTKE = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
-        return k_BTKE if self.norm_k is None else self.norm_k(k_BTKE), v_BTKE
+        return self._split_heads(self.k(x_BTD), self.norm_k), self._split_heads(self.v(x_BTD), None)
+
+    def _split_heads(self, x_BSD: Tensor, norm: nn.Module | None) -> Tensor:
+        """Split queries, keys or values into heads, [B, S, H, E], and normalize them."""
+        if norm is not None and not self.normalizes_each_head:
+            x_BSD = norm(x_BSD)
+        # -1 instead of n_heads, because a tensor-parallel rank has only some of the heads.
+        x_BSHE = x_BSD.unflatten(-1, (-1, self.head_dim))
+        return norm(x_BSHE) if norm is not None and self.normalizes_each_head else x_BSHE
+
+    def _norm_dim(self, heads: str) -> str:
+        return "head_dim" if self.normalizes_each_head else heads
 
 
 class CrossAttention(Attention):
@@ -128,13 +148,14 @@ class CrossAttention(Attention):
 class AttentionKernel(nn.Module):
     """Softmax attention without projections. It is a module, so that context parallelism can replace it."""
 
-    def __init__(self, dropout: float, scale: float) -> None:
+    def __init__(self, dropout: float, scale: float, cap: float | None = None) -> None:
         super().__init__()
-        self.dropout, self.scale = dropout, scale
+        self.dropout, self.scale, self.cap = dropout, scale, cap
 
     def forward(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask) -> Tensor:
         """Queries [B, S, H, E], keys and values [B, T, K, E] -> [B, S, H, E]."""
-        return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, self.dropout if self.training else 0.0, self.scale)
+        dropout = self.dropout if self.training else 0.0
+        return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale, self.cap)
 
 
 def materialize_mask(
@@ -143,16 +164,22 @@ def materialize_mask(
     device: torch.device,
     dense: bool,
     bias_HST: Tensor | None = None,
+    allow_bands: bool = True,
 ) -> AttentionMask:
     """Return `mask` with `mask.materialized` in the form that the attention kernel needs, for all layers.
 
     `shape` is (B, S, T). `materialized` stays None if `mask.causal` alone describes the mask: this is the fast path of
-    the kernels. On a GPU it becomes a FlexAttention block mask, which skips masked blocks. On a CPU, with `dense`, or
-    with a bias it becomes a boolean mask [B, 1, S, T] or the bias with -inf at masked positions, [B, H, S, T].
+    the kernels. It also stays None if `banded_attention` computes the mask, which `allow_bands` permits. On a GPU it
+    becomes a FlexAttention block mask, which skips masked blocks. On a CPU, with `dense`, or with a bias it becomes a
+    boolean mask [B, 1, S, T] or the bias with -inf at masked positions, [B, H, S, T].
     """
+    B, S, T = shape
+    if mask.window >= T:
+        mask = replace(mask, window=0)
     if mask.is_trivial and bias_HST is None:
         return mask
-    B, S, T = shape
+    if allow_bands and bias_HST is None and device.type == "cpu" and can_use_bands(mask, S, T):
+        return mask
     if device.type == "cuda" and bias_HST is None and not dense:
         block_mask = create_block_mask(lambda b, h, q, k: mask.allows(S, T, b, q, k), B, None, S, T, device=device)
         return replace(mask, materialized=block_mask)
@@ -164,14 +191,25 @@ def materialize_mask(
 
 
 def scaled_dot_product(
-    q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask, dropout: float, scale: float | None = None
+    q_BSHE: Tensor,
+    k_BTKE: Tensor,
+    v_BTKE: Tensor,
+    mask: AttentionMask,
+    dropout: float,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Softmax attention, [B, S, H, E]. If S < T, the queries are the last S of the T tokens.
 
-    `mask` comes from `materialize_mask`. `scale` multiplies the products of queries and keys; None: 1 / sqrt(E).
+    `mask` comes from `materialize_mask`. `scale` multiplies the products of queries and keys; None: 1 / sqrt(E). `cap`
+    limits the scores.
     """
     S, T = q_BSHE.shape[1], k_BTKE.shape[1]
     q, k, v = q_BSHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
+    if cap is not None:
+        return _capped_attention(q, k, v, mask, dropout, scale or q.shape[-1] ** -0.5, cap).transpose(1, 2)
+    if mask.window and mask.materialized is None:
+        return banded_attention(q, k, v, mask, dropout, scale).transpose(1, 2)
     enable_gqa = q_BSHE.shape[2] != k_BTKE.shape[2]
     materialized = mask.materialized
     if isinstance(materialized, BlockMask):
@@ -196,6 +234,84 @@ def scaled_dot_product(
         scale=scale,
     )
     return out_BHSE.transpose(1, 2)
+
+
+def _capped_attention(
+    q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: AttentionMask, dropout: float, scale: float, cap: float
+) -> Tensor:
+    """Attention whose scores are cap * tanh(score / cap) (Gemma Team 2024, section 2). It stores all scores."""
+    (S, T), groups = (q_BHSE.shape[2], k_BKTE.shape[2]), q_BHSE.shape[1] // k_BKTE.shape[1]
+    k_BHTE, v_BHTE = k_BKTE.repeat_interleave(groups, dim=1), v_BKTE.repeat_interleave(groups, dim=1)
+    scores_BHST = cap * torch.tanh(q_BHSE @ k_BHTE.transpose(-1, -2) * (scale / cap))
+    materialized = mask.materialized
+    if materialized is None and mask.causal:
+        materialized = torch.ones(S, T, dtype=torch.bool, device=q_BHSE.device).tril(T - S)
+    if materialized is not None and materialized.is_floating_point():
+        scores_BHST = scores_BHST + materialized.to(scores_BHST.dtype)
+    elif materialized is not None:
+        scores_BHST = scores_BHST.masked_fill(~materialized, -torch.inf)
+    probabilities = F.softmax(scores_BHST, dim=-1, dtype=torch.promote_types(scores_BHST.dtype, torch.float32))
+    return F.dropout(probabilities.to(q_BHSE.dtype), dropout) @ v_BHTE
+
+
+def can_use_bands(mask: AttentionMask, S: int, T: int) -> bool:
+    """Return whether `banded_attention` computes this mask, in less time than attention to all keys.
+
+    It is faster for windows of at most a quarter of the sequence (benchmarks/window.py).
+    """
+    is_plain = mask.causal and mask.prefix_B is None and mask.query_positions_BS is None
+    return is_plain and S == T and 0 < 4 * mask.window <= T
+
+
+def banded_attention(
+    q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: AttentionMask, dropout: float, scale: float | None
+) -> Tensor:
+    """Causal attention with a window, in blocks of queries that attend only to the keys of their window.
+
+    A block of b queries needs the b + window - 1 keys up to its last query. So time and memory grow with S * window
+    instead of S^2.
+    """
+    B, H, S, _ = q_BHSE.shape
+    window = mask.window
+    block = min(S, max(window, MIN_BLOCK))
+    num_blocks = -(-S // block)
+    padding = num_blocks * block - S
+    span = block + window - 1  # keys of a block
+
+    def split_keys(x_BKSE: Tensor) -> Tensor:
+        """[B, K, S, E] -> [B * blocks, K, span, E]."""
+        padded = F.pad(x_BKSE, (0, 0, window - 1, padding))
+        return padded.unfold(2, span, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    q = F.pad(q_BHSE, (0, 0, 0, padding)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
+    out = F.scaled_dot_product_attention(
+        q,
+        split_keys(k_BKSE),
+        split_keys(v_BKSE),
+        attn_mask=_band_mask(mask, S, block, num_blocks, q.device).expand(B, -1, -1, -1, -1).flatten(0, 1),
+        dropout_p=dropout,
+        enable_gqa=k_BKSE.shape[1] != H,
+        scale=scale,
+    )
+    return out.unflatten(0, (B, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :S]
+
+
+def _band_mask(mask: AttentionMask, S: int, block: int, num_blocks: int, device: torch.device) -> Tensor:
+    """Return which keys of its span each query of a block attends to, [1 or B, blocks, 1, block, span].
+
+    Each padded query attends to itself, because softmax needs at least one key.
+    """
+    window = mask.window
+    block_starts = torch.arange(num_blocks, device=device)[:, None, None] * block
+    queries = block_starts + torch.arange(block, device=device)[:, None]
+    keys = block_starts + torch.arange(block + window - 1, device=device) - (window - 1)
+    distance = queries - keys
+    allowed = (distance >= 0) & (distance < window) & (keys >= 0)
+    if mask.documents_BT is None:
+        return allowed[None, :, None]
+    padded_BT = F.pad(mask.documents_BT, (0, num_blocks * block - S), value=-1)
+    same_document = padded_BT[:, queries] == padded_BT[:, keys.clamp(min=0)]
+    return (allowed & same_document)[:, :, None]
 
 
 @cache

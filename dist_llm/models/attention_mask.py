@@ -15,7 +15,8 @@ class AttentionMask:
     """Says which keys each query attends to.
 
     A query attends to a key if both are in the same document and one of these holds: the mask is not `causal`; the key
-    is not after the query; the key is in the prefix. By default the S queries are the last S of the T keys.
+    is not after the query; the key is in the prefix. With a `window`, the distance of both must also be less than the
+    window. By default the S queries are the last S of the T keys.
     """
 
     causal: bool
@@ -24,12 +25,13 @@ class AttentionMask:
     query_documents_BS: Tensor | None = None  # for cross-attention: document id of each query
     query_positions_BS: Tensor | None = None  # for context parallelism: position of each query among the keys
     num_keys: int = 0  # for context parallelism: number of keys; 0: as many as queries
+    window: int = 0  # 0: no limit of the distance
     materialized: Any = None  # the form for an attention kernel, which `materialize_mask` computes for all layers
 
     @property
     def is_trivial(self) -> bool:
         """Whether `causal` alone describes the mask."""
-        return self.prefix_B is None and self.documents_BT is None
+        return self.prefix_B is None and self.documents_BT is None and not self.window
 
     def allows(self, S: int, T: int, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Return whether query q (of S) attends to key k (of T) in row b. The indices broadcast against each other."""
@@ -37,6 +39,8 @@ class AttentionMask:
         allowed = position >= k if self.causal else (q >= 0) & (k >= 0)
         if self.causal and self.prefix_B is not None:
             allowed = allowed | (k < self.prefix_B[b])
+        if self.window:
+            allowed = allowed & ((position - k).abs() < self.window)
         if self.documents_BT is not None:
             if self.query_documents_BS is None:
                 query_document = self.documents_BT[b, position]
@@ -79,9 +83,9 @@ class EncoderInput:
 _MASK_TENSORS = ("prefix_B", "documents_BT", "query_documents_BS", "query_positions_BS", "materialized")
 pytree.register_pytree_node(
     AttentionMask,
-    lambda mask: ([getattr(mask, name) for name in _MASK_TENSORS], (mask.causal, mask.num_keys)),
+    lambda mask: ([getattr(mask, name) for name in _MASK_TENSORS], (mask.causal, mask.num_keys, mask.window)),
     lambda tensors, context: AttentionMask(
-        context[0], num_keys=context[1], **dict(zip(_MASK_TENSORS, tensors, strict=True))
+        context[0], num_keys=context[1], window=context[2], **dict(zip(_MASK_TENSORS, tensors, strict=True))
     ),
     serialized_type_name="dist_llm.models.attention_mask.AttentionMask",
 )

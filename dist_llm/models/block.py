@@ -9,26 +9,36 @@ import torch
 from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
-from dist_llm.models.attention import Attention, CrossAttention, KVCache, RotaryCosSin
+from dist_llm.models.attention import Attention, CrossAttention, KVCache
 from dist_llm.models.attention_mask import AttentionMask
-from dist_llm.models.build_norm import build_norm
 from dist_llm.models.cost import Cost
 from dist_llm.models.feedforward import FeedForward
+from dist_llm.models.norm import build_norm
+from dist_llm.models.rope import RotaryCosSin
 from dist_llm.param_spec import ParamSpec, norm_specs
 
 
 class Block(nn.Module):
-    """A pre-norm block, x + f(norm(x)), or a post-norm block, norm(x + f(x)). Xiong et al. 2020 compare them."""
+    """Attention and feed-forward, each with norms and a residual connection, in the order of `model.norm_order`:
+
+    pre: x + f(norm(x)); post: norm(x + f(x)) (Xiong et al. 2020 compare both); sandwich: x + norm(f(norm(x))) (Ding et
+    al. 2021); reordered: x + norm(f(x)) (OLMo 2). With `model.parallel_residual`, attention and feed-forward both read
+    the input of the block: x + attention(norm(x)) + feedforward(norm(x)).
+    """
 
     def __init__(self, config: ModelConfig, layer: int, has_cross_attention: bool = False) -> None:
         super().__init__()
-        self.is_pre_norm = config.norm_order == "pre"
+        self.config = config
+        self.normalizes_input = config.norm_order in ("pre", "sandwich")
         self.norm_attention = build_norm(config)
         self.attention = Attention(config, layer)
         self.norm_cross = build_norm(config) if has_cross_attention else None
         self.cross = CrossAttention(config, layer) if has_cross_attention else None
-        self.norm_feedforward = build_norm(config)
+        self.norm_feedforward = build_norm(config) if config.parallel_residual != "one_norm" else None
         self.feedforward = FeedForward(config, layer)
+        is_sandwich = config.norm_order == "sandwich"
+        self.norm_attention_out = build_norm(config) if is_sandwich else None
+        self.norm_feedforward_out = build_norm(config) if is_sandwich else None
         self.dropout = nn.Dropout(config.dropout)
 
     @staticmethod
@@ -38,7 +48,7 @@ class Block(nn.Module):
 
     def param_specs(self) -> dict[str, ParamSpec]:
         """Describe the parameters of the norms. The sublayers describe their own."""
-        names = ("norm_attention", "norm_cross", "norm_feedforward")
+        names = ("norm_attention", "norm_attention_out", "norm_cross", "norm_feedforward", "norm_feedforward_out")
         return {key: spec for name in names for key, spec in norm_specs(name, getattr(self, name)).items()}
 
     def forward(
@@ -57,16 +67,37 @@ class Block(nn.Module):
         the output of the encoder.
         """
 
-        def apply_sublayer(x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-            out_BSD = self.dropout(sublayer(cast_to_autocast_dtype(norm(x_BSD) if self.is_pre_norm else x_BSD)))
-            x_BSD = x_BSD + (out_BSD if depth_scale_BS1 is None else out_BSD * depth_scale_BS1.to(out_BSD.dtype))
-            return x_BSD if self.is_pre_norm else norm(x_BSD)
+        def scale_output(out_BSD: Tensor) -> Tensor:
+            out_BSD = self.dropout(out_BSD)
+            if self.config.residual_scale != 1:
+                out_BSD = out_BSD * self.config.residual_scale
+            return out_BSD if depth_scale_BS1 is None else out_BSD * depth_scale_BS1.to(out_BSD.dtype)
 
-        x_BSD = apply_sublayer(x_BSD, self.norm_attention, lambda x: self.attention(x, rotation, mask, cache))
+        def attend(x_BSD: Tensor) -> Tensor:
+            return self.attention(x_BSD, rotation, mask, cache)
+
+        if self.config.parallel_residual != "off":
+            normed_BSD = cast_to_autocast_dtype(self.norm_attention(x_BSD))
+            feedforward_in_BSD = normed_BSD
+            if self.norm_feedforward is not None:
+                feedforward_in_BSD = cast_to_autocast_dtype(self.norm_feedforward(x_BSD))
+            return x_BSD + scale_output(attend(normed_BSD)) + scale_output(self.feedforward(feedforward_in_BSD))
+
+        def apply_sublayer(
+            x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor], out_norm: nn.Module | None = None
+        ) -> Tensor:
+            out_BSD = sublayer(cast_to_autocast_dtype(norm(x_BSD) if self.normalizes_input else x_BSD))
+            if self.config.norm_order == "reordered":
+                out_norm = norm
+            x_BSD = x_BSD + scale_output(out_BSD if out_norm is None else out_norm(out_BSD))
+            return norm(x_BSD) if self.config.norm_order == "post" else x_BSD
+
+        x_BSD = apply_sublayer(x_BSD, self.norm_attention, attend, self.norm_attention_out)
         if (cross := self.cross) is not None:
             assert self.norm_cross is not None
             x_BSD = apply_sublayer(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, memory_mask, cache))
-        return apply_sublayer(x_BSD, self.norm_feedforward, self.feedforward)
+        assert self.norm_feedforward is not None
+        return apply_sublayer(x_BSD, self.norm_feedforward, self.feedforward, self.norm_feedforward_out)
 
 
 def cast_to_autocast_dtype(x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Shape suffixes: B batch, S tokens, T keys, D d_model, V vocabulary, H heads.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,14 @@ from dist_llm.config.derive import round_up
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy, LossTerms
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
-from dist_llm.models.attention import KVCache, RotaryCosSin, materialize_mask
+from dist_llm.models.attention import KVCache, materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
-from dist_llm.models.build_norm import build_norm
 from dist_llm.models.feedforward import ACTIVATIONS
 from dist_llm.models.init import embedding_init, matrix_init
-from dist_llm.models.positional_encoding import RelativeBias, SinusoidalEncoding, compute_rotary_angles
+from dist_llm.models.norm import build_norm
+from dist_llm.models.positional_encoding import RelativeBias, SinusoidalEncoding
+from dist_llm.models.rope import RotaryCosSin, compute_rotary_cos_sin
 from dist_llm.models.stochastic_depth import stochastic_depth_scale
 from dist_llm.param_spec import ZEROS, ParamSpec, linear_specs, norm_specs
 
@@ -56,6 +59,8 @@ class Embedding(nn.Module):
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
         """Token ids [B, S] and positions [B, S] or [S] -> [B, S, D]."""
         x_BSD = self.tokens(tokens_BS)
+        if self.config.embedding_scale != 1:
+            x_BSD = x_BSD * self.config.embedding_scale
         if self.positions is not None:
             x_BSD = x_BSD + self.positions(positions_BS).to(x_BSD.dtype)
         return self.dropout(x_BSD if self.norm is None else self.norm(x_BSD))
@@ -73,10 +78,11 @@ class Head(nn.Module):
         self.vocab_size, self.softcap, self.loss = config.vocab_size, config.logit_cap, loss
         self.terms = None if loss.is_unregularized else LossTerms()
         # With post-norm every block already ends with a norm.
-        self.norm = build_norm(config) if config.norm_order == "pre" else nn.Identity()
+        self.norm = nn.Identity() if config.norm_order == "post" else build_norm(config)
         rows = round_up(config.vocab_size, config.vocab_multiple)
         self.dense = MLMTransform(config) if config.head == "mlm" else None
-        self.bias = nn.Parameter(torch.empty(rows)) if config.head == "mlm" else None
+        has_bias = config.head == "mlm" or config.head_bias
+        self.bias = nn.Parameter(torch.empty(rows)) if has_bias else None
         self.out = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
 
     def param_specs(self) -> dict[str, ParamSpec]:
@@ -112,7 +118,10 @@ class Head(nn.Module):
     def compute_pre_logits(self, x_BSD: Tensor) -> Tensor:
         """Return the vectors that are multiplied by the vocabulary matrix, [B, S, D]."""
         x_BSD = self.norm(x_BSD)
-        return x_BSD if self.dense is None else self.dense(x_BSD)
+        if self.dense is not None:
+            x_BSD = self.dense(x_BSD)
+        # Scaling the vectors scales the logits.
+        return x_BSD if self.config.logit_scale == 1 else x_BSD * self.config.logit_scale
 
 
 class MLMTransform(nn.Module):
@@ -202,15 +211,17 @@ class Decoder(nn.Module):
         if positions_BS is None:
             positions_BS = torch.arange(num_cached, num_cached + inputs.shape[1], device=inputs.device)
         shape_BS = len(inputs), positions_BS.shape[-1]
-        mask = self._materialize_mask(mask, self.relative, shape_BS, num_cached, inputs.device)
+        masks = self._materialize_masks(mask, self.relative, shape_BS, num_cached, inputs.device)
         x_BSD = self.embed(inputs, positions_BS) if self.embed is not None and self.is_first_stage else inputs
         rotations = self._rotary_cos_sin(positions_BS)
         for layer, block in self._iter_blocks():
-            x_BSD = block(x_BSD, rotations[layer], mask, cache, self._depth_scale(sample_hash_B, layer))
+            x_BSD = block(x_BSD, rotations[layer], masks[layer], cache, self._depth_scale(sample_hash_B, layer))
+        if cache is not None:
+            cache.length += shape_BS[1]
         return x_BSD if self.head is None else self._apply_head(x_BSD, targets_BS)
 
-    def _iter_blocks(self) -> Iterator[tuple[int, nn.Module]]:
-        return ((int(name), block) for name, block in self.blocks.items())
+    def _iter_blocks(self) -> Iterator[tuple[int, Block]]:
+        return ((int(name), cast(Block, block)) for name, block in self.blocks.items())
 
     def _apply_head(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor:
         assert self.head is not None
@@ -219,43 +230,63 @@ class Decoder(nn.Module):
 
     def _rotary_cos_sin(self, positions_BS: Tensor) -> dict[int, RotaryCosSin | None]:
         """Return the rotation of each layer; None for a layer without rotary positions. Equal layers share it."""
-        rotations: dict[tuple[int, float], RotaryCosSin] = {}
+        rotations: dict[tuple[Any, ...], RotaryCosSin] = {}
         by_layer: dict[int, RotaryCosSin | None] = {}
-        for layer, _ in self._iter_blocks():
-            config = self.config.layer_config(layer)
+        for layer, block in self._iter_blocks():
+            config = block.config
             if config.positions != "rope":
                 by_layer[layer] = None
                 continue
-            key = config.head_dim, config.rope_theta
+            key = config.head_dim, config.rotary_fraction, config.rope_theta, config.rope_scaling
             if key not in rotations:
-                angles_BSF = compute_rotary_angles(positions_BS, *key)
-                rotations[key] = angles_BSF.cos(), angles_BSF.sin()
+                rotations[key] = compute_rotary_cos_sin(positions_BS, config)
             by_layer[layer] = rotations[key]
         return by_layer
 
-    def _materialize_mask(
+    def _materialize_masks(
         self,
         mask: AttentionMask,
         relative: RelativeBias | None,
         shape_BS: tuple[int, int],
         num_cached: int,
         device: torch.device,
-    ) -> AttentionMask:
-        """Compute the mask for all layers. It includes the relative position bias if there is one."""
+    ) -> dict[int, AttentionMask]:
+        """Compute the mask of each layer. It includes the relative position bias if there is one.
+
+        Layers with the same window share a mask, if their scores are alike capped or not.
+        """
         B, S = shape_BS
-        T = mask.num_keys or num_cached + S
-        bias_HST = None
-        if relative is not None:
-            keys_T = torch.arange(T, device=device)
-            queries_S = keys_T[T - S :] if mask.query_positions_BS is None else mask.query_positions_BS[0]
-            bias_HST = relative(queries_S, keys_T)
-        return materialize_mask(mask, (B, S, T), device, dense=self._needs_dense_mask, bias_HST=bias_HST)
+        masks: dict[tuple[int | None, bool], AttentionMask] = {}
+        by_layer = {}
+        for layer, block in self._iter_blocks():
+            config = block.config
+            window, has_cap = config.window, config.attention_cap is not None
+            if (window, has_cap) not in masks:
+                # With a window, the cache has the last window - 1 tokens.
+                T = mask.num_keys or S + (num_cached if window is None else min(num_cached, window - 1))
+                bias_HST = None if relative is None else self._relative_bias(relative, mask, S, T, device)
+                window_mask = mask if window is None else replace(mask, window=window)
+                masks[window, has_cap] = materialize_mask(
+                    window_mask, (B, S, T), device, self._needs_dense_mask, bias_HST, allow_bands=not has_cap
+                )
+            by_layer[layer] = masks[window, has_cap]
+        return by_layer
+
+    def _relative_bias(
+        self, relative: RelativeBias, mask: AttentionMask, S: int, T: int, device: torch.device
+    ) -> Tensor:
+        """Return the relative position bias of the last S of T tokens, or of `mask.query_positions_BS`, [H, S, T]."""
+        keys_T = torch.arange(T, device=device)
+        queries_S = keys_T[T - S :] if mask.query_positions_BS is None else mask.query_positions_BS[0]
+        bias_HST: Tensor = relative(queries_S, keys_T)
+        return bias_HST
 
     @property
     def _needs_dense_mask(self) -> bool:
-        """Whether FlexAttention cannot be used: it supports neither dropout nor heads below 16 dimensions."""
-        head_dims = [self.config.layer_config(layer).head_dim for layer, _ in self._iter_blocks()]
-        return (self.training and self.config.dropout > 0) or min(head_dims, default=16) < 16
+        """Whether FlexAttention cannot be used: it has no dropout, here no cap, and no heads below 16 dimensions."""
+        layers = [block.config for _, block in self._iter_blocks()]
+        is_unsupported = any(layer.head_dim < 16 or layer.attention_cap for layer in layers)
+        return (self.training and self.config.dropout > 0) or is_unsupported
 
     def _depth_scale(self, sample_hash_B: Tensor | None, layer: int) -> Tensor | None:
         if not (self.training and self.config.stochastic_depth) or sample_hash_B is None:

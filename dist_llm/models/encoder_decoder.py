@@ -14,8 +14,8 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.attention import KVCache, materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput
 from dist_llm.models.block import Block
-from dist_llm.models.build_norm import build_norm
 from dist_llm.models.decoder import Decoder, Embedding
+from dist_llm.models.norm import build_norm
 from dist_llm.models.positional_encoding import RelativeBias
 from dist_llm.param_spec import ParamSpec, norm_specs
 
@@ -35,7 +35,7 @@ class EncoderDecoder(Decoder):
                 for layer in range(num_encoder_layers + config.n_layers)
             }
         )
-        self.source_norm: nn.Module | None = build_norm(config) if config.norm_order == "pre" else None
+        self.source_norm: nn.Module | None = None if config.norm_order == "post" else build_norm(config)
 
     def param_specs(self) -> dict[str, ParamSpec]:
         """Describe the norm after the encoder. The submodules describe their own parameters."""
@@ -86,14 +86,16 @@ class EncoderDecoder(Decoder):
         if positions_BS is None:
             positions_BS = torch.arange(num_cached, num_cached + S, device=tokens_BS.device)
         memory_mask = FULL if encoder_input is None else self._materialize_memory_mask(mask, encoder_input, B, S)
-        mask = self._materialize_mask(mask, self.relative, (B, S), num_cached, tokens_BS.device)
+        masks = self._materialize_masks(mask, self.relative, (B, S), num_cached, tokens_BS.device)
         if x_BSD is None:
             assert self.embed is not None
             x_BSD = self.embed(tokens_BS, positions_BS)
         rotations = self._rotary_cos_sin(positions_BS)
         for layer, block in decoder_blocks:
             depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-            x_BSD = block(x_BSD, rotations[layer], mask, cache, depth_scale_BS1, memory_BTD, memory_mask)
+            x_BSD = block(x_BSD, rotations[layer], masks[layer], cache, depth_scale_BS1, memory_BTD, memory_mask)
+        if cache is not None:
+            cache.length += S
         if self.head is None:
             assert memory_BTD is not None
             assert x_BSD is not None
@@ -111,11 +113,12 @@ class EncoderDecoder(Decoder):
         ]
         x_BTD = inputs if self.source_embed is None else self.source_embed(encoder_input.tokens_BT, positions_BT)
         if encoder_blocks:
-            mask = self._materialize_mask(encoder_input.mask, self.source_relative, (B, T), 0, inputs.device)
+            masks = self._materialize_masks(encoder_input.mask, self.source_relative, (B, T), 0, inputs.device)
             rotations = self._rotary_cos_sin(positions_BT)
             for layer, block in encoder_blocks:
                 depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-                x_BTD = block(x_BTD, rotations[layer], mask, None, depth_scale_BS1)  # positional: a pre-hook reads them
+                # Positional arguments, because a pre-hook reads them.
+                x_BTD = block(x_BTD, rotations[layer], masks[layer], None, depth_scale_BS1)
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
     def _materialize_memory_mask(

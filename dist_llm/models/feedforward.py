@@ -19,6 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),  # So et al. 2021 (Primer)
 }
 
 
@@ -29,9 +30,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if is_gated(config) else None
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        bias = config.bias or config.feedforward_bias
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=bias) if is_gated(config) else None
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=bias)
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

@@ -1,7 +1,7 @@
-"""Positional encodings: rotary, sinusoidal, and relative position biases. (Learned positions are in decoder.py.)
+"""Positional encodings: sinusoidal, and relative position biases. (Rotary: rope.py. Learned: decoder.py.)
 
-Rotary and sinusoidal encodings are computed from the positions in each step. There are no buffers, so a model that was
-built on the meta device needs nothing but its parameters.
+Sinusoidal encodings are computed from the positions in each step. There are no buffers, so a model that was built on
+the meta device needs nothing but its parameters.
 """
 
 import math
@@ -13,24 +13,7 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.init import embedding_init
 from dist_llm.param_spec import ParamSpec
 
-# Shape suffixes: B batch, S tokens or queries, T keys, H heads, E head_dim, F = E / 2, D d_model.
-
-
-def compute_rotary_angles(positions_S: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Positions [..., S] -> angles [..., S, F]: position * theta^(-2i/E) for i < F (Su et al. 2021, eq. 15)."""
-    exponents_F = torch.arange(0, head_dim, 2, device=positions_S.device, dtype=torch.float32) / head_dim
-    return positions_S.float()[..., None] * theta**-exponents_F
-
-
-def apply_rotary(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
-    """Rotate each pair (i, i + F) of dimensions by its angle, in fp32.
-
-    Hugging Face uses the same pairs. The original code of Llama uses pairs (2i, 2i + 1).
-    """
-    left, right = x_BSHE.to(torch.promote_types(x_BSHE.dtype, torch.float32)).chunk(2, dim=-1)
-    cos, sin = cos_BSF.unsqueeze(-2), sin_BSF.unsqueeze(-2)  # the same for all heads
-    rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return rotated.to(x_BSHE.dtype)
+# Shape suffixes: B batch, S tokens or queries, T keys, H heads, D d_model.
 
 
 class SinusoidalEncoding(nn.Module):

@@ -32,7 +32,8 @@ class StepMetrics:
     lr: float
     tokens: int  # tokens of the run so far, including this step
     data_wait_seconds: float
-    by_source: Tensor | None = None  # [2, num_sources]: share of the loss, and number of valid tokens, per data source
+    # [2, num_sources]: share of the loss, and number of valid tokens, per data source
+    loss_and_tokens_by_source: Tensor | None = None
     loss_terms: Mapping[str, Tensor] = field(default_factory=dict)  # terms of a regularized loss, by metric name
 
 
@@ -95,19 +96,20 @@ class MetricsRecorder:
             for metrics, (loss, grad_norm, *terms) in zip(pending, values_by_step, strict=True)
         ]
         for row, metrics in zip(rows, pending, strict=True):
-            if metrics.by_source is not None:
-                row |= self._source_metrics(metrics.by_source.tolist(), float(metrics.num_valid_tokens))
+            if metrics.loss_and_tokens_by_source is not None:
+                loss_and_tokens = metrics.loss_and_tokens_by_source.tolist()
+                row |= self._source_metrics(loss_and_tokens, float(metrics.num_valid_tokens))
         self.emit(rows)
         self.restart_clock(pending[-1].tokens)
         return rows
 
-    def _source_metrics(self, by_source: list[list[float]], num_valid_tokens: float) -> MetricsRow:
+    def _source_metrics(self, loss_and_tokens: list[list[float]], num_valid_tokens: float) -> MetricsRow:
         """Return the metrics of each data source: its valid tokens so far, and its mean loss in this step.
 
         A source without tokens in this step has no loss.
         """
         row: MetricsRow = {}
-        for name, loss_share, num_tokens in zip(self.source_tokens, *by_source, strict=True):
+        for name, loss_share, num_tokens in zip(self.source_tokens, *loss_and_tokens, strict=True):
             self.source_tokens[name] += round(num_tokens)
             row[f"tokens_{name}"] = self.source_tokens[name]
             if num_tokens:

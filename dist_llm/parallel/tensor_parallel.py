@@ -24,6 +24,7 @@ from dist_llm.compat import build_dtensor, copy_dtensor_spec
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import CrossAttention
 from dist_llm.models.decoder import Decoder, Head, apply_softcap
+from dist_llm.models.norm import LayerNorm, RMSNorm
 from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective, reduce_scatter
 from dist_llm.sharded import to_local
 
@@ -162,19 +163,41 @@ class ColumnParallelEmbedding(nn.Embedding):
         return F.embedding(ids, _local_param(self.weight))
 
 
-class ReplicatedLayerNorm(nn.LayerNorm):
+class ReplicatedLayerNorm(LayerNorm):
     """A LayerNorm whose parameters are replicated over tp."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias_D = None if self.bias is None else _local_param(self.bias)
-        return F.layer_norm(x, self.normalized_shape, _local_param(self.weight), bias_D, self.eps)
+    def effective_weight(self) -> Tensor:
+        """Return the factor of each element."""
+        weight_D = _local_param(self.weight)
+        return weight_D + 1 if self.plus_one else weight_D
+
+    def effective_bias(self) -> Tensor | None:
+        """Return the bias of each element; None: 0."""
+        return None if self.bias is None else _local_param(self.bias)
 
 
-class ReplicatedRMSNorm(nn.RMSNorm):
-    """An RMSNorm whose parameters are replicated over tp."""
+class ReplicatedRMSNorm(RMSNorm):
+    """An RMSNorm whose weight is replicated over tp."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, _local_param(self.weight), self.eps)
+    def effective_weight(self) -> Tensor:
+        """Return the factor of each element."""
+        weight_D = _local_param(self.weight)
+        return weight_D + 1 if self.plus_one else weight_D
+
+
+class ShardedRMSNorm(ReplicatedRMSNorm):
+    """An RMSNorm over elements that are sharded over tp: ranks sum the squares of their elements."""
+
+    region: TensorParallelRegion
+
+    def forward(self, x_BSF: Tensor) -> Tensor:
+        """[B, S, F] -> [B, S, F]; F elements of this rank."""
+        group, num_elements = self.region.group, x_BSF.shape[-1] * self.region.tp_size
+        x = x_BSF.to(torch.promote_types(x_BSF.dtype, torch.float32))
+        reduce = partial(all_reduce, group=group)
+        mean_square = differentiable_collective(x.square().sum(-1, keepdim=True), reduce, reduce) / num_elements
+        normalized = x * torch.rsqrt(mean_square + (self.eps or 0.0))
+        return (normalized * self.effective_weight()).to(x_BSF.dtype)
 
 
 class RowParallelLinear(nn.Linear):

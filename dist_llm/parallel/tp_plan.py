@@ -15,6 +15,7 @@ from dist_llm.models.attention import Attention, AttentionKernel
 from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder, Embedding, Head
 from dist_llm.models.feedforward import FeedForward
+from dist_llm.models.norm import LayerNorm, RMSNorm
 from dist_llm.parallel import fp8, tensor_parallel
 from dist_llm.parallel.context_parallel import AllGatherAttention
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
@@ -32,8 +33,9 @@ TENSOR_PARALLEL_CLASSES: dict[tuple[type[nn.Module], int | None], type[nn.Module
     (nn.Embedding, 0): tensor_parallel.VocabParallelEmbedding,
     (nn.Embedding, 1): tensor_parallel.ColumnParallelEmbedding,
     (nn.Embedding, None): tensor_parallel.ColumnParallelEmbedding,
-    (nn.LayerNorm, None): tensor_parallel.ReplicatedLayerNorm,
-    (nn.RMSNorm, None): tensor_parallel.ReplicatedRMSNorm,
+    (LayerNorm, None): tensor_parallel.ReplicatedLayerNorm,
+    (RMSNorm, None): tensor_parallel.ReplicatedRMSNorm,
+    (RMSNorm, 0): tensor_parallel.ShardedRMSNorm,
 }
 
 
@@ -80,7 +82,7 @@ def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: Tens
         return  # its only own parameter is a bias; VocabParallelHead replaces the module
     if isinstance(module, nn.Linear):
         module.matmul = fp8.float8_linear if isinstance(module, fp8.Float8Linear) else F.linear  # type: ignore[assignment]
-    layer_class = next(base for base in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm) if isinstance(module, base))
+    layer_class = next(base for base in (nn.Linear, nn.Embedding, LayerNorm, RMSNorm) if isinstance(module, base))
     module.__class__ = TENSOR_PARALLEL_CLASSES[layer_class, sharded_dim(specs["weight"])]
     module.region = region  # type: ignore[assignment]
 

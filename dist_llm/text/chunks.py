@@ -15,8 +15,8 @@ from dist_llm.text.tokenizer import ENDOFTEXT
 SAVED_COUNTERS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")  # keys of the journal
 CHUNK_CHARS = 1 << 20
 DOCUMENT_OVERHEAD_CHARS = 64  # added to the length of each document: limits the number of tiny documents in a chunk
-# The least text between resume points. A resume point syncs all files to the disk, which takes a tenth of the time of
-# tokenizing this text.
+# The minimum number of characters between resume points, counted with the overhead of each document. A resume point
+# syncs all files to the disk, which takes a tenth of the time of tokenizing this text.
 RESUME_POINT_CHARS = 8 << 20
 
 

@@ -1,7 +1,7 @@
 """Open the files and datasets that `prepare --source` names, and read their documents.
 
 An input yields its documents lazily, in a fixed order and in bounded memory. An unreadable file raises DataError, or is
-skipped and counted with --skip-unreadable. dist_llm/text/rows.py handles malformed rows.
+skipped and counted with --skip-unreadable. dist_llm/text/rows.py handles bad rows.
 """
 
 import sysconfig

@@ -40,9 +40,11 @@ examples:
   dist-llm prepare --merge data/big
 
 A killed run leaves OUT.partial, which train does not accept. Run the same command again to resume it. Input files that
-were finished before the last resume point are not read again. A resume point comes after at least 8 MiB of text.
-The run starts over if an input file, the tokenizer, or an option that changes the corpus has changed. A resumed run
-writes the same bytes as an uninterrupted run.
+were finished before the last resume point are not read again. A resume point comes at the end of an input file, at
+least 8 million characters of text after the previous one; 64 characters are added for each document. If an input file
+has changed, the run resumes at the last resume point before this file. The run starts over if the tokenizer, a file on
+which bpe:N was trained, or an option that changes the corpus has changed. A resumed run writes the same bytes as an
+uninterrupted run.
 
 The order of processing is: filters, deduplication, tokenizer.
 """
@@ -242,8 +244,8 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
         "--max-bad-rate",
         type=float,
         default=defaults.max_bad_rate,
-        help="maximum fraction of malformed rows: up to it they are skipped, above it the run fails "
-        "(default: %(default)s)",
+        help="maximum fraction of bad rows (not UTF-8, not JSON, or no text under the key): up to it they are skipped, "
+        "above it the run fails (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the corpus at --out when the new corpus is complete"

@@ -35,7 +35,7 @@ UNSUPPORTED_COMPRESSION = {
 CHECKSUMS = ("*.md5", "*.sha1", "*.sha256", "*.sha512", "*.crc32", "*.asc", "*.sig", "md5sums*", "sha*sums*")
 BACKUPS = ("*~", "#*#", "*.bak", "*.orig", "*.rej", "*.swp", "*.swo", "*.tmp", "*.partial")
 ABOUT_FILES = ("readme", "readme.*", "license", "license.*", "licence", "licence.*", "citation.*", "changelog.*")
-SKIPPED_FOLDERS = frozenset({"__pycache__"})
+PYTHON_CACHE_FOLDERS = frozenset({"__pycache__"})
 MAX_LISTED = 5  # maximum number of unreadable files that an error message lists
 
 
@@ -88,7 +88,7 @@ class FolderWalk:
 
     def walk_folder(self, root: Path, excluded_folders: Iterable[str] = ()) -> list[Path]:
         """Return the selected files below `root`, sorted by relative path."""
-        files, folders_to_skip = [], SKIPPED_FOLDERS | set(excluded_folders)
+        files, folders_to_skip = [], PYTHON_CACHE_FOLDERS | set(excluded_folders)
         all_files = self._iter_files(root, folders_to_skip)
         for path in sorted(all_files, key=lambda file: file.relative_to(root).as_posix()):
             relative_path = path.relative_to(root).as_posix()
@@ -143,7 +143,7 @@ class FolderWalk:
                 elif not os.path.isdir(path):
                     yield path
                 elif entry.name in folders_to_skip:
-                    self._skip("never read", path)
+                    self._skip("Python cache" if entry.name in PYTHON_CACHE_FOLDERS else "excluded folder", path)
                 elif entry.is_symlink() and _are_nested(os.path.realpath(path), real_root):
                     self._skip("folder read already", path)
                 else:
@@ -169,7 +169,7 @@ class FolderWalk:
         rules = (
             ("checksum", CHECKSUMS, True),
             ("editor backup", BACKUPS, True),
-            ("about the data", ABOUT_FILES, describes_data),
+            ("README or LICENSE", ABOUT_FILES, describes_data),
         )
         for reason, globs, is_active in rules:
             if is_active and _matches_name(path, globs):

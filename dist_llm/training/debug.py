@@ -78,9 +78,9 @@ def print_first_row(console: Console, batch: Batch, tokenizer: Tokenizer, vocabu
         encoder_tokens = batch.encoder_input.tokens_BT[0, :MAX_PRINTED_TOKENS].tolist()
         console.print("the encoder reads:", escape(" ".join(map(describe_token, encoder_tokens))))
     table = Table(
-        title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.num_valid_tokens} scored targets in all"
+        title=f"first batch: {tuple(batch.inputs_BS.shape)}, row 0, {batch.num_valid_tokens} targets with a loss in all"
     )
-    for column in ("position", "input", "sees", "target", "scored"):
+    for column in ("position", "input", "attends to", "target", "has loss"):
         table.add_column(column)
     inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BS[0].tolist()
     mask_ST = compute_first_row_mask(batch)
@@ -88,10 +88,10 @@ def print_first_row(console: Console, batch: Batch, tokenizer: Tokenizer, vocabu
         if position == MAX_PRINTED_TOKENS:
             table.add_row("...", "", "", "", "")
             break
-        is_scored = target != IGNORE_INDEX
-        target_text = describe_token(target) if is_scored else ""
+        has_loss = target != IGNORE_INDEX
+        target_text = describe_token(target) if has_loss else ""
         attended_positions = format_ranges(mask_ST[position])
-        cells = str(position), describe_token(token), attended_positions, target_text, "yes" if is_scored else "no"
+        cells = str(position), describe_token(token), attended_positions, target_text, "yes" if has_loss else "no"
         table.add_row(*cells)
     console.print(table)
 

@@ -51,7 +51,7 @@ def evaluate_checkpoint(
     corpora = _open_corpora(config, data, split, corpus_origin)
     _check_tokenizer(path, config, corpora.values(), corpus_origin)
     if not (path / TOKENIZER_FILE).exists() and world.is_main:
-        print(f"{path} has no tokenizer: assuming that of the corpus")
+        print(f"{path} has no tokenizer: using the tokenizer of the corpus")
     mask_prompts = masks_prompts(config.data, corpora.values())
     vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
     objective = build_objective(config, vocabulary, mask_prompts)

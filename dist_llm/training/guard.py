@@ -38,7 +38,7 @@ class Anomaly:
     )
 
 
-class RewindError(Exception):
+class RewindRequest(Exception):  # noqa: N818  # control flow, which the run catches
     """A step had an anomaly, and the run has to continue from a checkpoint before that step."""
 
     def __init__(self, step: int, anomaly: Anomaly) -> None:
@@ -73,7 +73,7 @@ class Guard:
     def check_metrics(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
         """Check the steps of `rows` and return rows with events.
 
-        Raises on all ranks: DivergedError if the run has to end, RewindError if it has to rewind.
+        Raises on all ranks: DivergedError if the run has to end, RewindRequest if it has to rewind.
         """
         # DeepSpeed's partitioned optimizers do not call `should_apply`.
         unchecked = [row for row in rows if row["step"] not in self.checked]
@@ -123,7 +123,7 @@ class Guard:
             )
         self.state.num_used += 1
         if policy == "rewind":
-            raise RewindError(step, anomaly)
+            raise RewindRequest(step, anomaly)
         return [{"step": step, "event": f"step {step}: {anomaly.problem}; its update was skipped"}]
 
     def _all_gather_anomaly(self, local: Anomaly | None) -> Anomaly | None:

@@ -39,7 +39,7 @@ def replay_step(engine: Engine, loader: Loader, first_sample: int, step: int, pr
         return []
     max_mismatches = max(num_mismatches_by_rank)
     worst_rank = num_mismatches_by_rank.index(max_mismatches)
-    lines = [f"a step computed twice has other gradients, of {max_mismatches} parameters on rank {worst_rank}"]
+    lines = [f"a step computed twice has different gradients, of {max_mismatches} parameters on rank {worst_rank}"]
     for owner, owner_loss in enumerate(losses):
         repeater = (owner - 1) % dp_size
         if replayed_losses[repeater] != owner_loss:

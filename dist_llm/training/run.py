@@ -50,10 +50,10 @@ from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
 from dist_llm.training.directories import open_directories
-from dist_llm.training.guard import RewindError
+from dist_llm.training.guard import RewindRequest
 from dist_llm.training.learning_rate_plan import plan_learning_rate
 from dist_llm.training.settings import read_vocabulary
-from dist_llm.training.trainer import SLOW_FACTOR, Trainer
+from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR, Trainer
 
 log = logging.getLogger("dist_llm")
 
@@ -169,8 +169,8 @@ class RunContext:
                     try:
                         stop_signal = trainer.run(signals)
                         break
-                    except RewindError as error:
-                        trainer = self.rewind(trainer, error)
+                    except RewindRequest as request:
+                        trainer = self.rewind(trainer, request)
             if stop_signal and world.is_main:
                 write_stop_marker(stop_signal, trainer.progress.step, Path(self.config.run.dir))
             return stop_signal
@@ -179,7 +179,7 @@ class RunContext:
             log.error("%s", error.__notes__[-1])  # before `wait` below, which may take minutes
             raise
         finally:
-            watchdog.heartbeat("the end", SLOW_FACTOR)
+            watchdog.heartbeat("the end", LONG_ACTIVITY_TIMEOUT_FACTOR)
             trainer.loader.close()
             self.store.wait()
 
@@ -199,25 +199,28 @@ class RunContext:
                 (Path(config.run.dir) / name).write_bytes(content)
         return trainer
 
-    def rewind(self, trainer: Trainer, error: RewindError) -> Trainer:
+    def rewind(self, trainer: Trainer, request: RewindRequest) -> Trainer:
         """Return a trainer that starts from the latest checkpoint and leaves out the samples of the bad steps.
 
         These are the samples of the last guard.skip_steps steps, unless the anomaly is a difference between ranks.
         """
-        self.watchdog.heartbeat("the rewind", SLOW_FACTOR)
+        self.watchdog.heartbeat("the rewind", LONG_ACTIVITY_TIMEOUT_FACTOR)
         trainer.loader.close()
         self.store.finish()
         checkpoint = self.store.latest_verified()
         assert checkpoint is not None, "a run that can rewind saves before its first step"
         progress, loader, guard_state = read_progress(checkpoint), trainer.loader, trainer.progress.guard
-        num_steps = error.step - progress.step
-        num_skipped = self.config.guard.skip_steps if error.skips_samples else 0
+        num_steps = request.step - progress.step
+        num_skipped = self.config.guard.skip_steps if request.skips_samples else 0
         first_sample = loader.advance_steps(progress.samples, max(0, num_steps - num_skipped))
         end_sample = loader.advance_steps(first_sample, min(num_steps, num_skipped))
-        left_out = [(first_sample, end_sample)] if end_sample > first_sample else []
-        trainer = self.build_trainer(checkpoint, replace(guard_state, left_out=guard_state.left_out + left_out))
-        event = f"{error}; rewound to step {progress.step}" + (
-            f", samples {first_sample} to {end_sample - 1} are skipped" if left_out else ", to repeat the same samples"
+        new_ranges = [(first_sample, end_sample)] if end_sample > first_sample else []
+        skipped_ranges = guard_state.skipped_ranges + new_ranges
+        trainer = self.build_trainer(checkpoint, replace(guard_state, skipped_ranges=skipped_ranges))
+        event = f"{request}; rewound to step {progress.step}" + (
+            f", samples {first_sample} to {end_sample - 1} are skipped"
+            if new_ranges
+            else ", to repeat the same samples"
         )
         trainer.recorder.emit([{"step": progress.step, "event": event}])
         return trainer
@@ -254,8 +257,8 @@ def _build_history(
         return (segment,)
     saved_history = parse_history(checkpoint.read(HISTORY_FILE), f"{checkpoint}/{HISTORY_FILE}")
     progress = read_progress(checkpoint)
-    left_out = (guard_state or progress.guard).left_out
-    segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *left_out))})
+    skipped_ranges = (guard_state or progress.guard).skipped_ranges
+    segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *skipped_ranges))})
     may_change = config.data.on_change == "new_segment"
     return extend_history(saved_history, segment, progress.step, progress.samples, progress.tokens, may_change)
 

@@ -24,7 +24,8 @@ class StepReport:
     loss: Tensor  # mean over valid tokens, in nats
     grad_norm: Tensor  # before clipping
     num_valid_tokens: Tensor  # of the global batch
-    by_source: Tensor | None = None  # [2, num_sources]: share of the loss, and number of valid tokens, per data source
+    # [2, num_sources]: share of the loss, and number of valid tokens, per data source
+    loss_and_tokens_by_source: Tensor | None = None
     loss_terms: Tensor | None = None  # [2]: mean cross-entropy and mean z-loss over valid tokens
 
 
@@ -46,15 +47,15 @@ def train_step(
     batches = [engine.to_local_batch(batch) for batch in batches]
     num_valid_tokens = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, num_valid_tokens, step)
-    by_source = None
+    loss_and_tokens_by_source = None
     if num_sources > 1:
-        by_source = engine.all_reduce_over_data(_sum_by_source(batches, losses, num_sources))
+        loss_and_tokens_by_source = engine.all_reduce_over_data(_sum_by_source(batches, losses, num_sources))
     loss_terms = _pop_loss_terms(engine, len(batches), losses)
     if with_loss_terms:
         loss_terms = engine.all_reduce_over_data(loss_terms) / num_valid_tokens.clamp(min=1)
     loss = engine.all_reduce_over_data(losses.sum())
     norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
-    return StepReport(loss, norm, num_valid_tokens, by_source, loss_terms if with_loss_terms else None)
+    return StepReport(loss, norm, num_valid_tokens, loss_and_tokens_by_source, loss_terms if with_loss_terms else None)
 
 
 def _pop_loss_terms(engine: Engine, num_microbatches: int, losses: Tensor) -> Tensor:

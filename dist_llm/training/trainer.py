@@ -45,7 +45,7 @@ from dist_llm.training.stragglers import StragglerMonitor
 
 log = logging.getLogger("dist_llm")
 
-SLOW_FACTOR = 30  # watchdog timeout of an evaluation or a checkpoint, in units of the timeout of a step
+LONG_ACTIVITY_TIMEOUT_FACTOR = 30  # multiplies the watchdog timeout of a step, for an evaluation or a checkpoint
 
 
 class Trainer:
@@ -97,7 +97,7 @@ class Trainer:
     def run(self, signals: StopSignals) -> int:
         """Train to run.steps. Evaluate and save at the intervals of the config, and at the end.
 
-        Return 0, or the stop signal after which the run was saved. Raises RewindError if the run has to rewind.
+        Return 0, or the stop signal after which the run was saved. Raises RewindRequest if the run has to rewind.
         """
         config, stop_signal = self.config, signals.agreed_signal()
         first_step = self.progress.step
@@ -127,11 +127,11 @@ class Trainer:
                 if should_evaluate:
                     self.evaluate()
                 if should_save:
-                    self.watchdog.heartbeat(f"the checkpoint of step {step}", SLOW_FACTOR)
+                    self.watchdog.heartbeat(f"the checkpoint of step {step}", LONG_ACTIVITY_TIMEOUT_FACTOR)
                     self.save()
                 if should_evaluate or should_save:
                     gc_control.collect(full=True)
-            self.watchdog.heartbeat("writing the last checkpoint", SLOW_FACTOR)
+            self.watchdog.heartbeat("writing the last checkpoint", LONG_ACTIVITY_TIMEOUT_FACTOR)
             self.store.finish()
         if stop_signal:
             signal_name = Signals(stop_signal).name
@@ -181,7 +181,7 @@ class Trainer:
             lr=lr,
             tokens=progress.tokens,
             data_wait_seconds=data_wait_seconds,
-            by_source=report.by_source,
+            loss_and_tokens_by_source=report.loss_and_tokens_by_source,
             loss_terms=name_loss_terms(report, config.loss),
         )
         self.recorder.add(step_metrics)
@@ -189,12 +189,12 @@ class Trainer:
             self.check_replicas()
 
     def check_replicas(self) -> None:
-        """Compare replicas of the weights. Raises DivergedError or RewindError on all ranks if they differ."""
+        """Compare replicas of the weights. Raises DivergedError or RewindRequest on all ranks if they differ."""
         if replica_groups := self.engine.replica_groups:
             self.guard.handle_divergence(self.progress.step, find_mismatches(replica_groups, self.world.host))
 
     def flush_metrics(self) -> None:
-        """Write the metrics so far. Raises DivergedError or RewindError on all ranks if a step has an anomaly."""
+        """Write the metrics so far. Raises DivergedError or RewindRequest on all ranks if a step has an anomaly."""
         rows = self.recorder.flush()
         events = self.guard.check_metrics(rows) + self.stragglers.gather_report(rows) + self.earlier_steps.compare(rows)
         if events:
@@ -205,9 +205,11 @@ class Trainer:
         if self.evaluation_setup is None:
             return
         self.flush_metrics()
-        result = evaluate(
-            self.engine, self.evaluation_setup, lambda: self.watchdog.heartbeat("an evaluation", SLOW_FACTOR)
-        )
+
+        def heartbeat() -> None:
+            self.watchdog.heartbeat("an evaluation", LONG_ACTIVITY_TIMEOUT_FACTOR)
+
+        result = evaluate(self.engine, self.evaluation_setup, heartbeat)
         self.progress.heldout_loss = result.loss
         row: MetricsRow = {
             "step": self.progress.step,

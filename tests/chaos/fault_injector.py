@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from dist_llm.launch.watchdog import START_FACTOR
+from dist_llm.launch.watchdog import START_TIMEOUT_FACTOR
 from tests.chaos.checkpoint_monitor import CHECK_INTERVAL_SECONDS, CheckpointMonitor
 from tests.chaos.job import HANG_SECONDS, NODES, Job, kill
 from tests.chaos.rank import get_nan_request_path
@@ -23,7 +23,7 @@ from tests.netns.network import Network
 # Timeout from a fault to a new step. The slowest recovery is from a stopped rank after a step that a cut link made
 # long: the other ranks wait for 10 times that step, exchange reports for 10 s, and torchrun waits for 30 s. A fault may
 # happen during a start: a cut link may end a run some seconds after the run has resumed.
-RECOVERY_TIMEOUT_SECONDS = 120.0 + START_FACTOR * HANG_SECONDS
+RECOVERY_TIMEOUT_SECONDS = 120.0 + START_TIMEOUT_FACTOR * HANG_SECONDS
 OVERLAPPING_FRACTION = 0.3  # of the later faults do not wait for the recovery from the previous fault
 MAX_PAUSE_SECONDS = 3.0  # between a recovery and the next fault
 MAX_OVERLAP_PAUSE_SECONDS = 12.0  # before a fault that may happen during a recovery

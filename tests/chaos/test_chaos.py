@@ -117,7 +117,7 @@ def run_with_faults(
         "seed": seed,
         "seconds": round(elapsed_seconds, 1),
         "steps": step,
-        "steps_retaken": monitor.num_repeated_steps,
+        "num_repeated_steps": monitor.num_repeated_steps,
         "starts_of_torchrun": job.num_starts,
         "faults": summarize_by_kind(injector.faults),
     }

@@ -20,6 +20,7 @@ from dist_llm.config.compare import (
 )
 from dist_llm.config.model_section import LayerKind, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveConfig
+from dist_llm.config.rope_sections import LinearScaling
 from dist_llm.config.schema import Config
 from dist_llm.config.section import get_union_members
 from dist_llm.models.attention_mask import CAUSAL, EncoderInput
@@ -44,19 +45,32 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "max_seq_len": (64, {"positions": "learned"}),
     "positions": ("none", {}),
     "rope_theta": (500_000.0, {}),
+    "rotary_fraction": (0.5, {"head_dim": 8}),
+    "rope_scaling": (LinearScaling(factor=2.0), {}),
+    "window": (3, {}),
     "relative_buckets": (16, T5),
     "relative_distance": (20, T5),
     "norm": ("layernorm", {}),
     "norm_eps": (1e-3, {}),
     "norm_order": ("post", {}),
+    "norm_weight": ("plus_one", {}),
+    "norm_bias": (True, {"norm": "layernorm"}),
     "norm_embedding": (True, {}),
+    "parallel_residual": ("two_norms", {}),
+    "embedding_scale": (2.0, {}),
+    "residual_scale": (0.5, {}),
+    "logit_scale": (0.5, {}),
     "activation": ("geglu", {}),
     "bias": (True, {}),
     "qkv_bias": (True, {}),
+    "out_bias": (True, {}),
+    "feedforward_bias": (True, {}),
     "tie_embeddings": (True, {}),
     "head": ("mlm", {}),
+    "head_bias": (True, {}),
     "attention_scale": (1.0, {}),
     "qk_norm": (True, {}),
+    "attention_cap": (0.5, {}),
     "logit_cap": (5.0, {}),
     "dropout": (0.1, {}),
     "stochastic_depth": (0.1, {}),
@@ -89,7 +103,7 @@ def test_a_change_is_reported_by_the_role_of_its_key(key: str) -> None:
     previous, current = make_config_pair(key)
     of_function, of_training = find_function_differences(previous, current), find_other_differences(previous, current)
     expected = of_function if MODEL_ROLES[key] != "training" else of_training
-    assert [(difference.key, difference.before, difference.now) for difference in expected] == [
+    assert [(difference.key, difference.saved, difference.current) for difference in expected] == [
         (f"model.{key}", previous.model.model_dump()[key], current.model.model_dump()[key])
     ]
     assert len(of_function) + len(of_training) == 1

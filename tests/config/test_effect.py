@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from dist_llm.config.check import check
 from dist_llm.config.check_effect import RULES
 from dist_llm.config.model_section import LayerKind
-from dist_llm.config.section import Section
+from dist_llm.config.rope_sections import RopeScaling
+from dist_llm.config.section import Section, get_union_members
 from dist_llm.config.sequence_lengths import compute_sequence_lengths
 from dist_llm.data.shard import Manifest, ShardWriter
 from dist_llm.launch.world import World
@@ -25,6 +26,18 @@ from tests.config.test_check import make_config
 # (overrides of a config in which the key has no effect, the key, what the message says)
 WITHOUT_EFFECT = [
     ({"model__positions": "learned", "model__rope_theta": 5e5}, "model.rope_theta", "model.positions=rope"),
+    ({"model__positions": "none", "model__rotary_fraction": 0.5}, "model.rotary_fraction", "model.positions=rope"),
+    (
+        {"model__positions": "none", "model__rope_scaling": {"name": "linear", "factor": 2.0}},
+        "model.rope_scaling",
+        "model.positions=rope",
+    ),
+    *(
+        ({"model__bias": True, f"model__{name}": True}, f"model.{name}", "model.bias=false")
+        for name in ("qkv_bias", "out_bias", "feedforward_bias")
+    ),
+    ({"model__norm_bias": True}, "model.norm_bias", "model.norm=layernorm"),
+    ({"model__head": "mlm", "model__head_bias": True}, "model.head_bias", "model.head=linear"),
     ({"model__relative_buckets": 16}, "model.relative_buckets", "model.positions=relative"),
     ({"model__relative_distance": 64}, "model.relative_distance", "model.positions=relative"),
     ({"optim__moments": "bf16", "optim__implementation": "foreach"}, "optim.implementation", "optim.moments=fp32"),
@@ -67,7 +80,17 @@ READ_ELSEWHERE = {
     *(f"GuardConfig.{name}" for name in ("spike_z", "skip_steps", "budget")),
     "AccelerateConfig.plugin",
     "CheckpointConfig.probe",  # read if a probe differs
+    *(f"{scaling.__name__}.name" for scaling in get_union_members(RopeScaling).values()),  # selects the class
 }
+LONG = {"factor": 2.0, "original_max_seq_len": 8}
+ROPE_SCALINGS: list[dict[str, Any]] = [
+    {"name": "linear", "factor": 2.0},
+    {"name": "dynamic", **LONG},
+    {"name": "llama3", **LONG},
+    {"name": "yarn", **LONG},
+    {"name": "longrope", "original_max_seq_len": 8, "short_factors": [1.0] * 4, "long_factors": [2.0] * 4},
+    {"name": "longrope", "original_max_seq_len": 8, "short_factors": [1.0] * 4, "long_factors": [2.0] * 4, "length": 8},
+]
 # Short runs that together read every key.
 RUNS: list[dict[str, Any]] = [
     {
@@ -93,6 +116,16 @@ RUNS: list[dict[str, Any]] = [
         "guard": {"not_finite": "rewind"},
     },
     {"objective": {"name": "span", "mode": "R"}},
+    {
+        "model": {
+            "n_layers": len(ROPE_SCALINGS),
+            "head_dim": 8,
+            "norm": "layernorm",
+            "norm_bias": True,
+            "layers": [f"kind{index}" for index in range(len(ROPE_SCALINGS))],
+            "kinds": {f"kind{index}": {"rope_scaling": scaling} for index, scaling in enumerate(ROPE_SCALINGS)},
+        },
+    },
     {
         "objective": {"name": "fim"},
         "data": {

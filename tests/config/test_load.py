@@ -64,7 +64,7 @@ def test_the_minimal_config_has_the_defaults(load_minimal):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_an_unknown_key_names_its_path_and_the_nearest(section, load_minimal):
     """The test adds a letter to each key of the section."""
-    for key in [key for key in KEYS if key.startswith(section + ".") and "*" not in key]:
+    for key in [key for key in KEYS if key.startswith(section + ".") and key.count(".") == 1]:
         misspelled_key = key + "x"
         config, violations = load_minimal(f"{misspelled_key}=1")
         assert len(violations) == 1
@@ -72,6 +72,17 @@ def test_an_unknown_key_names_its_path_and_the_nearest(section, load_minimal):
         # Another short key (`lr`, `tp`) may be as near.
         assert len(key.split(".")[1]) < 4 or f"did you mean {key}?" in violations[0]
         assert config is not None, "there is no config with the other keys"
+
+
+def test_an_unknown_key_of_a_nested_union_names_the_nearest(load_minimal):
+    _, violations = load_minimal(
+        "model.rope_scaling={name: llama3, factor: 8.0, original_max_seq_len: 8, high_freq: 4.0}"
+    )
+    assert violations == [
+        "model.rope_scaling.high_freq: unknown key; did you mean model.rope_scaling.high_freq_factor?"
+    ]
+    _, violations = load_minimal("model.rope_scaling={name: linear, factor: 8.0, beta_fast: 4.0}")
+    assert violations[0].startswith("model.rope_scaling.beta_fast: ")
 
 
 @pytest.mark.parametrize(
@@ -366,6 +377,9 @@ def test_describe_covers_every_key_with_a_description():
     for name, field in UnresolvedConfig.model_fields.items():
         if name in SECTIONS:
             expected_keys |= {f"{name}.{inner}" for inner in field.annotation.model_fields}
+            for inner, inner_field in field.annotation.model_fields.items():
+                members = get_union_members(inner_field.annotation).values()
+                expected_keys |= {f"{name}.{inner}.{last}" for member in members for last in member.model_fields}
         elif members := get_union_members(field.annotation):
             expected_keys |= {f"{name}.{inner}" for member in members.values() for inner in member.model_fields}
         else:

@@ -10,13 +10,123 @@ from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build_model import build_model
 
 VOCAB, S, T = 61, 12, 16
-SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL = {**SIZES, "intermediate_size": 48}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", {**SMALL, "num_key_value_heads": 2}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**SMALL, "num_key_value_heads": 2, "sliding_window": None}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {**SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**SMALL, "num_key_value_heads": 2, "head_dim": 16}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", {**GROUPED, "head_dim": 8}),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "sliding_window": 3,
+            "query_pre_attn_scalar": 4,
+            "attn_logit_softcapping": 1.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            **GROUPED,
+            "num_hidden_layers": 7,
+            "head_dim": 8,
+            "sliding_window": 3,
+            "query_pre_attn_scalar": 4,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0},
+            },
+        },
+    ),
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", GROUPED),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", GROUPED),
+    "olmo3": (
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {
+            **GROUPED,
+            "num_hidden_layers": 5,
+            "sliding_window": 3,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {**YARN, "rope_theta": 100.0},
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {**GROUPED, "num_hidden_layers": 5}),
+    "granite": (
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            **GROUPED,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "glm": ("GlmConfig", "GlmForCausalLM", {**GROUPED, "head_dim": 8}),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", {**GROUPED, "head_dim": 8}),
+    "phi": ("PhiConfig", "PhiForCausalLM", GROUPED),
+    "phi3": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            **GROUPED,
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 32,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.5, 2.0],
+                "long_factor": [3.0, 4.0],
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", SMALL),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {
+            **SIZES,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 48,
+            "bias": True,
+        },
+    ),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {**GROUPED, "logit_scale": 0.5}),
+    "cohere2": (
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {**GROUPED, "num_hidden_layers": 5, "head_dim": 8, "sliding_window": 3, "logit_scale": 0.5},
+    ),
+    "nemotron": ("NemotronConfig", "NemotronForCausalLM", {**GROUPED, "head_dim": 8}),
+    "stablelm": (
+        "StableLmConfig",
+        "StableLmForCausalLM",
+        {**GROUPED, "use_qkv_bias": True, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    ),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {**GROUPED, "sliding_window": 3}),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32},
+    ),
     "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}),
     "t5": (
         "T5Config",
@@ -49,17 +159,21 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
-SINGLE_STACKS = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "bert"]
+SINGLE_STACKS = [family for family in FAMILIES if family not in ("t5", "bart")]
 ENCODER_DECODERS = ["t5", "bart"]
 
 
-def build_hf_model(family: str) -> Any:
-    """Build a Hugging Face model with random weights, biases and norms, so that each of them affects the logits."""
+def build_hf_model(family: str, **changes: Any) -> Any:
+    """Build a Hugging Face model with random weights, biases and norms, so that each of them affects the logits.
+
+    `changes` are fields of its config.
+    """
     import transformers
 
     config_name, model_name, sizes = FAMILIES[family]
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    config = getattr(transformers, config_name)(vocab_size=VOCAB, attn_implementation="eager", **sizes, **special)
+    fields = {"vocab_size": VOCAB, "attn_implementation": "eager", **sizes, **special, **changes}
+    config = getattr(transformers, config_name)(**fields)
     torch.manual_seed(0)
     hf_model = getattr(transformers, model_name)(config).eval()
     if family == "t5":  # the head of v1.1 is not tied
@@ -70,9 +184,9 @@ def build_hf_model(family: str) -> Any:
     return hf_model
 
 
-def build_models(family: str) -> tuple[Any, Any, Any]:
+def build_models(family: str, **changes: Any) -> tuple[Any, Any, Any]:
     """Return (Hugging Face model with random weights, native model with the same weights, native config)."""
-    hf_model = build_hf_model(family)
+    hf_model = build_hf_model(family, **changes)
     config = parse_hf_config(hf_model.config.to_dict())
     native_model = build_model(config).eval()
     view = from_huggingface(DictWeights(hf_model.state_dict()), config, family)

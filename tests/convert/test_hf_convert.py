@@ -21,11 +21,12 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import TorchState
 from dist_llm.checkpoint.manifest import verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
+from dist_llm.config.compare import get_function_keys
 from dist_llm.config.load import dump_config, load_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.convert import hf_convert
-from dist_llm.convert.hf_config import WRITERS, build_hf_config
+from dist_llm.convert.hf_config import WRITERS, build_hf_config, parse_hf_config
 from dist_llm.convert.weights import DictWeights, LazyWeights, SafetensorsWeights
 from dist_llm.convert.write_weights import verify_written, write_atomically, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
@@ -233,9 +234,9 @@ def test_weights_are_written_in_half_precision_and_several_files(
     [
         ({"logit_cap": 30.0}, "logit_cap 30.0"),
         ({"positions": "sinusoidal"}, "positions sinusoidal"),
-        ({"activation": "geglu"}, "activation geglu"),
-        ({"bias": True}, "bias True"),
-        ({"attention_scale": 0.3}, "attention_scale 0.3"),
+        ({"residual_scale": 0.5, "qk_norm": True}, "residual_scale 0.5"),
+        ({"attention_scale": 0.3, "attention_cap": 20.0}, "attention_cap 20.0"),
+        ({"layers": ("a", "b"), "kinds": {"a": {"n_heads": 8}, "b": {}}}, r"n_heads \[8, 4\]"),
         (
             {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu", "head_dim": 9},
             "head_dim 9",
@@ -253,20 +254,38 @@ def make_model_config(changes: dict[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate({**sizes, "vocab_size": 64, "max_seq_len": 32, **changes})
 
 
+# The small models of these families are also models of a family that comes first in the table.
+SIMPLER_FAMILIES = {"mistral": "llama", "phi3": "mistral", "glm": "qwen2", "opt": "gpt2"}
+
+
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_family_is_detected_from_its_config(family: str) -> None:
     config = hf_convert.parse_hf_config(build_hf_model(family).config.to_dict())
-    assert build_hf_config(config)["model_type"] == ("llama" if family == "mistral" else family)
-    assert build_hf_config(config, family)["model_type"] == family
+    exported = build_hf_config(config, family)
+    assert exported["model_type"] == family
+    assert get_function_keys(parse_hf_config(exported)) == get_function_keys(config)
+    # Without a family, the first one is chosen that can express the model.
+    detected = build_hf_config(config)
+    assert detected["model_type"] in (family, SIMPLER_FAMILIES.get(family))
+    assert get_function_keys(parse_hf_config(detected)) == get_function_keys(config)
 
 
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("llama", {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None}, "rope_type llama3"),
-        ("llama", {"attention_bias": True}, "attention_bias True"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
-        ("mistral", {"sliding_window": 4096}, "sliding_window 4096"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": None},
+            r"model\.rope_scaling\.llama3\.factor cannot be derived: field required",
+        ),
+        ("llama", {"rope_scaling": {"rope_type": "su"}, "rope_parameters": None}, "rope_type su is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "x": 1}}, "x 1 of rope"),
+        ("llama", {"hidden_act": "mish"}, "activation mish is not supported"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types chunked_attention is not supported"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is not set"),
+        ("falcon", {"alibi": True}, "alibi True"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False"),
         ("bart", {"encoder_attention_heads": 2}, "must be equal"),
         ("t5", {"feed_forward_proj": "relu"}, "only T5 v1.1"),
         ("gpt2", {"model_type": "mamba"}, "model_type mamba is not supported"),

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.convert.hf_tensors import TensorMapping, tensor_mappings, to_native
+from dist_llm.convert.hf_convert import OLDER_NAMES
+from dist_llm.convert.hf_tensor_mapping import TensorMapping, to_native
+from dist_llm.convert.hf_tensors import tensor_mappings
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from tests.convert.families import ENCODER_DECODERS, FAMILIES, SINGLE_STACKS, VOCAB, S, T, build_models
@@ -106,7 +108,10 @@ def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
     names = dict(native.named_parameters())
     assert sorted(mapping.native for mapping in mappings) == sorted(names)
     used = {mapping.hf for mapping in mappings} | {mapping.plus_row for mapping in mappings if mapping.plus_row}
-    parameters = dict(hf.named_parameters(remove_duplicate=False))
+    parameters = {
+        OLDER_NAMES.get(name, name) if family == "gpt_neox" else name: parameter
+        for name, parameter in hf.named_parameters(remove_duplicate=False)
+    }
     assert used <= parameters.keys()
     used_pointers = {parameters[name].data_ptr() for name in used}
     assert all(tensor.data_ptr() in used_pointers for tensor in parameters.values()), (
@@ -114,7 +119,7 @@ def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
     )
     for mapping in mappings:
         shape = names[mapping.native].shape
-        actual = to_native(mapping, hf.state_dict()).shape
+        actual = to_native(mapping, parameters).shape
         assert actual == (shape if actual[0] != VOCAB else (VOCAB, *shape[1:])), (
             "shapes differ in more than the padding of the vocabulary"
         )

@@ -1,5 +1,7 @@
 """The data history: which data settings may change at a resume. A change never rewrites an earlier segment."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,14 @@ def test_history_round_trip(make_config):
         parse_history(dump_history(history).replace(b'"first"', b'"fist"', 1), "data.json")
 
 
+def test_keys_of_the_file_do_not_change(make_config):
+    """Runs of other versions read the file."""
+    (segment,) = json.loads(dump_history((build_segment(make_config()),)))
+    assert segment.keys() == {"step", "first", "global_batch", "skip", "mix"}
+    assert {"first", "tokens", "sources"} <= segment["mix"].keys()
+    assert segment["mix"]["sources"][0].keys() == {"name", "path", "content", "taken"}
+
+
 def test_resume_with_the_same_data_keeps_the_history(make_config):
     history = (build_segment(make_config()),)
     assert extend_history(history, build_segment(make_config()), **RESUME_POINT, new_segment=False) == history
@@ -85,8 +95,8 @@ def test_a_corpus_at_a_new_path_is_the_same_corpus(make_config, tmp_path):
     sources = (source_a.model_copy(update={"path": str(tmp_path / "c")}), source_b)
     relocated = relocated.model_copy(update={"data": relocated.data.model_copy(update={"sources": sources})})
     (extended,) = extend_history(history, build_segment(relocated), **RESUME_POINT, new_segment=False)
-    assert extended.mix.sources[0].path == str(tmp_path / "c")
-    assert extended.mix.sources[0].content == history[0].mix.sources[0].content
+    assert extended.spec.sources[0].path == str(tmp_path / "c")
+    assert extended.spec.sources[0].content == history[0].spec.sources[0].content
 
 
 @pytest.mark.parametrize("changed_keys", [{"global_batch": 9}, {"skip": [[32, 40]]}])
@@ -95,7 +105,7 @@ def test_a_changed_batch_size_or_skip_does_not_renumber_samples(changed_keys, ma
     history = (build_segment(make_config()),)
     extended = extend_history(history, build_segment(make_config(**changed_keys)), **RESUME_POINT, new_segment=False)
     assert extended[0] == history[0]
-    assert (extended[1].step, extended[1].first, extended[1].mix) == (5, 30, history[0].mix)
+    assert (extended[1].step, extended[1].first_sample, extended[1].spec) == (5, 30, history[0].spec)
     before, after = (
         build_last_plan(make_config(), segments).locate_samples(np.arange(90)) for segments in (history, extended)
     )
@@ -115,7 +125,7 @@ def test_sources_continue_after_changed_weights(make_config):
     source_ids, _ = old_plan.assign(np.arange(30))
     new_source_ids, new_indices = new_plan.assign(np.arange(30, 30 + 10_000))
     for source, consumed in enumerate(np.bincount(source_ids, minlength=2).tolist()):
-        assert extended[1].mix.sources[source].num_consumed == consumed
+        assert extended[1].spec.sources[source].num_consumed == consumed
         indices = new_indices[new_source_ids == source]
         assert indices.tolist() == list(range(consumed, consumed + (2500, 7500)[source])), "a sample is not read once"
     # A second resume with the same config changes nothing.
@@ -161,10 +171,11 @@ def test_changed_data_is_rejected_unless_new_segment_is_set(name, make_config):
         extend_history(history, config_segment, **RESUME_POINT, new_segment=False)
     extended = extend_history(history, config_segment, **RESUME_POINT, new_segment=True)
     assert extended[0] == history[0]
-    assert (extended[1].step, extended[1].first, extended[1].mix.first, extended[1].mix.tokens) == (5, 30, 30, 120)
+    assert (extended[1].step, extended[1].first_sample) == (5, 30)
+    assert (extended[1].spec.first_sample, extended[1].spec.tokens) == (30, 120)
     is_source_change = name == "source gone"
-    assert [source.num_consumed > 0 for source in extended[1].mix.sources] == [is_source_change] * len(
-        extended[1].mix.sources
+    assert [source.num_consumed > 0 for source in extended[1].spec.sources] == [is_source_change] * len(
+        extended[1].spec.sources
     )
     past_config, plan = open_segment(make_config(**changed_keys), extended[0])
     assert past_config.data.seq_len == 4
@@ -179,7 +190,7 @@ def test_error_names_a_changed_corpus_or_tokenizer(make_config, tmp_path):
     with pytest.raises(DataError, match=r"\n  source b: .*content .* -> .*content"):
         extend_history(history, build_segment(make_config()), **RESUME_POINT, new_segment=False)
     extended = extend_history(history, build_segment(make_config()), **RESUME_POINT, new_segment=True)
-    assert [source.num_consumed > 0 for source in extended[1].mix.sources] == [True, False], (
+    assert [source.num_consumed > 0 for source in extended[1].spec.sources] == [True, False], (
         "source a does not continue, or the new source b does not start at 0"
     )
     manifest = Manifest.load(tmp_path / "b")
@@ -206,8 +217,8 @@ def test_epochs_are_weighted_by_corpus_size(make_config, tmp_path):
     ]
     data = type(base.data).model_validate({**base.data.model_dump(), "sources": sources})
     new_segment = build_segment(base.model_copy(update={"data": data}))
-    assert [source.name for source in new_segment.mix.sources] == ["a", "b"], "sources are not sorted by name"
-    assert new_segment.mix.stages[0].quotas == (6000, 4000)  # 3 epochs of 400 tokens, 1 epoch of 800
+    assert [source.name for source in new_segment.spec.sources] == ["a", "b"], "sources are not sorted by name"
+    assert new_segment.spec.stages[0].quotas == (6000, 4000)  # 3 epochs of 400 tokens, 1 epoch of 800
     tiny = [
         {"name": name, "path": str(tmp_path / name), "epochs": epochs} for name, epochs in (("b", 1e-5), ("a", 3.0))
     ]

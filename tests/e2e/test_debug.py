@@ -15,9 +15,10 @@ def test_debug_shows_the_batch_and_passes_for_any_layout(corpus: Path, tmp_path:
         r"│ (\d+) +│ (\d+) ('.*?'|\".*?\") +│ (\S+) +│ (\d+) ('.*?'|\".*?\") +│ (yes|no) +│", completed.stdout
     )
     assert len(rows) > 10, completed.stdout
+    assert re.search("position .* input .* attends to .* target .* has loss", completed.stdout)
     tokenizer = Tokenizer.load(corpus)
-    for index, (position, token, text, visible_range, target, target_text, scored) in enumerate(rows):
-        assert (int(position), visible_range, scored) == (index, f"0..{index}", "yes")
+    for index, (position, token, text, attended_range, target, target_text, has_loss) in enumerate(rows):
+        assert (int(position), attended_range, has_loss) == (index, f"0..{index}", "yes")
         assert (text, target_text) == tuple(repr(tokenizer.decode([int(token_id)])) for token_id in (token, target))
     for row, next_row in itertools.pairwise(rows):
         assert row[4] == next_row[1], "the target is the next input"

@@ -45,16 +45,16 @@ def test_a_rewound_run_equals_one_that_never_read_the_samples(ranks: int, corpus
     output = train_with_fault(("nan", 0, 11), corpus, tmp_path, *REWIND, *layout, ranks=ranks)
     run = tmp_path / "run"
     batch = yaml.safe_load((run / "config.yaml").read_text())["data"]["global_batch"]
-    left_out = [10 * batch, 11 * batch]
+    skipped_range = [10 * batch, 11 * batch]
     message = f"step 11: the loss is nan; rewound to step 8, samples {10 * batch} to {11 * batch - 1}"
     assert read_events(run) == [(8, f"{message} are skipped")]
     assert message in output
     (tmp_path / "reference").mkdir()
-    reference = train_skipping(corpus, tmp_path / "reference", [left_out], *layout, ranks=ranks)
+    reference = train_skipping(corpus, tmp_path / "reference", [skipped_range], *layout, ranks=ranks)
     assert read_losses(run) == read_losses(reference)
     assert_same_weights(run, reference)
     progress = json.loads((commands.find_latest_checkpoint(run) / "progress.json").read_text())
-    assert (progress["guard"]["num_used"], progress["guard"]["left_out"]) == (1, [left_out])
+    assert (progress["guard"]["num_used"], progress["guard"]["left_out"]) == (1, [skipped_range])
     assert progress["samples"] == commands.read_progress(commands.find_latest_checkpoint(reference))["samples"]
 
 
@@ -132,7 +132,7 @@ def test_a_step_whose_replay_differs_ends_the_run(corpus: Path, tmp_path: Path) 
     options = ("guard.replay_every=5", "guard.digest_every=0", *SHARDED.overrides)
     code, output, remaining = wait_for_end(start_with_fault(("wrong_block", 1, 10), corpus, tmp_path, *options), 120)
     assert (code, remaining) == (1, []), output
-    assert "step 10: ranks do not agree: a step computed twice has other gradients" in output
+    assert "step 10: ranks do not agree: a step computed twice has different gradients" in output
     assert "resumed" not in output
     (tmp_path / "healthy").mkdir()
     commands.train(tmp_path / "healthy", corpus, *options, ranks=2)

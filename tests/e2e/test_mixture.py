@@ -117,7 +117,9 @@ def test_show_prints_the_samples_of_a_step(mixed_run: Path) -> None:
     text = inspect("show", "--run", mixed_run, "--step", 2, "--whole")
     samples = [int(n) for n in re.findall(r"^sample (\d+): (?:code|qa), causal$", text, re.MULTILINE)]
     assert samples == list(range(18, 30)), "the samples after the skipped ones"
-    halves = [inspect("show", "--run", mixed_run, "--step", 2, "--whole", "--rank", n, "--ranks", 2) for n in (0, 1)]
+    halves = [
+        inspect("show", "--run", mixed_run, "--step", 2, "--full-text", "--rank", n, "--ranks", 2) for n in (0, 1)
+    ]
     assert "".join(halves) == text
     outside = inspect("show", "--run", mixed_run, "--step", 2, "--rank", 2, "--ranks", 2, succeed=False)
     assert "--rank 2: the data-parallel ranks are 0 to 1" in outside

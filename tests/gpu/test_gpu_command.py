@@ -212,7 +212,7 @@ def test_committed_memory_peaks_are_current(tmp_path: Path) -> None:
     peaks = gpu_report.read_traced_peaks()
     names = [case.name for case in CASES if case.kind == "train"]
     assert peaks.keys() >= set(names)
-    process = start("--device", "fake", "--write", str(tmp_path), "--rows", names[0])
+    process = start("--device", "fake", "--write", str(tmp_path), "--cases", names[0])
     process.communicate(timeout=1100)
     traced = read_rows(tmp_path / "gpu-fake.json")[names[0]]["traced_peak"]
     assert traced == pytest.approx(peaks[names[0]], rel=0.01)

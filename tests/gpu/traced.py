@@ -28,7 +28,7 @@ LAYOUTS = {
     "dp_replicate": {"dp_replicate": 8},
     "dp_replicate, dp_shard": {"dp_replicate": 2, "dp_shard": 4, "reshard": "always"},
     "tp": {"dp_shard": 2, "tp": 4},
-    "tp, whole": {"dp_shard": 2, "tp": 4, "sequence_parallel": False},
+    "tp, sequence_parallel off": {"dp_shard": 2, "tp": 4, "sequence_parallel": False},
     "cp": {"dp_shard": 2, "cp": 4},
     "selective": {"dp_shard": 8, "recompute": "selective"},
     "full": {"dp_shard": 8, "recompute": "full"},

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,15 @@ import pytest
 from dist_llm.errors import ConfigError
 from dist_llm.launch import run_lock
 from dist_llm.launch.process_identity import is_running, read_process_identity
-from dist_llm.launch.run_lock import LOCK_FILE, LockHolder, RunLock, describe_this_process, has_ended, parse_holder
+from dist_llm.launch.run_lock import (
+    LOCK_FILE,
+    LockHolder,
+    RunLock,
+    describe_this_process,
+    dump_holder,
+    has_ended,
+    parse_holder,
+)
 
 ELSEWHERE = LockHolder("t", "n7", 12, "another machine", "99", "yesterday")
 
@@ -31,7 +39,7 @@ def read_holder(directory: Path) -> LockHolder:
 def write_lock(directory: Path, holder: LockHolder) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / LOCK_FILE
-    path.write_text(json.dumps(asdict(holder)))
+    path.write_bytes(dump_holder(holder))
     return path
 
 
@@ -82,8 +90,8 @@ def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("holder", "own_changes", "expected"),
     [
-        ({"launch": "a"}, {"launch": "a"}, True),
-        ({"launch": "a"}, {"launch": "b"}, None),
+        ({"rdzv_id": "a"}, {"rdzv_id": "a"}, True),
+        ({"rdzv_id": "a"}, {"rdzv_id": "b"}, None),
         ({"job": "5", "restarts": 0}, {"job": "5", "restarts": 1}, True),
         ({"job": "5", "restarts": 1}, {"job": "5", "restarts": 1}, None),
         ({"job": "ended"}, {"job": "5"}, True),
@@ -167,8 +175,9 @@ def test_this_process_is_described() -> None:
     holder = describe_this_process(
         "n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"}
     )
-    assert (holder.host, holder.process, holder.job, holder.restarts, holder.launch) == ("n3", os.getpid(), "8", 2, "")
-    assert describe_this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).launch == "mine"
+    assert (holder.host, holder.process, holder.job, holder.restarts, holder.rdzv_id) == ("n3", os.getpid(), "8", 2, "")
+    assert describe_this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).rdzv_id == "mine"
+    assert json.loads(dump_holder(describe_this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"})))["launch"] == "mine"
     assert is_running(os.getpid(), read_process_identity(os.getpid())[2])
     assert not is_running(os.getpid(), "1")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dist_llm.launch.stop import MARKER_VARIABLE, StopSignals, clear_stop_marker, write_stop_marker
+from dist_llm.launch.stop import STOP_MARKER_VARIABLE, StopSignals, clear_stop_marker, write_stop_marker
 from tests.laws.worlds import get_world
 
 
@@ -110,7 +110,7 @@ def test_the_batch_script_finds_the_stop_marker(
 ) -> None:
     path = tmp_path / ("elsewhere" if from_environment else "stopped.json")
     if from_environment:
-        monkeypatch.setenv(MARKER_VARIABLE, str(path))
+        monkeypatch.setenv(STOP_MARKER_VARIABLE, str(path))
     write_stop_marker(signal.SIGUSR1, 7, tmp_path)
     assert json.loads(path.read_text()) == {"signal": "SIGUSR1", "step": 7}
     clear_stop_marker(tmp_path)

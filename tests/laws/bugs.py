@@ -19,6 +19,7 @@ from dist_llm import sharded
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention, decoder
 from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.rope import compute_rotary_cos_sin
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
 from dist_llm.optim.muon import orthogonalize
@@ -378,6 +379,64 @@ def encoder_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
 def qk_norm_gradients_are_not_reduced() -> Iterator[Any]:
     """Each tensor rank normalizes queries and keys of its own heads with replicated weights (config key qk_norm)."""
     with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
+        yield
+
+
+@register_bug
+def norm_over_all_heads_sees_only_the_heads_of_its_rank() -> Iterator[Any]:
+    """A tensor rank normalizes by the mean square of its own queries (config key qk_norm=all)."""
+
+    def normalize_local_heads(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], self.effective_weight(), self.eps)
+
+    with patch.object(tensor_parallel.ShardedRMSNorm, "forward", normalize_local_heads):
+        yield
+
+
+@register_bug
+def norm_over_all_heads_does_not_reduce_its_gradient() -> Iterator[Any]:
+    """The sum of squares is reduced in forward; in backward each rank uses the gradient of its own heads."""
+    original = tensor_parallel.differentiable_collective  # type: ignore[attr-defined]
+
+    def without_backward(x: torch.Tensor, forward: Any, backward: Any) -> torch.Tensor:
+        is_sum_of_squares = x.shape[-1] == 1
+        return original(x, forward, torch.clone if is_sum_of_squares else backward)
+
+    with patch.object(tensor_parallel, "differentiable_collective", without_backward):
+        yield
+
+
+@register_bug
+def windows_ignore_documents() -> Iterator[Any]:
+    original = attention._band_mask
+    with patch.object(attention, "_band_mask", lambda mask, *args: original(replace(mask, documents_BT=None), *args)):
+        yield
+
+
+@register_bug
+def windows_are_one_key_short_on_context_ranks() -> Iterator[Any]:
+    original = AttentionMask.allows
+
+    def allows_less(self: AttentionMask, *args: Any) -> torch.Tensor:
+        return original(replace(self, window=self.window - 1) if self.window else self, *args)
+
+    with patch.object(AttentionMask, "allows", allows_less):
+        yield
+
+
+@register_bug
+def stages_use_the_rotations_of_the_first_layers() -> Iterator[Any]:
+    """A pipeline stage counts the kinds of its layers from its own first layer."""
+
+    def compute_rotations(self: decoder.Decoder, positions_BS: torch.Tensor) -> dict[int, Any]:
+        layers = [int(name) for name in self.blocks]
+        configs = {layer: self.config.layer_config(layer - min(layers)) for layer in layers}
+        return {
+            layer: compute_rotary_cos_sin(positions_BS, config) if config.positions == "rope" else None
+            for layer, config in configs.items()
+        }
+
+    with patch.object(decoder.Decoder, "_rotary_cos_sin", compute_rotations):
         yield
 
 

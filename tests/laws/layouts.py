@@ -56,16 +56,49 @@ BOUNDED: dict[str, Any] = {
     "n_kv_heads": 4,
     "qkv_bias": True,
 }
-# Three kinds of layers, which differ in heads, positions, norms of queries and keys, and feed-forward. The last
-# repetition is cut.
-MIXED: dict[str, Any] = {
-    "layers": ["rotary", "unrotated", "wide"],
+# Like Gemma 2 and 3: windows in two of three layers, norms with 1 + weight before and after each sublayer, capped
+# scores and logits, scaled embeddings. The last repetition of the kinds is cut.
+GEMMA: dict[str, Any] = {
+    "norm_weight": "plus_one",
+    "norm_order": "sandwich",
+    "activation": "geglu_tanh",
+    "embedding_scale": 5.5,
+    "attention_cap": 1.0,
+    "logit_cap": 5.0,
+    "tie_embeddings": True,
+    "layers": ["local", "local", "global"],
     "kinds": {
-        "rotary": {"rope_theta": 500.0, "qk_norm": True},
-        "unrotated": {"positions": "none", "activation": "gelu", "d_ff": 80},
-        "wide": {"n_kv_heads": 8, "head_dim": 8, "attention_scale": 0.5, "qkv_bias": True},
+        "local": {"window": 5, "rope_theta": 500.0},
+        "global": {"qk_norm": True, "n_kv_heads": 8, "head_dim": 8, "attention_scale": 0.5},
     },
 }
+# Like OLMo 2 and 3 and SmolLM3: norms after the sublayers, norms over all heads, windows, scaled and missing rotation.
+OLMO: dict[str, Any] = {
+    "norm_order": "reordered",
+    "qk_norm": "all",
+    "residual_scale": 0.7,
+    "logit_scale": 0.5,
+    "layers": ["near", "far", "unrotated"],
+    "kinds": {
+        "near": {"window": 7},
+        "far": {"rope_scaling": {"name": "yarn", "factor": 4.0, "original_max_seq_len": 8}},
+        "unrotated": {"positions": "none", "activation": "gelu", "d_ff": 80},
+    },
+}
+# Like Phi: attention and feed-forward after the same norm, half of each head rotates, all biases set one by one.
+PHI: dict[str, Any] = {
+    "parallel_residual": "one_norm",
+    "rotary_fraction": 0.5,
+    "norm": "layernorm",
+    "norm_bias": True,
+    "qkv_bias": True,
+    "out_bias": True,
+    "feedforward_bias": True,
+    "head_bias": True,
+    "activation": "relu_squared",
+}
+# Like GPT-NeoX and OLMo 1: parallel sublayers with norms of their own, which have no weights.
+NEOX: dict[str, Any] = {"parallel_residual": "two_norms", "norm": "layernorm", "norm_weight": "none"}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -76,7 +109,10 @@ MODELS = {
     "bart": BART,
     "encoder_decoder": ENCODER_DECODER,
     "bounded": BOUNDED,
-    "mixed": MIXED,
+    "gemma": GEMMA,
+    "olmo": OLMO,
+    "phi": PHI,
+    "neox": NEOX,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -215,6 +251,24 @@ def _with_sections(layout: Layout, **sections: Any) -> Layout:
     return replace(layout, sections=sections)
 
 
+def _layouts_of_layer_model(model: str) -> list[Layout]:
+    """Return each axis, each schedule and three axes together, for a model with other layers than those of Llama."""
+    schedules = ("1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
+    return [
+        _layout(2, model, micro_batch=4, dp_shard=2),
+        _layout(4, model, micro_batch=3, dp_replicate=2, dp_shard=2),
+        _layout(2, model, micro_batch=3, tp=2),
+        _layout(2, model, tp=2, sequence_parallel=False),
+        _with_sections(_layout(2, model, tp=2), **DOCUMENTS),
+        _with_sections(_layout(2, model, cp=2), **DOCUMENTS),
+        _with_sections(_layout(2, model, cp=2), **PREFIX),
+        *(_layout(2, model, micro_batch=6, pp=2, pp_schedule=schedule) for schedule in schedules),
+        _with_sections(_layout(8, model, micro_batch=4, dp_shard=2, cp=2, tp=2), **DOCUMENTS),
+        _with_sections(_layout(8, model, micro_batch=6, pp=2, cp=2, tp=2), **DOCUMENTS),
+        _layout(8, model, micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="zbv"),
+    ]
+
+
 ARCHITECTURE_LAYOUTS = index_by_name(
     # encoders
     _layout(2, "bert", micro_batch=4, dp_shard=2),
@@ -247,20 +301,8 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     _with_sections(_layout(2, micro_batch=6, pp=2), **UL2),
     _with_sections(_layout(2, "gpt", tp=2), **DOCUMENTS, **UL2),
     _with_sections(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
-    # layers of several kinds
-    _layout(2, "mixed", micro_batch=4, dp_shard=2),
-    _layout(4, "mixed", micro_batch=3, dp_replicate=2, dp_shard=2),
-    _layout(2, "mixed", micro_batch=3, tp=2),
-    _layout(2, "mixed", tp=2, sequence_parallel=False),
-    _with_sections(_layout(2, "mixed", cp=2), **DOCUMENTS),
-    _layout(2, "mixed", micro_batch=6, pp=2),
-    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="gpipe"),
-    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
-    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="interleaved_zero_bubble"),
-    _layout(2, "mixed", micro_batch=6, pp=2, pp_schedule="zbv"),
-    _with_sections(_layout(8, "mixed", micro_batch=4, dp_shard=2, cp=2, tp=2), **DOCUMENTS),
-    _with_sections(_layout(8, "mixed", micro_batch=6, pp=2, cp=2, tp=2), **DOCUMENTS),
-    _layout(8, "mixed", micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="zbv"),
+    # layers of several kinds, other norm placements, parallel sublayers
+    *(layout for model in ("gemma", "olmo", "phi", "neox") for layout in _layouts_of_layer_model(model)),
     # bounded logits and stochastic depth
     _layout(2, "bounded", micro_batch=4, dp_shard=2),
     _layout(2, "bounded", micro_batch=3, tp=2),

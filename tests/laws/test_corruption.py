@@ -137,7 +137,7 @@ def test_a_replayed_step_differs_only_if_a_rank_is_faulty(layout: Layout) -> Non
     for fault_in in ("forward", "backward"):
         by_rank = get_world(ranks).run(replay_and_step, make_layout_config(layout), ranks - 1, fault_in)
         summary, *losses = by_rank[0][0]
-        assert summary.startswith("a step computed twice has other gradients, of ")
+        assert summary.startswith("a step computed twice has different gradients, of ")
         assert all(mismatches == by_rank[0][0] for mismatches, _ in by_rank), "all ranks report the same"
         assert all(loss == loss_without_fault for _, loss in by_rank), "the replay does not update the weights"
         rank_pairs = [re.findall(r"by (?:rank )?([\d and]+)", line) for line in losses]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.laws.bugs import BUGS
 from tests.laws.law import assert_matches_one_process
-from tests.laws.layouts import CLIPPED_SGD, PREFIX, SGD, UL2, Layout
+from tests.laws.layouts import CLIPPED_SGD, DOCUMENTS, PREFIX, SGD, UL2, Layout
 from tests.laws.worlds import WorldError
 
 LAYOUT_OF_BUG = {
@@ -43,6 +43,11 @@ LAYOUT_OF_BUG = {
     "stochastic_depth_differs_between_tensor_ranks": Layout(2, {"tp": 2}, "bounded"),
     "encoder_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "encoder_decoder", micro_batch=6),
     "weights_stay_gathered_after_the_last_backward": Layout(2, {"dp_shard": 2}),
+    "norm_over_all_heads_sees_only_the_heads_of_its_rank": Layout(2, {"tp": 2}, "olmo"),
+    "norm_over_all_heads_does_not_reduce_its_gradient": Layout(2, {"tp": 2}, "olmo"),
+    "windows_ignore_documents": Layout(2, {"tp": 2}, "olmo", sections=DOCUMENTS),
+    "windows_are_one_key_short_on_context_ranks": Layout(2, {"cp": 2}, "gemma", sections=DOCUMENTS),
+    "stages_use_the_rotations_of_the_first_layers": Layout(2, {"pp": 2}, "olmo", micro_batch=6),
     "qk_norm_gradients_are_not_reduced": Layout(2, {"tp": 2, "sequence_parallel": False}, "bounded"),
 }
 # Distinct layouts by name. The name contains the microbatch size, which `str(layout)` omits.

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from dist_llm.models.positional_encoding import apply_rotary, compute_rotary_angles, compute_sinusoidal_encoding
+from dist_llm.models.positional_encoding import compute_sinusoidal_encoding
+from dist_llm.models.rope import apply_rotary
 
 E = 8
 
 
 def rotate(x_SHE, positions, theta=10_000.0):
-    angles = compute_rotary_angles(torch.tensor(positions), E, theta)
+    angles = torch.tensor(positions)[:, None] * theta ** -(torch.arange(0, E, 2) / E)
     return apply_rotary(x_SHE[None], angles.cos(), angles.sin())[0]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.training.trainer import SLOW_FACTOR
+from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR
 from tests.e2e import commands
 from tests.e2e.test_elastic import Job, count_in_output, count_rows, kill_node, run_node, wait_until
 from tests.netns.network import Network, find_obstacle, running_network
@@ -46,11 +46,11 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
                     tmp_path,
                 )
                 net.set_link(3, up=False)
-                # While the run writes a checkpoint, the watchdog multiplies its timeout by SLOW_FACTOR.
+                # While the run writes a checkpoint, LONG_ACTIVITY_TIMEOUT_FACTOR multiplies the watchdog's timeout.
                 wait_until(
                     lambda: count_in_output(tmp_path, "ranks: 2 (dp_shard 2)") >= 1,
                     tmp_path,
-                    90 + SLOW_FACTOR * HANG_SECONDS,
+                    90 + LONG_ACTIVITY_TIMEOUT_FACTOR * HANG_SECONDS,
                 )
                 assert count_in_output(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
                 kill_node(three)

@@ -66,7 +66,7 @@ def test_two_nodes_stopped_by_their_time_limit_end_with_equal_results(
     log = cluster.read_log(job)
     assert fields["JobState"] == "COMPLETED", log
     assert int(fields["Restarts"]) >= 2, log
-    assert log.count("stopped by SIGUSR1") == int(fields["Restarts"]) == log.count("queued again"), (
+    assert log.count("stopped by SIGUSR1") == int(fields["Restarts"]) == log.count("time limit; requeued"), (
         "once for each restart"
     )
     assert "ranks: 4 (dp_shard 4)" in log

@@ -226,7 +226,7 @@ def test_skipped_files_are_counted_by_reason(tmp_path):
     assert file_counts["read"] == {".txt": FileCount(1, 3)}
     assert file_counts["skipped: checksum"] == {".txt.md5": FileCount(1, 3), "no suffix": FileCount(1, 3)}
     assert sum(count.files for count in file_counts["skipped: editor backup"].values()) == 3
-    assert file_counts["skipped: about the data"] == {".md": FileCount(1, 3), "no suffix": FileCount(1, 3)}
+    assert file_counts["skipped: README or LICENSE"] == {".md": FileCount(1, 3), "no suffix": FileCount(1, 3)}
     assert sum(count.files for counts in file_counts.values() for count in counts.values()) == len(names)
     assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in file_counts.format_lines()]
     (tmp_path / "more.md").write_text("abc")

@@ -467,6 +467,21 @@ def test_a_finished_corpus_is_not_prepared_again(tmp_path):
     assert prepare(replace(options, overwrite=True), io.StringIO()) != first_manifest
 
 
+def test_the_reason_to_skip_a_file_does_not_make_a_corpus_another(tmp_path):
+    """Versions of dist_llm name the reasons differently in report.json."""
+    folder, out, output = tmp_path / "in", tmp_path / "out", io.StringIO()
+    folder.mkdir()
+    write_rows(folder / "x.jsonl", make_random_texts(30))
+    (folder / "README").write_text("about the data")
+    options = PrepareOptions((str(folder),), "byte", out, workers=1)
+    manifest = prepare(options, io.StringIO())
+    report = (out / "report.json").read_text()
+    assert "skipped: README or LICENSE" in report
+    (out / "report.json").write_text(report.replace("README or LICENSE", "about the data"))
+    assert prepare(options, output) == manifest
+    assert "nothing to do" in output.getvalue()
+
+
 def test_build_options_parses_all_arguments():
     parser = argparse.ArgumentParser()
     add_arguments(parser)

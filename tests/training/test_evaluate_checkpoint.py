@@ -78,7 +78,7 @@ def test_errors_name_the_option_to_change(
     )
     assert result.tokens == 111
     out = capsys.readouterr().out
-    assert f"{imported_model} has no tokenizer: assuming that of the corpus" in out
+    assert f"{imported_model} has no tokenizer: using the tokenizer of the corpus" in out
     (imported_model / "tokenizer.json").write_bytes(BYTE_TOKENIZER.to_json_bytes().replace(b": 256", b": 300"))
     try:
         message = error_of(str(tmp_path / "corpus"))

@@ -16,7 +16,7 @@ from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.config.schema import GuardConfig
 from dist_llm.errors import DivergedError
 from dist_llm.optim.loss_scale import LossScale
-from dist_llm.training.guard import Guard, RewindError, compute_robust_z_score
+from dist_llm.training.guard import Guard, RewindRequest, compute_robust_z_score
 
 STEADY_LOSSES = [2.0 + 0.01 * (step % 5) for step in range(20)]
 
@@ -75,9 +75,9 @@ def test_each_policy_takes_its_action(key: str, bad: dict[str, Any]) -> None:
     with pytest.raises(DivergedError):
         build_guard(**{key: "stop"}).check_metrics([bad])
     rewinding = build_guard(**{key: "rewind"})
-    with pytest.raises(RewindError, match=r"^step 21: ") as error:
+    with pytest.raises(RewindRequest, match=r"^step 21: ") as excinfo:
         rewinding.check_metrics([bad, make_row(22, 2.0)])
-    assert (error.value.step, rewinding.state.num_used) == (21, 1)
+    assert (excinfo.value.step, rewinding.state.num_used) == (21, 1)
     skipping = build_guard(**{key: "skip"})
     (note,) = skipping.check_metrics([bad])
     assert note["event"].endswith("its update was skipped")
@@ -128,6 +128,7 @@ def test_the_z_score_matches_a_normal_distribution() -> None:
 def test_progress_stores_the_guard_state() -> None:
     before = Progress(3, 30, 300, guard=GuardState([1.0, 2.0], 4, [(3, 9)]))
     assert Progress.parse(json.dumps(before.as_dict()).encode()) == before
+    assert before.as_dict()["guard"] == {"losses": [1.0, 2.0], "num_used": 4, "left_out": [(3, 9)]}
     without_guard = {key: value for key, value in before.as_dict().items() if key != "guard"}
     assert Progress.parse(json.dumps(without_guard).encode()).guard == GuardState()
     guard_of_0_1 = {"losses": [1.0, 2.0], "spent": 4, "left_out": [[3, 9]]}
@@ -139,5 +140,5 @@ def test_weights_that_are_not_finite_are_not_saved() -> None:
     build_guard(not_finite="warn").check_weights_finite(5, finite=False)
     with pytest.raises(DivergedError, match="step 5: weights of rank 0 are not finite after it"):
         build_guard(not_finite="skip").check_weights_finite(5, finite=False)
-    with pytest.raises(RewindError):
+    with pytest.raises(RewindRequest):
         build_guard(not_finite="rewind").check_weights_finite(5, finite=False)

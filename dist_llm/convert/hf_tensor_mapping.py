@@ -1,0 +1,77 @@
+"""Map one of our tensors to a part of a Hugging Face tensor, in both directions."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorMapping:
+    """Maps one of our tensors, `native`, to a part of a Hugging Face tensor, `hf`.
+
+    The part is chunk `chunk` of `num_chunks` equal chunks along the output dimension, without its first `skip` rows; or
+    the given `rows`.
+    """
+
+    native: str
+    hf: str
+    transposed: bool = False  # whether `hf` is [inputs, outputs] (Conv1D of GPT-2)
+    chunk: int = 0
+    num_chunks: int = 1
+    skip: int = 0  # rows of `hf` without a counterpart (the first two positions of BART)
+    rows: tuple[int, ...] | None = None  # row of `hf` for each row of `native`
+    plus_row: str = ""  # tensor whose first row is added to each row (segment embeddings of BERT)
+
+
+def to_native(mapping: TensorMapping, hf_tensors: Mapping[str, Tensor]) -> Tensor:
+    """Extract our tensor from the Hugging Face tensors."""
+    tensor = hf_tensors[mapping.hf]
+    if mapping.transposed:
+        tensor = tensor.t() if tensor.ndim == 2 else tensor
+    if mapping.rows is not None:
+        return tensor[torch.tensor(mapping.rows, device=tensor.device)]
+    chunk_rows = len(tensor) // mapping.num_chunks
+    tensor = tensor[mapping.chunk * chunk_rows : (mapping.chunk + 1) * chunk_rows][mapping.skip :]
+    return tensor + hf_tensors[mapping.plus_row][0] if mapping.plus_row else tensor
+
+
+def to_hf(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor], saved: Mapping[str, Tensor]) -> Tensor:
+    """Build a Hugging Face tensor from all mappings to it. This is the inverse of `to_native`.
+
+    `saved` are Hugging Face tensors that an import saved, because our tensors lack a part of their values.
+    """
+    (mapping, *_) = group
+    if mapping.rows is not None:
+        return _scatter_rows(group, read_native)
+    tensor = (
+        torch.cat([read_native(mapping.native) for mapping in group])
+        if len(group) > 1
+        else read_native(group[0].native)
+    )
+    imported = saved.get(mapping.hf)
+    if mapping.skip:
+        rows = imported[: mapping.skip] if imported is not None else tensor.new_zeros(mapping.skip, *tensor.shape[1:])
+        tensor = torch.cat((rows, tensor))
+    if mapping.plus_row and imported is not None and torch.equal(tensor, imported + saved[mapping.plus_row][0]):
+        tensor = imported  # unchanged since the import
+    return tensor.t() if mapping.transposed and tensor.ndim == 2 else tensor
+
+
+def _scatter_rows(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor]) -> Tensor:
+    """Write our tensors to their rows of a Hugging Face tensor, which they fill."""
+    rows = torch.tensor([row for mapping in group for row in mapping.rows or ()])
+    native = torch.cat([read_native(mapping.native) for mapping in group])
+    if len(rows) != len(native) or not torch.equal(rows.sort().values, torch.arange(len(rows))):
+        raise AssertionError(f"the rows of {group[0].hf} are not a permutation")
+    tensor = torch.empty_like(native)
+    tensor[rows.to(native.device)] = native
+    return tensor
+
+
+def group_by_hf_name(table: Sequence[TensorMapping]) -> Iterator[tuple[str, list[TensorMapping]]]:
+    """Yield (Hugging Face tensor name, its mappings in order)."""
+    ordered = sorted(table, key=lambda mapping: (mapping.hf, mapping.chunk))
+    return ((hf, list(group)) for hf, group in groupby(ordered, key=lambda mapping: mapping.hf))

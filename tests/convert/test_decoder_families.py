@@ -1,0 +1,181 @@
+"""Each decoder family computes the logits of transformers, and each of its settings matters (negative controls).
+
+With the default fields of transformers, a missing setting can be invisible: without the cap of Gemma 2, logits change
+by less than 1e-4. So the small models have values with a visible effect, and each setting is taken away once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_llm.config.model_section import LayerKeys, ModelConfig
+from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
+from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.models.build_model import build_model
+from dist_llm.models.init import init_param_
+from dist_llm.param_spec import collect_param_specs
+from tests.convert.families import FAMILIES, VOCAB, build_models
+
+pytest.importorskip("transformers")
+
+SEQ_LEN = 24
+MAX_DIFFERENCE = 1e-5  # of logits in fp32, relative to the largest logit if that is above 1
+MIN_EFFECT = 1e-3  # of a setting on the logits, relative to the largest logit
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Names of models: (family, changes of the fields of its small model).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in DECODER_FAMILIES},
+    "llama 3.1": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
+    "mistral 0.1": ("mistral", {"sliding_window": 4}),
+    "qwen2 with windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "layer_types": [FULL, SLIDING, SLIDING]},
+    ),
+    "qwen3 yarn": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "smollm3 with windows": (
+        "smollm3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+            "no_rope_layers": [1, 0, 0, 1, 1],
+        },
+    ),
+    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "falcon 7b": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": False}),
+    "falcon 11b": ("falcon", {"num_ln_in_parallel_attn": 1}),
+    "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
+    "cohere with biases": ("cohere", {"attention_bias": True}),
+    "starcoder2 without biases": ("starcoder2", {"use_bias": False}),
+    "nemotron with biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+}
+# The values of a Llama, for each setting that a family may have.
+PLAIN: dict[str, Any] = {
+    "rotary_fraction": 1.0,
+    "rope_theta": 10_000.0,
+    "rope_scaling": None,
+    "window": None,
+    "positions": "rope",
+    "qk_norm": False,
+    "qkv_bias": False,
+    "out_bias": False,
+    "feedforward_bias": False,
+    "attention_scale": None,
+    "attention_cap": None,
+    "logit_cap": None,
+    "norm_order": "pre",
+    "norm_weight": "plain",
+    "norm_bias": False,
+    "bias": False,
+    "head_bias": False,
+    "parallel_residual": "off",
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logit_scale": 1.0,
+}
+NO_EFFECT = {
+    ("olmo", "norm_weight"),  # new weights are 1
+    ("starcoder2", "norm_bias"),  # `bias` adds these biases too
+}
+
+
+def build_variant(name: str) -> tuple[Any, Any, ModelConfig]:
+    family, changes = VARIANTS[name]
+    return build_models(family, **changes)  # type: ignore[no-any-return]
+
+
+def make_ids() -> Tensor:
+    return torch.randint(3, VOCAB, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(name: str) -> None:
+    hf, native, _ = build_variant(name)
+    ids = make_ids()
+    assert relative_difference(native(ids), hf(input_ids=ids).logits) < MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_export_of_an_import_is_the_same_model(name: str) -> None:
+    _, _, config = build_variant(name)
+    family, _ = VARIANTS[name]
+    exported = parse_hf_config(build_hf_config(config, family))
+    assert exported == config or build_hf_config(exported, family) == build_hf_config(config, family)
+
+
+def iter_settings(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
+    """Yield (setting, config in which this setting has the value of a Llama) for each setting of a model."""
+    for key, plain in PLAIN.items():
+        if getattr(config, key) != plain:
+            changes = {key: plain}
+            if key == "rotary_fraction":
+                changes["rope_scaling"] = None  # has a factor for each rotated dimension
+            yield key, config.model_copy(update=changes)
+    for kind, section in config.kinds.items():
+        for key in section.list_overrides().keys() & LayerKeys.model_fields.keys():
+            if getattr(section, key) != PLAIN[key]:
+                changed = section.model_copy(update={key: PLAIN[key]})
+                yield f"{kind}.{key}", config.model_copy(update={"kinds": {**config.kinds, kind: changed}})
+
+
+def build_with_weights_of(config: ModelConfig, original: nn.Module) -> nn.Module:
+    """Build a model with the parameters of another one, where both have them."""
+    model, parameters = build_model(config).eval(), dict(original.named_parameters())
+    specs = collect_param_specs(model)
+    for name, parameter in model.named_parameters():
+        if name in parameters and parameters[name].shape == parameter.shape:
+            parameter.copy_(parameters[name])
+        else:
+            init_param_(parameter, name, specs[name].init, 0, parameter.shape, (0,) * parameter.ndim)
+    return model
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_each_setting_has_an_effect(name: str) -> None:
+    hf, native, config = build_variant(name)
+    ids = make_ids()
+    expected = hf(input_ids=ids).logits
+    effects = {
+        setting: relative_difference(build_with_weights_of(changed, native)(ids), expected)
+        for setting, changed in iter_settings(config)
+        if (name, setting) not in NO_EFFECT
+    }
+    invisible = {setting: effect for setting, effect in effects.items() if effect < MIN_EFFECT}
+    assert not invisible, "without these settings, the logits are almost the same"
+
+
+def test_every_family_has_a_small_model() -> None:
+    assert DECODER_FAMILIES.keys() <= FAMILIES.keys()
