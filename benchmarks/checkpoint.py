@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.probe import PROBE
+from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.schema import CheckpointConfig, UnresolvedConfig
@@ -94,7 +94,7 @@ def measure_saves(options: argparse.Namespace, directory: Path) -> list[dict[str
         probe_seconds = time.perf_counter() - start_time
 
         start_time = time.perf_counter()
-        store.save(engine.state, Progress(2 * round_index + 1), {PROBE: probe.dump()})
+        store.save(engine.state, Progress(2 * round_index + 1), {PROBE_FILE: probe.dump()})
         store.finish()
         bytes_per_second = state_bytes / (time.perf_counter() - start_time)
 

@@ -45,7 +45,7 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.parallel import p2p_collectives
 from dist_llm.training.step import train_step
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "communication.md"
+DOCUMENT_FILE = Path(__file__).parents[1] / "docs" / "communication.md"
 ALLOWED_EXCESS = 0.05
 FP32_BYTES = 4  # of an element
 
@@ -157,7 +157,7 @@ def main() -> None:
     """Count all cases, print the rows and tables, and write the document with --write."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT_FILE.name}")
     options = parser.parse_args()
     rows = [row for ranks in sorted({case.ranks for case in CASES}) for row in count_in_processes(ranks)]
     names = [case.name for case in CASES]
@@ -167,7 +167,7 @@ def main() -> None:
     sys.stdout.flush()
     print(format_overview(rows), format_by_axis(rows), sep="\n", file=sys.stderr)
     if options.write:
-        DOCUMENT.write_text(format_document(rows))
+        DOCUMENT_FILE.write_text(format_document(rows))
 
 
 def count_in_processes(ranks: int) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
 from measure import PeakMemory
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "engines.md"
+DOCUMENT_FILE = Path(__file__).parents[1] / "docs" / "engines.md"
 TABLE_BEGIN, TABLE_END = "<!-- table: benchmarks/engines.py -->\n", "<!-- /table -->\n"
 RANKS = 2
 BASELINE = "native, dp_shard 2"
@@ -66,9 +66,9 @@ def main() -> None:
     table = make_table(rows, options)
     print(table, file=sys.stderr)
     if options.write:
-        before, _, table_and_after = DOCUMENT.read_text().partition(TABLE_BEGIN)
+        before, _, table_and_after = DOCUMENT_FILE.read_text().partition(TABLE_BEGIN)
         _, _, after = table_and_after.partition(TABLE_END)
-        DOCUMENT.write_text(before + TABLE_BEGIN + table + TABLE_END + after)
+        DOCUMENT_FILE.write_text(before + TABLE_BEGIN + table + TABLE_END + after)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("batch", 8, "sequences of a step, over both ranks"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
-    parser.add_argument("--write", action="store_true", help=f"write the table into docs/{DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"write the table into docs/{DOCUMENT_FILE.name}")
     return parser
 
 

@@ -21,7 +21,7 @@ import attention
 import memory
 import optimizer
 from dist_llm.config.schema import Config
-from dist_llm.observe.flops import flops_per_token, peak_flops
+from dist_llm.observe.flops import count_flops_per_token, find_peak_flops
 from gpu_context import TINY_MODEL_OVERRIDES, TINY_SEQ_LEN_DIVISOR, TINY_VOCAB_SIZE, CaseContext, SkippedError
 from measure import measure_copy_rate, measure_matmul_rate
 from models import make_config
@@ -70,7 +70,7 @@ def measure_steps(config: Config, context: CaseContext) -> dict[str, Any]:
     step_seconds = min(turn["seconds"] for turn in turns) / num_steps
     tokens_per_second = data.global_batch * data.seq_len / step_seconds
     if device.type == "cuda":
-        peak_flops_per_second, peak_source = peak_flops(device, "bf16")
+        peak_flops_per_second, peak_source = find_peak_flops(device, "bf16")
     else:
         peak_flops_per_second, peak_source = measure_matmul_rate(device, "bf16", size=256, tries=1), "matmul"
     uniform_loss = math.log(config.model.vocab_size)
@@ -80,7 +80,7 @@ def measure_steps(config: Config, context: CaseContext) -> dict[str, Any]:
     row = {
         "tokens_per_second": tokens_per_second,
         "step_seconds": step_seconds,
-        "mfu": tokens_per_second * flops_per_token(config.model, data.seq_len) / peak_flops_per_second,
+        "mfu": tokens_per_second * count_flops_per_token(config.model, data.seq_len) / peak_flops_per_second,
         "mfu_of": peak_source,
         "peak": turns[-1]["peak"],
         "first_step_seconds": first_step["seconds"],

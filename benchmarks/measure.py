@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STATUS = Path("/proc/self/status")
+STATUS_FILE = Path("/proc/self/status")
 MAX_MATMUL_SECONDS = 2.0  # the matrix product is made smaller if one would take longer
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self.bytes_before = read_resident_bytes("VmRSS")
-        if STATUS.exists():
+        if STATUS_FILE.exists():
             Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM, the peak of the resident memory
 
     def read_bytes(self) -> int:
@@ -132,9 +132,9 @@ class PeakMemory:
 
 def read_resident_bytes(field: str) -> int:
     """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes; without /proc, always the peak."""
-    if not STATUS.exists():
+    if not STATUS_FILE.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(next(line for line in STATUS.read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
+    return int(next(line for line in STATUS_FILE.read_text().splitlines() if line.startswith(field)).split()[1]) * 1024
 
 
 class ResourceUsage:

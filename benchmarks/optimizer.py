@@ -86,7 +86,7 @@ def measure_case(model_name: str, options: argparse.Namespace, device: torch.dev
         for group in optimizer.param_groups if variant == "for-loop" else []:
             group["foreach"] = False
         updates[variant] = partial(take_step, optimizer, dict(zip(parameters, gradients, strict=True)))
-    updates["norm"] = lambda: gradient_clipping.global_norm(gradients)
+    updates["norm"] = lambda: gradient_clipping.compute_global_norm(gradients)
     updates["scale"] = lambda: gradient_clipping.clip_grads_(gradients, torch.ones((), device=device), 1.0)
     updates["clip_grad_norm_"] = lambda: nn.utils.clip_grad_norm_(parameters, 1.0)
     timers: dict[str, Callable[[], float]] = {

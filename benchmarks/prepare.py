@@ -37,9 +37,9 @@ import tiktoken
 from dist_llm.io.atomic import write_durably
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.build_tokenizer import build_tokenizer
-from dist_llm.text.input_files import iter_documents, open_inputs
+from dist_llm.text.inputs import iter_documents, open_inputs
 from dist_llm.text.prepare import PrepareOptions, prepare
-from dist_llm.text.rows import RowCounts
+from dist_llm.text.rows import RowTracker
 
 CLAIM = 0.8  # the minimum ratio
 FILE_CHARS = 1_000_000
@@ -119,7 +119,7 @@ def measure_case(case: str, options: argparse.Namespace, scratch: Path) -> Itera
 
 def iter_texts(source: str, num_chars: int, document_chars: int) -> Iterator[str]:
     """Yield documents of `document_chars` characters, `num_chars` in total; the source is repeated as needed."""
-    text = "".join(document.text for document in iter_documents(open_inputs([source]), RowCounts(1.0)))
+    text = "".join(document.text for document in iter_documents(open_inputs([source]), RowTracker(1.0)))
     text *= -(-num_chars // max(len(text), 1))
     for start in range(0, num_chars, document_chars):
         yield text[start : min(start + document_chars, num_chars)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-PACED_TRAINING = """\
+PACED_TRAINING_SCRIPT = """\
 import sys, time
 from dist_llm.cli import main
 from dist_llm.training.trainer import Trainer
@@ -99,7 +99,7 @@ def measure_run(folder: Path, name: str, options: argparse.Namespace, fault: str
     With a fault, also return `recovery_seconds`, from the fault to the first new step, and `steps_lost`.
     """
     program = folder / "paced.py"
-    program.write_text(PACED_TRAINING.format(pace=options.pace))
+    program.write_text(PACED_TRAINING_SCRIPT.format(pace=options.pace))
     arguments = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3", str(program)]
     arguments += ["train", "--config", str(REPOSITORY / "configs/debug.yaml"), "data.path=data", f"run.dir={name}"]
     arguments += [f"run.steps={options.steps}", f"checkpoint.every={options.every}", "log.every=1", "eval.windows=8"]

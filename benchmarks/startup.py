@@ -44,7 +44,7 @@ from results import Results, format_table, make_parser, parse_options
 REPOSITORY = Path(__file__).parents[1]
 GOAL_SECONDS, GOAL_DIST_LLM_SECONDS = 8.0, 1.0
 STAGE_PREFIX = "startup.py: "  # of a line on stderr: the prefix, the stage, the time of its end in seconds
-STAGED_TRAINING = f"""\
+STAGED_TRAINING_SCRIPT = f"""\
 import sys, time
 
 
@@ -177,7 +177,7 @@ def measure_stages(
 ) -> tuple[dict[str, float], list[str]]:
     """Run the program that prints the stages; return the seconds of each stage, and the lines on stderr."""
     stage_start = time.time()
-    command = [sys.executable, *python_flags, "-c", STAGED_TRAINING, *make_train_arguments(options, run_name)]
+    command = [sys.executable, *python_flags, "-c", STAGED_TRAINING_SCRIPT, *make_train_arguments(options, run_name)]
     completed = subprocess.run(command, cwd=folder, env=make_environment(), check=True, capture_output=True, text=True)
     exit_time = time.time()
     lines = completed.stderr.splitlines()

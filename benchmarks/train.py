@@ -52,7 +52,7 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.models.build_model import build_param_specs
 from dist_llm.models.init import init_param_
 from dist_llm.objectives.batch import Batch
-from dist_llm.observe.flops import CONVENTION, count_matmul_weights, flops_per_token, peak_flops
+from dist_llm.observe.flops import CONVENTION, count_flops_per_token, count_matmul_weights, find_peak_flops
 from dist_llm.training.step import train_step
 from measure import (
     PeakMemory,
@@ -155,7 +155,7 @@ def make_row(
     tokens_per_turn = data.global_batch * data.seq_len * num_steps
     native_rate, plain_rate = (tokens_per_turn / median[side]["seconds"] for side in SIDES)
     if device.type == "cuda":
-        peak_flops_per_second, peak_source = peak_flops(device, config.precision)
+        peak_flops_per_second, peak_source = find_peak_flops(device, config.precision)
     else:
         peak_flops_per_second, peak_source = limit, "the limit"
     computed_flops = compute_exact_flops(config)
@@ -173,7 +173,7 @@ def make_row(
         "cpu_ratio": statistics.median(
             plain_turn["cpu_seconds"] / native_turn["cpu_seconds"] for native_turn, plain_turn in pairs
         ),
-        "mfu": native_rate * flops_per_token(config.model, data.seq_len) / peak_flops_per_second,
+        "mfu": native_rate * count_flops_per_token(config.model, data.seq_len) / peak_flops_per_second,
         "mfu_of": peak_source,
         "limit": limit,
         "of_matmul": native_rate * computed_flops / limit,

@@ -103,7 +103,7 @@ def use_one_thread_per_gloo_group(interfaces: Iterable[str] = ()) -> None:
     dist.distributed_c10d.ProcessGroupGloo = OneThreadGloo  # type: ignore[misc]
 
 
-def default_rendezvous_store() -> dist.Store:
+def get_default_rendezvous_store() -> dist.Store:
     """Return the rendezvous store of the default process group, a key-value store that all ranks share."""
     return dist.distributed_c10d._get_default_store()
 

@@ -61,7 +61,7 @@ def load_model(
     The model is on `device` or, with `offload`, partly in host memory and on the disk. Raises DataError or ConfigError
     if the checkpoint cannot generate text.
     """
-    path = store.open_checkpoint(checkpoint)
+    path = store.fetch_verified_checkpoint(checkpoint)
     config = load_saved(path)
     if not (path / TOKENIZER_FILE).exists():
         raise DataError(

@@ -60,9 +60,9 @@ from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.build_tokenizer import build_tokenizer
-from dist_llm.text.input_files import iter_documents, open_inputs
+from dist_llm.text.inputs import iter_documents, open_inputs
 from dist_llm.text.report import InputFileCounts, PrepareReport
-from dist_llm.text.rows import RowCounts, RowKeys
+from dist_llm.text.rows import RowFormat, RowTracker
 from dist_llm.text.tokenizer import ENDOFTEXT, Tokenizer
 from dist_llm.training.resume import EarlierSteps
 from tests.text.test_token_files import build_megatron_index
@@ -313,11 +313,11 @@ def make_write_bytes(name: str, content: Callable[[], bytes]) -> Callable[[Path]
 
 
 def read_text(directory: Path, **keys: Any) -> None:
-    inputs = open_inputs([str(directory)], RowKeys(**keys))
-    row_counts = RowCounts(max_bad_rate=1.0)
-    for document in iter_documents(inputs, row_counts):
+    inputs = open_inputs([str(directory)], RowFormat(**keys))
+    row_tracker = RowTracker(max_bad_rate=1.0)
+    for document in iter_documents(inputs, row_tracker):
         document.text.encode()
-    row_counts.check()
+    row_tracker.check()
 
 
 def read_metrics(directory: Path) -> None:

@@ -31,7 +31,7 @@ from dist_llm.io.hashing import create_hash, format_digest
 READ_BYTES = 1 << 22  # bytes per read request of a remote file
 WRITE_BYTES = 1 << 20  # bytes per write; they are still in the CPU cache when they are hashed
 WRITEBACK_BYTES = 1 << 23  # after this many bytes, the system is advised to start writing to the disk
-METADATA = ".metadata"  # metadata file of DCP
+METADATA_FILE = ".metadata"  # metadata file of DCP
 CANCELLED = "another thread could not write"
 NUM_WRITE_THREADS = 2  # each thread has its own file; one hashes while the other waits for the disk
 
@@ -133,7 +133,7 @@ class FolderReader(filesystem.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the metadata without unpickling arbitrary classes. Raises CheckpointError if it is damaged."""
-        metadata = load_metadata(self.folder.read(METADATA), f"{self.folder}/{METADATA}")
+        metadata = load_metadata(self.folder.read(METADATA_FILE), f"{self.folder}/{METADATA_FILE}")
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata

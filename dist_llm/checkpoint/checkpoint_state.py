@@ -128,7 +128,7 @@ class TorchState:
         self.optimizer.state.clear()
         groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self.model.named_parameters():
-            moments = moment_shapes(saved, name)
+            moments = select_moment_shapes(saved, name)
             check_moment_names(name, moments, groups[parameter])
             for key, shape in moments.items():
                 dtype = getattr(self.optimizer, "moment_dtypes", {}).get(key)
@@ -172,7 +172,7 @@ def check_moment_names(name: str, moments: Collection[str], group: Mapping[str, 
         )
 
 
-def moment_shapes(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
+def select_moment_shapes(saved: Mapping[str, tuple[int, ...]], name: str) -> dict[str, tuple[int, ...]]:
     """Return {key: shape} of the saved moments of a parameter."""
     prefix = f"optim.{name}."
     return {key.removeprefix(prefix): shape for key, shape in saved.items() if key.startswith(prefix)}

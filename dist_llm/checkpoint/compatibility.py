@@ -37,8 +37,11 @@ def read_config(folder: CheckpointFolder | Path) -> Config:
     return parse_saved(text, f"{folder}/{name}")
 
 
-def check_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
-    """Return the config differences that do not change the function. Raises CheckpointError for other differences."""
+def compare_for_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
+    """Compare the config of a run with that of its checkpoint, and return the differences that a resume allows.
+
+    They do not change the function. Raises CheckpointError for other differences.
+    """
     saved_config = read_config(folder)
     if differences := find_resume_differences(saved_config, config):
         requestable = [difference.key for difference in differences if difference.key in REQUESTABLE]
@@ -54,8 +57,11 @@ def check_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
     return find_other_differences(saved_config, config)
 
 
-def check_init_from(path: Path, config: Config) -> list[Difference]:
-    """Return the function differences that `init_allow` requests. Raises CheckpointError for others."""
+def compare_for_init(path: Path, config: Config) -> list[Difference]:
+    """Compare a config with that of the checkpoint in `path`, whose weights it starts from.
+
+    Return the function differences that `init_allow` requests. Raises CheckpointError for others.
+    """
     differences = find_function_differences(read_config(path), config)
     rejected = [difference for difference in differences if difference.key not in config.init_allow]
     if rejected:
@@ -96,12 +102,13 @@ def log_harmless_differences(differences: Iterable[Difference]) -> None:
         log.info("%s; the model's function stays the same", difference)
 
 
-def check_parameters(
+def compare_parameters(
     folder: CheckpointFolder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, requested: bool
 ) -> tuple[list[str], list[str]]:
-    """Return (parameters that only the full model has, parameters that only the checkpoint has).
+    """Compare the parameters of a checkpoint with those of the full model.
 
-    `requested`: whether the config requests such differences. If not, the function raises CheckpointError for them.
+    Return (parameters that only the model has, parameters that only the checkpoint has). `requested`: whether the
+    config requests such differences. If not, the function raises CheckpointError for them.
     """
     with torch.device("meta"):
         model_names = {f"model.{name}" for name, _ in build_model(model).named_parameters()}

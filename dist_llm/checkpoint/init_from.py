@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState
 from dist_llm.checkpoint.flat_shard import local_chunks
-from dist_llm.checkpoint.store import check_shapes, read_shapes, read_tensors
+from dist_llm.checkpoint.store import check_shapes, fill_tensors, read_shapes
 from dist_llm.errors import CheckpointError
 
 
@@ -51,7 +51,7 @@ def init_from_checkpoint(
     check_shapes(path, other_tensors, saved)
     # Each rank reads the full tables, because its rows in the model may differ from its rows in the checkpoint.
     full_tables = {name: torch.empty(saved[name]) for name in vocab_tensors}
-    read_tensors(path, other_tensors | full_tables)
+    fill_tensors(path, other_tensors | full_tables)
     for name, table in vocab_tensors.items():
         _copy_rows(table, full_tables[name][:num_known_ids])
     state.after_load()

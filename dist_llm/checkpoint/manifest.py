@@ -15,7 +15,8 @@ from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FileRecord
 from dist_llm.errors import CheckpointError
 from dist_llm.io.hashing import hash_content
 
-MARKER, MANIFEST = "COMMITTED", "manifest.json"
+MANIFEST_FILE = "manifest.json"
+MARKER_FILE = "COMMITTED"  # written last: a directory with this file is a complete checkpoint
 FORMAT = "dist_llm checkpoint 2"
 TENSOR_SUFFIX = ".distcp"  # of files with tensors
 NUM_HASH_THREADS = 4  # threads per process
@@ -29,9 +30,9 @@ def commit(folder: CheckpointFolder, files: Mapping[str, FileRecord]) -> None:
     """Make `folder` a checkpoint: write the manifest and the marker. All files must be durable before the call."""
     content = {"format": FORMAT, "files": {name: asdict(files[name]) for name in sorted(files)}}
     manifest = json.dumps(content, indent=1).encode() + b"\n"
-    folder.write(MANIFEST, manifest)
+    folder.write(MANIFEST_FILE, manifest)
     folder.sync()  # the marker must not become durable before the file names
-    folder.write(MARKER, _sha256(manifest).encode())
+    folder.write(MARKER_FILE, _sha256(manifest).encode())
     folder.sync()
 
 
@@ -68,11 +69,11 @@ def read_manifest(folder: CheckpointFolder) -> dict[str, FileRecord]:
     Raises DamagedError if the manifest is missing or does not match the marker.
     """
     try:
-        manifest, marker = folder.read(MANIFEST), folder.read(MARKER)
+        manifest, marker = folder.read(MANIFEST_FILE), folder.read(MARKER_FILE)
     except OSError as error:
         raise _convert_read_error(folder, error) from None
     if marker != _sha256(manifest).encode():
-        raise DamagedError(f"{folder}: damaged: {MARKER} and {MANIFEST} do not belong together")
+        raise DamagedError(f"{folder}: damaged: {MARKER_FILE} and {MANIFEST_FILE} do not belong together")
     try:
         # Format 1 has only SHA-256 hashes.
         files = {
@@ -80,9 +81,11 @@ def read_manifest(folder: CheckpointFolder) -> dict[str, FileRecord]:
             for name, entry in json.loads(manifest)["files"].items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise DamagedError(f"{folder}: damaged: {MANIFEST} is not the manifest of a checkpoint") from None
+        raise DamagedError(f"{folder}: damaged: {MANIFEST_FILE} is not the manifest of a checkpoint") from None
     if outside_names := [name for name in files if "/" in name or name in ("", ".", "..")]:
-        raise DamagedError(f"{folder}: damaged: {MANIFEST} names a file outside the checkpoint: {outside_names[0]!r}")
+        raise DamagedError(
+            f"{folder}: damaged: {MANIFEST_FILE} names a file outside the checkpoint: {outside_names[0]!r}"
+        )
     return files
 
 

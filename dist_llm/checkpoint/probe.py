@@ -23,7 +23,7 @@ from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderInput
 from dist_llm.objectives.batch import Batch
 
-PROBE = "probe.json"
+PROBE_FILE = "probe.json"
 FORMAT = "dist_llm probe 1"
 NUM_ROWS, ROW_TOKENS, NUM_LOGITS = 4, 64, 8
 # (tolerance of the loss, tolerance of a logit) by precision. The first is relative to the loss; the second is relative
@@ -98,8 +98,8 @@ def compare_probes(saved: Probe, current: Probe, location: str) -> str:
     return values
 
 
-def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
-    """Build the probe batch of a resolved model. The num_tokens of the rows is padded to a multiple of `multiple`.
+def build_probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
+    """Build the probe batch of a resolved model. Rows are padded to a multiple of `multiple` tokens.
 
     Any layout can then split the rows. Padding changes no result: it has no targets, and no token attends to it.
     """
@@ -119,7 +119,7 @@ def probe_batch(model: ModelConfig, multiple: int = 1) -> Batch:
 
 def count_probe_tokens(model: ModelConfig) -> int:
     """Return the number of valid targets of the probe batch."""
-    return probe_batch(model).num_valid_tokens
+    return build_probe_batch(model).num_valid_tokens
 
 
 def select_logits(logits_V: Tensor) -> tuple[float, ...]:

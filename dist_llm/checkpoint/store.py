@@ -36,7 +36,7 @@ from dist_llm.checkpoint.checkpoint_write import (
     ignore_no_group_warning,
 )
 from dist_llm.checkpoint.flat_shard import FlatShard, chunk_at
-from dist_llm.checkpoint.manifest import MANIFEST, MARKER, DamagedError, read_manifest, verify_checkpoint
+from dist_llm.checkpoint.manifest import MANIFEST_FILE, MARKER_FILE, DamagedError, read_manifest, verify_checkpoint
 from dist_llm.checkpoint.metadata import convert_read_errors
 from dist_llm.config.data_sections import CACHE
 from dist_llm.config.load import load_config
@@ -47,7 +47,7 @@ from dist_llm.sharded import to_local
 
 log = logging.getLogger("dist_llm")
 
-PROGRESS = "progress.json"
+PROGRESS_FILE = "progress.json"
 NAME_PATTERN = re.compile(r"step_\d{8,}")
 
 
@@ -65,7 +65,7 @@ class CheckpointStore:
 
     def list_committed(self) -> list[CheckpointFolder]:
         """Return the checkpoints that have a marker, oldest first. They may be damaged."""
-        return [folder for folder in self._list_named() if MARKER in folder.list_names()]
+        return [folder for folder in self._list_named() if MARKER_FILE in folder.list_names()]
 
     def _list_named(self) -> list[CheckpointFolder]:
         """Return the directories with the name of a checkpoint. Other directories are never removed."""
@@ -107,7 +107,7 @@ class CheckpointStore:
         self.finish()
         tensors = state.weights() | state.moments()
         folder = self.directory / f"step_{progress.step:08d}"
-        files = {PROGRESS: json.dumps(progress.as_dict()).encode(), **files}
+        files = {PROGRESS_FILE: json.dumps(progress.as_dict()).encode(), **files}
         in_background = self.config.background
         if in_background:
             values = self.staging.copy(tensors)
@@ -179,17 +179,18 @@ class CheckpointStore:
                 names_to_keep |= set(sorted(evaluated, key=lambda name: losses[name])[: self.config.keep_best])
             for folder in self._list_named():
                 if folder.name not in names_to_keep:
-                    folder.remove(MARKER)  # first, so that a partly removed checkpoint does not look complete
+                    folder.remove(MARKER_FILE)  # first, so that a partly removed checkpoint does not look complete
                     folder.remove()
         except Exception as error:  # each file system raises its own errors, and training can continue
             log.warning("%s: old checkpoints cannot be removed: %s", self.directory, error)
 
 
-def open_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
-    """Return the local path of the checkpoint that `resolve_checkpoint` finds at `location`.
+def fetch_verified_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
+    """Fetch and verify the checkpoint that `resolve_checkpoint` finds at `location`, and return its local path.
 
-    A remote checkpoint is copied to the cache. The hashes of every `world_size`-th file, beginning with file `rank`,
-    are checked. Raises CheckpointError if there is no checkpoint or it is damaged, DataError if it cannot be fetched.
+    A remote checkpoint is copied to the cache. A local one stays where it is. The hashes of every `world_size`-th file,
+    beginning with file `rank`, are checked. Raises CheckpointError if there is no checkpoint or it is damaged, and
+    DataError if it cannot be fetched.
     """
     folder = resolve_checkpoint(location)
     path = folder.local_path or _download(folder)
@@ -212,13 +213,13 @@ def resolve_checkpoint(location: Path | str) -> CheckpointFolder:
     latest checkpoint. Raises CheckpointError if there is none.
     """
     folder = CheckpointFolder(location)
-    if MARKER in folder.list_names():
+    if MARKER_FILE in folder.list_names():
         return folder
     committed = CheckpointStore(folder).list_committed() or checkpoints_of_run(folder).list_committed()
     if not committed:
         raise CheckpointError(
             f"{location}: has no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
-            f"or one of its checkpoints/step_* directories that has a {MARKER} file"
+            f"or one of its checkpoints/step_* directories that has a {MARKER_FILE} file"
         )
     return committed[-1]
 
@@ -235,11 +236,11 @@ def checkpoints_of_run(run: CheckpointFolder | Path | str) -> CheckpointStore:
 
 def _download(folder: CheckpointFolder) -> Path:
     """Copy a remote checkpoint to the cache and verify each file. Return the local path."""
-    key = hashlib.sha256(folder.location.encode() + folder.read(MARKER)).hexdigest()
+    key = hashlib.sha256(folder.location.encode() + folder.read(MARKER_FILE)).hexdigest()
     target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
     for name, record in read_manifest(folder).items():
         fetch(f"{folder}/{name}", target / name, record.bytes, record.hash)
-    for name in (MANIFEST, MARKER):
+    for name in (MANIFEST_FILE, MARKER_FILE):
         fetch(f"{folder}/{name}", target / name, None, None)
     return target
 
@@ -257,7 +258,7 @@ def load_checkpoint(folder: CheckpointFolder | Path, state: CheckpointState, wit
     if with_moments:
         state.allocate_moments(saved)
         tensors |= state.moments()
-    read_tensors(folder, tensors)
+    fill_tensors(folder, tensors)
     state.after_load()
     return read_progress(folder)
 
@@ -271,7 +272,7 @@ def read_shapes(folder: CheckpointFolder | Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
+def fill_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` in place. Each rank reads its own shards."""
     is_single_process = not dist.is_initialized()
     if is_single_process:
@@ -336,8 +337,8 @@ def _find_damage(folder: CheckpointFolder, rank: int, world_size: int) -> str:
 def read_progress(folder: CheckpointFolder) -> Progress:
     """Return the progress of the run in a checkpoint. Raises CheckpointError if the file is damaged."""
     try:
-        return Progress.parse(folder.read(PROGRESS))
+        return Progress.parse(folder.read(PROGRESS_FILE))
     except OSError as error:
-        raise CheckpointError(f"{folder}/{PROGRESS}: cannot be read: {error}") from None
+        raise CheckpointError(f"{folder}/{PROGRESS_FILE}: cannot be read: {error}") from None
     except ValueError as error:
-        raise CheckpointError(f"{folder}/{PROGRESS}: is damaged: {error}; use another checkpoint") from None
+        raise CheckpointError(f"{folder}/{PROGRESS_FILE}: is damaged: {error}; use another checkpoint") from None

@@ -1,4 +1,4 @@
-"""`dist-llm convert average`, `diff`, `inspect` and `verify`."""
+"""`dist-llm convert average`, `diff`, `inspect` and `verify`: average, compare and check checkpoints."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.compatibility import read_config
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import open_checkpoint, resolve_checkpoint
-from dist_llm.commands.conversion import console, read_probe, read_small_files, report_probe, write_checkpoint
-from dist_llm.commands.convert_torch import to_weights
+from dist_llm.checkpoint.store import fetch_verified_checkpoint, resolve_checkpoint
+from dist_llm.commands.conversion import check_probe, console, read_probe, read_small_files, write_checkpoint
+from dist_llm.commands.convert_torch import flatten_weights
 from dist_llm.config.compare import find_function_differences
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
-from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX, LazyWeights, Weights, load_torch, open_huggingface
+from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX_FILE, LazyWeights, Weights, load_torch, open_huggingface
 from dist_llm.errors import CheckpointError
 
 
@@ -25,7 +25,7 @@ def average(out: str, checkpoints: list[str]) -> None:
 
     Raises CheckpointError if they are not of the same model.
     """
-    paths = [open_checkpoint(checkpoint) for checkpoint in checkpoints]
+    paths = [fetch_verified_checkpoint(checkpoint) for checkpoint in checkpoints]
     all_weights = [NativeWeights(path) for path in paths]
     shapes = _model_shapes(all_weights[0])
     for path, weights in zip(paths, all_weights, strict=True):
@@ -95,19 +95,19 @@ def verify(checkpoint: str) -> None:
     folder = resolve_checkpoint(checkpoint)
     manifest.verify_checkpoint(folder)
     console.print(f"{folder}: all bytes are as they were saved")
-    path = folder.local_path or open_checkpoint(checkpoint)
+    path = folder.local_path or fetch_verified_checkpoint(checkpoint)
     saved = read_probe(path)
-    report_probe(saved, compute_probe_layerwise(NativeWeights(path), load_saved(path).model) if saved else None, path)
+    check_probe(saved, compute_probe_layerwise(NativeWeights(path), load_saved(path).model) if saved else None, path)
 
 
 def open_weights(source: str) -> Weights:
     """Open the tensors of a run, a checkpoint, a Hugging Face directory, or a file of to-torch."""
     path = Path(source)
     if path.is_file():
-        return to_weights(load_torch(path))
-    if any(path.glob("*.safetensors")) or (path / TORCH_FILE).exists() or (path / TORCH_INDEX).exists():
+        return flatten_weights(load_torch(path))
+    if any(path.glob("*.safetensors")) or (path / TORCH_FILE).exists() or (path / TORCH_INDEX_FILE).exists():
         return open_huggingface(path)
-    return NativeWeights(open_checkpoint(source))
+    return NativeWeights(fetch_verified_checkpoint(source))
 
 
 def _format_shape(weights: Weights, name: str) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.probe import PROBE, Probe, compare_probes, parse_probe
-from dist_llm.checkpoint.store import PROGRESS
+from dist_llm.checkpoint.probe import PROBE_FILE, Probe, compare_probes, parse_probe
+from dist_llm.checkpoint.store import PROGRESS_FILE
 from dist_llm.config.load import dump_config, parse_saved
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
@@ -25,7 +25,7 @@ from dist_llm.convert.weights import LazyWeights, Weights
 from dist_llm.convert.write_weights import verify_written, write_atomically, write_native
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-CONFIG = "config.yaml"
+CONFIG_FILE = "config.yaml"
 OBJECTIVES = {"encoder": "masked", "encoder_decoder": "span"}  # of an imported architecture; else causal
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -44,12 +44,12 @@ def write_checkpoint(
 
     Raises CheckpointError if a tensor, the logits or the probe differ.
     """
-    probe = compute_probe_layerwise(weights, parse_saved(files[CONFIG].decode(), CONFIG).model)
+    probe = compute_probe_layerwise(weights, parse_saved(files[CONFIG_FILE].decode(), CONFIG_FILE).model)
     if source_probe is not None:
-        report_probe(source_probe, replace(probe, weights=source_probe.weights), out)
+        check_probe(source_probe, replace(probe, weights=source_probe.weights), out)
     with write_atomically(out) as temporary:
         with show_progress(weights, "converting") as tracked:
-            write_native(temporary, tracked, {**files, PROBE: probe.dump()})
+            write_native(temporary, tracked, {**files, PROBE_FILE: probe.dump()})
         with show_progress(weights, "checking") as tracked:
             verify_written(NativeWeights(temporary), tracked, torch.float32)
         if hf_directory is not None:
@@ -59,19 +59,19 @@ def write_checkpoint(
 
 def read_probe(directory: Path) -> Probe | None:
     """Read the probe of a checkpoint or export. Return None if there is none, or this version cannot compare it."""
-    path = directory / PROBE
+    path = directory / PROBE_FILE
     return parse_probe(path.read_bytes(), str(path)) if path.exists() else None
 
 
-def report_probe(expected: Probe | None, actual: Probe | None, path: Path) -> None:
-    """Print how close two probes are. Raises CheckpointError if they differ by more than rounding."""
+def check_probe(expected: Probe | None, actual: Probe | None, path: Path) -> None:
+    """Raise CheckpointError if two probes differ by more than rounding; else print how close they are."""
     if expected is None or actual is None:
         console.print(f"{path}: has no probe that this version can compare; the weights are used without this check")
     else:
         console.print(compare_probes(expected, actual, str(path)))
 
 
-def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
+def build_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source: Path) -> dict[str, bytes]:
     """Return the small files of a checkpoint for an imported model: config, environment, progress, tokenizer."""
     config = Config.model_validate(
         {
@@ -82,16 +82,16 @@ def new_checkpoint_files(model: ModelConfig, tokenizer: Tokenizer | None, source
         }
     )
     files = {
-        CONFIG: dump_config(config).encode(),
+        CONFIG_FILE: dump_config(config).encode(),
         "environment.json": json.dumps({"converted_from": str(source), "dist-llm": version("dist-llm")}).encode(),
-        **initial_progress(),
+        **build_initial_progress(),
     }
     return files | ({TOKENIZER_FILE: tokenizer.to_json_bytes()} if tokenizer is not None else {})
 
 
-def initial_progress() -> dict[str, bytes]:
+def build_initial_progress() -> dict[str, bytes]:
     """Return the progress file of a run at step 0."""
-    return {PROGRESS: json.dumps(Progress().as_dict()).encode()}
+    return {PROGRESS_FILE: json.dumps(Progress().as_dict()).encode()}
 
 
 def read_small_files(checkpoint: Path) -> dict[str, bytes]:

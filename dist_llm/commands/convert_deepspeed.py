@@ -1,4 +1,4 @@
-"""`dist-llm convert to-deepspeed` and `from-deepspeed`: ZeRO directories and universal checkpoints."""
+"""`dist-llm convert to-deepspeed` and `from-deepspeed` convert a checkpoint to one of DeepSpeed, and back."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import open_checkpoint, read_progress
+from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
+    build_initial_progress,
+    check_probe,
     console,
-    initial_progress,
     read_probe,
     read_small_files,
-    report_probe,
     show_progress,
     write_checkpoint,
 )
@@ -38,14 +38,14 @@ def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int
     """
     if bool(stage) == universal:
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
-    path = open_checkpoint(checkpoint)
+    path = fetch_verified_checkpoint(checkpoint)
     config, step = load_saved(path), read_progress(CheckpointFolder(path)).step
-    report_probe(read_probe(path), compute_probe_layerwise(NativeWeights(path), config.model), path)
+    check_probe(read_probe(path), compute_probe_layerwise(NativeWeights(path), config.model), path)
     with show_progress(NativeWeights(path), "converting") as weights:
         if stage is None:
             directory = write_universal(Path(out), weights, step=step)
         else:
-            names, settings, shared = optimizer_groups(config)
+            names, settings, shared = build_optimizer_groups(config)
             directory = write_deepspeed(
                 Path(out), weights, stage, world, groups=names, settings=settings, step=step, shared=shared
             )
@@ -61,9 +61,9 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
 
     Raises CheckpointError if a tensor is missing, unknown, or of another shape.
     """
-    reference = open_checkpoint(like)
+    reference = fetch_verified_checkpoint(like)
     config = load_saved(reference)
-    groups, _, shared = optimizer_groups(config)
+    groups, _, shared = build_optimizer_groups(config)
     weights = open_deepspeed(Path(directory), groups)
     expected = {f"model.{name}": shape for name, shape in hf_convert.model_shapes(config.model).items()}
     for name, shape in expected.items():
@@ -74,10 +74,12 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
     if unknown := sorted(unexpected_names - {f"model.{name}" for name in shared}):
         raise CheckpointError(f"{directory}: {unknown[0]} is not a parameter of the model of --like {reference}")
     shapes = {name: shape for name, shape in weights.shapes.items() if name not in unexpected_names}
-    write_checkpoint(Path(out), LazyWeights(shapes, weights.read), read_small_files(reference) | initial_progress())
+    write_checkpoint(
+        Path(out), LazyWeights(shapes, weights.read), read_small_files(reference) | build_initial_progress()
+    )
 
 
-def optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
+def build_optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
     """Return (parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
     with torch.device("meta"):
         model = build_model(config.model)

@@ -1,17 +1,17 @@
-"""`dist-llm convert to-hf` and `from-hf`: checkpoints of Hugging Face."""
+"""`dist-llm convert to-hf` and `from-hf` convert a checkpoint to a directory of Hugging Face, and back."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.probe import PROBE
-from dist_llm.checkpoint.store import open_checkpoint
+from dist_llm.checkpoint.probe import PROBE_FILE
+from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
+    build_checkpoint_files,
+    check_probe,
     console,
-    new_checkpoint_files,
     read_probe,
-    report_probe,
     show_progress,
     write_checkpoint,
 )
@@ -28,7 +28,7 @@ from dist_llm.errors import CheckpointError
 from dist_llm.text.hf_folder import GENERATION_FILE
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
-TOKEN_IDS = "token_ids.json"  # special ids of an imported checkpoint, for its export
+TOKEN_IDS_FILE = "token_ids.json"  # special ids of an imported checkpoint, for its export
 
 
 def to_hf(
@@ -44,9 +44,11 @@ def to_hf(
 
     Raises CheckpointError if no family can express the model, or the written weights or logits differ.
     """
-    path, torch_dtype = open_checkpoint(checkpoint), DTYPES[dtype]
+    path, torch_dtype = fetch_verified_checkpoint(checkpoint), DTYPES[dtype]
     config, tokenizer = load_saved(path), _load_tokenizer(path, no_tokenizer)
-    token_ids = json.loads((path / TOKEN_IDS).read_text(encoding="utf-8")) if (path / TOKEN_IDS).exists() else None
+    token_ids = (
+        json.loads((path / TOKEN_IDS_FILE).read_text(encoding="utf-8")) if (path / TOKEN_IDS_FILE).exists() else None
+    )
     generation = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
     with write_atomically(Path(out)) as temporary:
         shard_bytes = int(shard_gb * 1e9)
@@ -58,11 +60,11 @@ def to_hf(
             verify_written(SafetensorsWeights(temporary), tracked, torch_dtype)
         family = hf_convert.read_config(temporary)[0]
         probe = compute_probe_layerwise(NativeWeights(path), config.model)
-        report_probe(read_probe(path), probe, path)
+        check_probe(read_probe(path), probe, path)
         written = hf_convert.from_huggingface(SafetensorsWeights(temporary), config.model, family)
         written_probe = replace(compute_probe_layerwise(written, config.model), weights=dtype)
-        report_probe(probe, written_probe, temporary)
-        (temporary / PROBE).write_bytes(written_probe.dump())
+        check_probe(probe, written_probe, temporary)
+        (temporary / PROBE_FILE).write_bytes(written_probe.dump())
         if check:
             console.print(compare_logits(path, temporary, torch_dtype))
     console.print(f"wrote {out}: {len(exported.shapes)} tensors, {dtype}")
@@ -106,8 +108,8 @@ def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[st
         tokenizer = import_tokenizer(source)
     except CheckpointError as error:
         console.print(f"without a tokenizer: {error}")
-    files = new_checkpoint_files(model, tokenizer, source)
-    files[TOKEN_IDS] = json.dumps(hf_convert.read_token_ids(source)).encode()
+    files = build_checkpoint_files(model, tokenizer, source)
+    files[TOKEN_IDS_FILE] = json.dumps(hf_convert.read_token_ids(source)).encode()
     if (source / GENERATION_FILE).exists():
         files[GENERATION_FILE] = (source / GENERATION_FILE).read_bytes()
     write_checkpoint(Path(out), weights, files, source if check else None, read_probe(source))

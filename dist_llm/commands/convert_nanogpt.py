@@ -1,4 +1,4 @@
-"""`dist-llm convert to-nanogpt` and `from-nanogpt`: ckpt.pt of nanoGPT."""
+"""`dist-llm convert to-nanogpt` and `from-nanogpt` convert a checkpoint to the file ckpt.pt of nanoGPT, and back."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import open_checkpoint, read_progress
+from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
+    build_checkpoint_files,
+    check_probe,
     console,
-    new_checkpoint_files,
     read_probe,
-    report_probe,
     show_progress,
     write_checkpoint,
 )
@@ -28,19 +28,19 @@ def from_nanogpt(file: str, out: str, tokenizer: str | None = None) -> None:
     model, nanogpt_weights = nanogpt.from_nanogpt(load_torch(Path(file)), file)
     built = build_tokenizer(tokenizer, None, lambda: ()) if tokenizer else None
     weights = hf_convert.from_huggingface(nanogpt_weights, model, "nanogpt")
-    write_checkpoint(Path(out), weights, new_checkpoint_files(model, built, Path(file)))
+    write_checkpoint(Path(out), weights, build_checkpoint_files(model, built, Path(file)))
 
 
 def to_nanogpt(checkpoint: str, out: str) -> None:
     """Write a ckpt.pt. Raises CheckpointError if nanoGPT cannot express the model."""
-    path = open_checkpoint(checkpoint)
+    path = fetch_verified_checkpoint(checkpoint)
     config, weights = load_saved(path), NativeWeights(path)
     with write_atomically(Path(out)) as temporary:
         with show_progress(weights, "converting") as tracked:
             torch.save(nanogpt.to_nanogpt(tracked, config, read_progress(CheckpointFolder(path)).step), temporary)
         probe = compute_probe_layerwise(weights, config.model)
-        report_probe(read_probe(path), probe, path)
+        check_probe(read_probe(path), probe, path)
         model, written = nanogpt.from_nanogpt(load_torch(temporary), str(temporary))
         written_probe = compute_probe_layerwise(hf_convert.from_huggingface(written, model, "nanogpt"), model)
-        report_probe(probe, written_probe, temporary)
+        check_probe(probe, written_probe, temporary)
     console.print(f"wrote {out}: {len(written.shapes)} tensors; nanoGPT starts with a new optimizer state")

@@ -1,4 +1,4 @@
-"""`dist-llm convert to-torch` and `from-torch`: one file of torch.save."""
+"""`dist-llm convert to-torch` and `from-torch` convert a checkpoint to one file of torch.save, and back."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,19 +8,26 @@ from rich.progress import track
 from torch import Tensor
 
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.probe import PROBE, parse_probe
-from dist_llm.checkpoint.store import open_checkpoint
-from dist_llm.commands.conversion import CONFIG, console, read_probe, read_small_files, report_probe, write_checkpoint
+from dist_llm.checkpoint.probe import PROBE_FILE, parse_probe
+from dist_llm.checkpoint.store import fetch_verified_checkpoint
+from dist_llm.commands.conversion import (
+    CONFIG_FILE,
+    check_probe,
+    console,
+    read_probe,
+    read_small_files,
+    write_checkpoint,
+)
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
-from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors, load_torch
+from dist_llm.convert.weights import DictWeights, Weights, load_torch, require_tensors
 from dist_llm.convert.write_weights import verify_written, write_atomically
 from dist_llm.errors import CheckpointError
 
 
 def to_torch(checkpoint: str, out: str) -> None:
     """Write one file of torch.save: {"model": tensors, "optim": tensors, "files": {name: text}}."""
-    path = open_checkpoint(checkpoint)
+    path = fetch_verified_checkpoint(checkpoint)
     weights = NativeWeights(path)
     content: dict[str, dict[str, Tensor | str]] = {"model": {}, "optim": {}}
     for name in track(weights.shapes, "reading"):
@@ -29,31 +36,36 @@ def to_torch(checkpoint: str, out: str) -> None:
     content["files"] = {name: text.decode() for name, text in read_small_files(path).items()}
     with write_atomically(Path(out)) as temporary:
         torch.save(content, temporary)
-        written = to_weights(load_torch(temporary))
+        written = flatten_weights(load_torch(temporary))
         verify_written(written, weights, torch.float32)
-        report_probe(read_probe(path), compute_probe_layerwise(written, load_saved(path).model), path)
+        check_probe(read_probe(path), compute_probe_layerwise(written, load_saved(path).model), path)
     console.print(f"wrote {out}: {len(weights.shapes)} tensors")
 
 
 def from_torch(file: str, out: str) -> None:
-    """Convert a file that to-torch wrote to a checkpoint. Raises CheckpointError if to-torch did not write the file."""
+    """Read a file of to-torch, and write it as a checkpoint. Raises CheckpointError if `file` is another file."""
     content = load_torch(Path(file))
-    texts = content.get("files")
-    if not isinstance(texts, dict) or not all(isinstance(text, str) for item in texts.items() for text in item):
-        raise CheckpointError(f"{file}: has no files; it was not written by to-torch")
-    if outside_names := [name for name in texts if "/" in name or name in ("", ".", "..")]:
+    text_by_name = content.get("files")
+    if not isinstance(text_by_name, dict) or not all(
+        isinstance(name, str) and isinstance(text, str) for name, text in text_by_name.items()
+    ):
+        raise CheckpointError(f"{file}: has no entry 'files' with texts; it was not written by to-torch")
+    if outside_names := [name for name in text_by_name if "/" in name or name in ("", ".", "..")]:
         raise CheckpointError(f"{file}: names a file outside the checkpoint: {outside_names[0]!r}")
-    files = {name: text.encode() for name, text in texts.items()}
-    if CONFIG not in files:
-        raise CheckpointError(f"{file}: has no config; it was not written by to-torch")
-    probe = parse_probe(files[PROBE], f"{file}: {PROBE}") if PROBE in files else None
-    write_checkpoint(Path(out), to_weights(content), files, source_probe=probe)
+    files = {name: text.encode() for name, text in text_by_name.items()}
+    if CONFIG_FILE not in files:
+        raise CheckpointError(f"{file}: has no {CONFIG_FILE}; it was not written by to-torch")
+    probe = parse_probe(files[PROBE_FILE], f"{file}: {PROBE_FILE}") if PROBE_FILE in files else None
+    write_checkpoint(Path(out), flatten_weights(content), files, source_probe=probe)
 
 
-def to_weights(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
-    """Return the tensors of a file of to-torch. Raises CheckpointError if a value is not a tensor."""
+def flatten_weights(content: Mapping[str, Mapping[str, Tensor]]) -> Weights:
+    """Return the tensors of a file of to-torch by names such as `model.NAME`.
+
+    Raises CheckpointError if a value is not a tensor.
+    """
     sections = {
-        section: check_only_tensors(tensors, f"a file of torch.save: {section}")
+        section: require_tensors(tensors, f"a file of torch.save: {section}")
         for section, tensors in content.items()
         if section != "files"
     }

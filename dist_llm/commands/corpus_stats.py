@@ -35,19 +35,19 @@ def print_stats(corpora: Sequence[Path], run: Path | None = None, picture: Path 
     all_distributions = []
     for directory in select_corpora(corpora, run):
         corpus = Corpus(directory)
-        distributions = measure(corpus)
+        distributions = measure_distributions(corpus)
         table = Table("training split", title=str(directory))
         table.add_column("", justify="right")
-        for row in table_rows(corpus, distributions):
+        for row in iter_table_rows(corpus, distributions):
             table.add_row(*row)
         console.print(table)
         all_distributions.append(distributions)
     if picture:
-        draw(all_distributions, picture)
+        draw_distributions(all_distributions, picture)
         console.print(f"drew {picture}")
 
 
-def measure(corpus: Corpus) -> Distributions:
+def measure_distributions(corpus: Corpus) -> Distributions:
     """Read all tokens of a corpus and count them."""
     lengths = [
         np.diff(np.append(corpus.get_document_offsets(shard_index), shard.tokens))
@@ -61,7 +61,7 @@ def measure(corpus: Corpus) -> Distributions:
     return Distributions(str(corpus.directory), np.concatenate(lengths).astype(np.int64), counts)
 
 
-def table_rows(corpus: Corpus, distributions: Distributions) -> Iterator[tuple[str, str]]:
+def iter_table_rows(corpus: Corpus, distributions: Distributions) -> Iterator[tuple[str, str]]:
     """Yield (name, value) of each row of the table."""
     tokenizer, counts = Tokenizer.load(corpus.directory), distributions.token_counts
     yield "documents", f"{len(distributions.document_lengths):,}"
@@ -79,7 +79,7 @@ def table_rows(corpus: Corpus, distributions: Distributions) -> Iterator[tuple[s
         yield f"frequency of {tokenizer.decode([token])!r} ({token})", f"{counts[token] / counts.sum():.2%}"
 
 
-def draw(all_distributions: Sequence[Distributions], path: Path) -> None:
+def draw_distributions(all_distributions: Sequence[Distributions], path: Path) -> None:
     """Draw histograms of document lengths, and token frequency over rank, to a PNG file."""
     import matplotlib
 

@@ -31,11 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.set_defaults(function=f"dist_llm.commands.{function}")
         return action
 
-    action = add_action("show", "show_samples:show_step", "decode the documents that one step of a run reads")
+    action = add_action("show", "show_samples:show_samples", "decode the documents that one step of a run reads")
     action.add_argument("--run", type=Path, required=True, metavar="DIR", help="run.dir of a training run")
     action.add_argument("--step", type=int, required=True, metavar="N", help="the first step is 1")
     action.add_argument("--rank", type=int, metavar="N", help="one data-parallel rank; default: all")
-    action.add_argument("--ranks", type=int, metavar="N", help="number of data-parallel ranks; default: the run's")
+    help_text = "number of data-parallel ranks; default: the run's"
+    action.add_argument("--ranks", type=int, dest="num_ranks", metavar="N", help=help_text)
     action.add_argument("--full-text", "--whole", action="store_true", help="print documents in full")
 
     action = add_action("find", "find_text:find_text", "list the steps that read the documents with a given text")

@@ -7,6 +7,7 @@ import numpy as np
 
 from dist_llm.commands.run_data import console, open_run
 from dist_llm.data.data_history import open_segment
+from dist_llm.data.order import Ints
 from dist_llm.data.streams import WindowStream
 from dist_llm.errors import DataError
 from dist_llm.text.tokenizer import Tokenizer
@@ -14,8 +15,10 @@ from dist_llm.text.tokenizer import Tokenizer
 SHOWN_CHARS = 300  # characters of a document that are printed without --full-text
 
 
-def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None = None, full_text: bool = False) -> None:
-    """Print the samples of a step, or of one of `ranks` data-parallel ranks (default: as many as the run has).
+def show_samples(
+    run: Path, step: int, rank: int | None = None, num_ranks: int | None = None, full_text: bool = False
+) -> None:
+    """Print the samples of a step, or only those of one data-parallel rank of `num_ranks` (default: as in the run).
 
     Raises DataError if the step or the rank does not exist.
     """
@@ -25,23 +28,36 @@ def show_step(run: Path, step: int, rank: int | None = None, ranks: int | None =
     segment = [segment for segment in history if segment.step < step][-1]
     segment_config, plan = open_segment(config, segment)
     first_sample = plan.advance(segment.first_sample, (step - 1 - segment.step) * segment.global_batch)
-    samples = plan.list_sample_numbers(first_sample, segment.global_batch)
+    sample_numbers = plan.list_sample_numbers(first_sample, segment.global_batch)
     if rank is not None:
-        ranks = ranks or config.parallel.dp_replicate * config.parallel.dp_shard
-        if not 0 <= rank < ranks or len(samples) % ranks:
-            raise DataError(f"--rank {rank}: {len(samples)} samples divide over {ranks} data ranks, from 0")
-        samples = samples.reshape(ranks, -1)[rank]
+        num_ranks = num_ranks or config.parallel.dp_replicate * config.parallel.dp_shard
+        sample_numbers = _select_samples_of_rank(sample_numbers, rank, num_ranks)
     tokenizer = Tokenizer.load(plan.sources[0].corpus.directory)
-    streams, offsets = plan.locate_samples(samples)
-    components = segment_config.objective.components
-    for sample, stream_index, offset in zip(samples.tolist(), streams.tolist(), offsets.tolist(), strict=True):
-        source_index, component_index = divmod(stream_index, len(components))
-        stream, objective_name = plan.streams[stream_index], components[component_index].name
-        source_name = plan.sources[source_index].name or stream.corpus.directory
-        console.print(f"sample {sample}: {source_name}, {objective_name}", style="bold")
+    streams = plan.streams
+    stream_indices, offsets = plan.locate_samples(sample_numbers)
+    for sample_number, stream_index, offset in zip(
+        sample_numbers.tolist(), stream_indices.tolist(), offsets.tolist(), strict=True
+    ):
+        stream = streams[stream_index]
+        source, component_index = plan.get_source_and_component(stream_index)
+        component_name = segment_config.objective.components[component_index].name
+        source_name = source.name or source.corpus.directory
+        console.print(f"sample {sample_number}: {source_name}, {component_name}", style="bold")
         for span in stream.get_spans(offset):
             for line in describe_span(stream, span, tokenizer, None if full_text else SHOWN_CHARS):
                 console.print(f"  {line}")
+
+
+def _select_samples_of_rank(sample_numbers: Ints, rank: int, num_ranks: int) -> Ints:
+    """Return the sample numbers of one data-parallel rank of `num_ranks`. Raises DataError if it does not exist."""
+    if num_ranks < 1 or len(sample_numbers) % num_ranks:
+        raise DataError(
+            f"the {len(sample_numbers)} samples of the step do not divide over {num_ranks} data-parallel ranks; give "
+            "another --ranks"
+        )
+    if not 0 <= rank < num_ranks:
+        raise DataError(f"--rank {rank}: the data-parallel ranks are 0 to {num_ranks - 1}")
+    return sample_numbers.reshape(num_ranks, -1)[rank]
 
 
 def describe_span(

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check the config, print the batch script and submit it."""
-    from dist_llm.launch.submit import SlurmJob, parse_sweep, render_batch_script, run_directories, submit_script
+    from dist_llm.launch.submit import SlurmJob, list_run_directories, parse_sweep, render_batch_script, submit_script
     from dist_llm.training.settings import read_config
 
     sbatch_options = [
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         options.config, tuple(options.rest), *sizes, (*sbatch_options, *options.sbatch), parse_sweep(options.sweep)
     )
     configs = [read_config(job.config, overrides, job.num_ranks) for overrides in job.overrides_by_run]
-    run_dirs = run_directories(job, configs[0].run.dir)
+    run_dirs = list_run_directories(job, configs[0].run.dir)
     script = render_batch_script(job, run_dirs)
     print(script)
     if options.dry_run:

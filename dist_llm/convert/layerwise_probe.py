@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_llm.checkpoint.probe import Probe, count_probe_tokens, probe_batch, select_logits
+from dist_llm.checkpoint.probe import Probe, build_probe_batch, count_probe_tokens, select_logits
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.weights import Weights
 from dist_llm.convert.write_weights import DTYPES
@@ -43,7 +43,7 @@ def compute_probe_layerwise(weights: Weights, config: ModelConfig, dtype: str = 
     head_inputs: list[tuple[Any, ...]] = []
     assert model.head is not None
     model.head.register_forward_pre_hook(lambda _module, inputs: head_inputs.append(inputs))
-    batch = probe_batch(config)
+    batch = build_probe_batch(config)
     loss = float(model(batch.inputs_BS, **batch.forward_arguments()).double().sum()) / count_probe_tokens(config)
     x_BSD, tied_VD, _ = head_inputs[0]
     return Probe(loss, select_logits(model.head(x_BSD[:1, -1:], tied_VD, None)[0, -1]), "fp32", dtype)

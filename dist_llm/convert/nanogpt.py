@@ -17,7 +17,7 @@ from dist_llm.config.optim_sections import AdamWConfig, AdamWKeys
 from dist_llm.config.schema import Config
 from dist_llm.convert.hf_convert import to_huggingface
 from dist_llm.convert.hf_tensors import tensor_mappings
-from dist_llm.convert.weights import DictWeights, Weights, check_only_tensors
+from dist_llm.convert.weights import DictWeights, Weights, require_tensors
 from dist_llm.errors import CheckpointError
 
 # nanoGPT's name of a size -> our config key.
@@ -70,7 +70,7 @@ def from_nanogpt(content: Mapping[Any, Any], location: str = "ckpt.pt") -> tuple
         raise CheckpointError(
             f"{location}: nanoGPT's model_args: {error.errors()[0]['msg']}, found {arguments}"
         ) from None
-    tensors = check_only_tensors(content["model"], f"{location}: model")
+    tensors = require_tensors(content["model"], f"{location}: model")
     return model, DictWeights({name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in tensors.items()})
 
 

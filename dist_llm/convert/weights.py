@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dist_llm.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+INDEX_FILE = "model.safetensors.index.json"
+TORCH_FILE, TORCH_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ZIP_MAGIC = b"PK\x03\x04"  # files that torch before 1.6 saved are not zip archives, and cannot be memory-mapped
 
 
@@ -37,7 +37,7 @@ class SafetensorsWeights:
     """The tensors of a directory in the format of Hugging Face: one safetensors file, or several and an index."""
 
     def __init__(self, directory: Path) -> None:
-        files = _list_indexed_files(directory, INDEX) or sorted(directory.glob("*.safetensors"))
+        files = _list_indexed_files(directory, INDEX_FILE) or sorted(directory.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{directory}: has no .safetensors file")
         self.files: dict[str, Path] = {}
@@ -59,14 +59,14 @@ def open_huggingface(directory: Path) -> Weights:
     """Open the tensors in a Hugging Face directory: the .safetensors files, or else pytorch_model.bin."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is not a directory; give the one that holds config.json and the weights")
-    if (directory / INDEX).exists() or any(directory.glob("*.safetensors")):
+    if (directory / INDEX_FILE).exists() or any(directory.glob("*.safetensors")):
         return SafetensorsWeights(directory)
-    files = _list_indexed_files(directory, TORCH_INDEX) or [directory / TORCH_FILE]
+    files = _list_indexed_files(directory, TORCH_INDEX_FILE) or [directory / TORCH_FILE]
     if not files[0].exists():
         raise CheckpointError(f"{directory}: has neither .safetensors files nor {TORCH_FILE}; copy the weights there")
     tensors: dict[str, Tensor] = {}
     for path in files:
-        tensors |= check_only_tensors(load_torch(path), str(path))
+        tensors |= require_tensors(load_torch(path), str(path))
     return DictWeights(tensors)
 
 
@@ -160,7 +160,7 @@ def check_tensor_sizes(content: object, path: Path) -> None:
             pending.extend(item.values() if isinstance(item, dict) else item)
 
 
-def check_only_tensors(content: object, location: str) -> dict[str, Tensor]:
+def require_tensors(content: object, location: str) -> dict[str, Tensor]:
     """Return `content` if it is a dictionary of named tensors.
 
     Otherwise raise CheckpointError, which names `location`.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_write import CheckpointGroup, CheckpointWrite
-from dist_llm.convert.weights import INDEX, Weights
+from dist_llm.convert.weights import INDEX_FILE, Weights
 from dist_llm.errors import CheckpointError
 from dist_llm.io.atomic import create_atomically, open_durably
 
@@ -93,7 +93,7 @@ def write_safetensors(
         total_bytes = sum(_count_bytes(shape, dtype) for shape in weights.shapes.values())
         file_of = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": file_of}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_shard(path: Path, weights: Weights, names: list[str], dtype: torch.dtype) -> None:

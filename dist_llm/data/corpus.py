@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dist_llm.config.data_sections import CACHE, DataConfig
-from dist_llm.data.mirror import localize_corpus, locate_offsets, locate_shard
+from dist_llm.data.mirror import fetch_offsets, fetch_shard, localize_corpus
 from dist_llm.data.order import Ints
 from dist_llm.data.shard import Manifest, Split
 from dist_llm.errors import DataError
@@ -119,13 +119,13 @@ class Corpus:
     def _fetch_shards(self, shard_indices: set[int]) -> None:
         """Fetch these remote shards in parallel. The windows of a shuffled batch are in different shards."""
         with ThreadPoolExecutor(NUM_FETCH_THREADS) as pool:
-            for _ in pool.map(self._locate_shard, shard_indices):
+            for _ in pool.map(self._fetch_shard, shard_indices):
                 pass
 
     def _map_shard(self, index: int) -> "_MappedShard":
         if (mapped := self._mapped_shards.get(index)) is not None:
             return mapped
-        path, shard = self._locate_shard(index), self.shards[index]
+        path, shard = self._fetch_shard(index), self.shards[index]
         if len(self._mapped_shards) == MAX_MAPPED_SHARDS:
             del self._mapped_shards[next(iter(self._mapped_shards))]
         first_token = int(self.shard_ends[index]) - shard.tokens
@@ -147,8 +147,8 @@ class Corpus:
         shard = self.shards[index]
         num_columns = 2 if self.manifest.prompts else 1
         expected_bytes = 8 * num_columns * shard.documents
-        path = locate_offsets(self.directory, shard, expected_bytes, self.cache)
-        self._check_file_size(path, expected_bytes, f"{num_columns * shard.documents} offsets of uint64")
+        path = fetch_offsets(self.directory, shard, expected_bytes, self.cache)
+        self._require_file_size(path, expected_bytes, f"{num_columns * shard.documents} offsets of uint64")
         # Mapped, because a run reads the offsets of few documents of a large shard.
         with _convert_read_errors(path):
             offsets = np.memmap(path, "<u8", "r") if expected_bytes else np.empty(0, "<u8")
@@ -225,18 +225,19 @@ class Corpus:
                     completion=shard_start + completion,
                 )
 
-    def _locate_shard(self, index: int) -> Path:
-        """Return the path of shard `index`. Fetch the shard if it is remote.
+    def _fetch_shard(self, index: int) -> Path:
+        """Fetch shard `index` if it is remote, and return its path.
 
         Raises DataError if the size of the file differs from the manifest.
         """
         shard = self.shards[index]
         expected_bytes = shard.skip_bytes + shard.tokens * self.dtype.itemsize
-        path = locate_shard(self.directory, shard, expected_bytes, self.cache)
+        path = fetch_shard(self.directory, shard, expected_bytes, self.cache)
         header = f" after a header of {shard.skip_bytes} bytes" if shard.skip_bytes else ""
-        return self._check_file_size(path, expected_bytes, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
+        return self._require_file_size(path, expected_bytes, f"{shard.tokens} tokens of {self.manifest.dtype}{header}")
 
-    def _check_file_size(self, path: Path, expected_bytes: int, description: str) -> Path:
+    def _require_file_size(self, path: Path, expected_bytes: int, description: str) -> Path:
+        """Return `path`. Raises DataError if the file cannot be read or has another size than expected."""
         with _convert_read_errors(path):
             status = path.stat()
             num_bytes = status.st_size
@@ -257,11 +258,11 @@ class Corpus:
         local_shards = [index for index in range(len(self.shards)) if index not in self._remote_shards]
         # In parallel, because a stat call on a network file system takes a millisecond or more.
         with ThreadPoolExecutor(NUM_STAT_THREADS) as pool:
-            for _ in pool.map(self._locate_shard, local_shards):
+            for _ in pool.map(self._fetch_shard, local_shards):
                 pass
 
     def _verify_hash(self, index: int) -> None:
-        path = self._locate_shard(index)
+        path = self._fetch_shard(index)
         with _convert_read_errors(path), path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.shards[index].sha256:
@@ -285,7 +286,7 @@ class Corpus:
         position_in_shard = position - (int(self.shard_ends[index]) - shard.tokens)
         byte_offset = shard.skip_bytes + position_in_shard * self.dtype.itemsize
         raise DataError(
-            f"{self._locate_shard(index)}: token {position_in_shard} (byte {byte_offset}) is "
+            f"{self._fetch_shard(index)}: token {position_in_shard} (byte {byte_offset}) is "
             f"{windows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )

@@ -26,8 +26,8 @@ def build_loader(
     config: Config, plan: SamplePlan, vocabulary: ObjectiveVocabulary, dp_rank: int, dp_size: int, pin: bool
 ) -> "Loader":
     """Build the loader of the training samples of a resolved config. `pin`: put batches in page-locked memory."""
-    has_prompts = masks_prompts(config.data, [source.corpus for source in plan.sources])
-    return Loader(plan, build_objective(config, vocabulary, has_prompts), config.data, dp_rank, dp_size, pin)
+    mask_prompts = masks_prompts(config.data, [source.corpus for source in plan.sources])
+    return Loader(plan, build_objective(config, vocabulary, mask_prompts), config.data, dp_rank, dp_size, pin)
 
 
 class Loader:

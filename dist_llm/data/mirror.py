@@ -51,8 +51,8 @@ def localize_corpus(location: str, cache: str) -> Path:
     return mirror
 
 
-def locate_shard(directory: Path, shard: Shard, num_bytes: int, cache: str) -> Path:
-    """Return the path of a shard, which has `num_bytes` bytes. Fetch a remote shard into the cache first.
+def fetch_shard(directory: Path, shard: Shard, num_bytes: int, cache: str) -> Path:
+    """Fetch a shard of `num_bytes` bytes into the cache if it is remote, and return its path.
 
     Raises DataError if the fetch fails.
     """
@@ -61,8 +61,8 @@ def locate_shard(directory: Path, shard: Shard, num_bytes: int, cache: str) -> P
     return fetch(shard.file, _cache_path(cache, "shards", shard.sha256), num_bytes, f"sha256:{shard.sha256}")
 
 
-def locate_offsets(directory: Path, shard: Shard, num_bytes: int, cache: str) -> Path:
-    """Return the path of the offsets file of a shard, as `locate_shard` does for the shard itself."""
+def fetch_offsets(directory: Path, shard: Shard, num_bytes: int, cache: str) -> Path:
+    """Fetch the offsets file of a shard if it is remote, and return its path, as `fetch_shard` does for the shard."""
     location = shard.offsets_file
     if not is_remote(location):
         return directory / as_path(location)

@@ -74,22 +74,27 @@ class SamplePlan:
 
     @property
     def streams(self) -> list[WindowStream]:
-        """The window streams: for each source, one per component of the objective."""
+        """The window streams, source by source: one per component of the objective."""
         return [stream for source in self.sources for stream in source.streams]
+
+    def get_source_and_component(self, stream_index: int) -> tuple[DataSource, int]:
+        """Return (source of the window stream at an index of `streams`, index of its component of the objective)."""
+        source_index, component_index = divmod(stream_index, len(self.sources[0].streams))
+        return self.sources[source_index], component_index
 
     def list_sample_numbers(self, first_sample: int, num_samples: int) -> Ints:
         """Return the next `num_samples` sample numbers from `first_sample` on, without those in `skip`."""
         numbers = np.arange(first_sample, first_sample + num_samples, dtype=np.int64)
-        return self._apply_skips(first_sample, numbers)
+        return self._apply_skips_(first_sample, numbers)
 
     def advance(self, first_sample: int, num_samples: int) -> int:
         """Return the sample number that follows the next `num_samples` samples from `first_sample` on."""
         if not self.skip:
             return first_sample + num_samples
-        return int(self._apply_skips(first_sample, np.array([first_sample + num_samples]))[0])
+        return int(self._apply_skips_(first_sample, np.array([first_sample + num_samples]))[0])
 
-    def _apply_skips(self, first_sample: int, numbers: Ints) -> Ints:
-        """Shift numbers, counted from `first_sample` on without gaps, past the skipped ranges. Modifies `numbers`."""
+    def _apply_skips_(self, first_sample: int, numbers: Ints) -> Ints:
+        """Shift numbers, counted from `first_sample` on without gaps, past the skipped ranges, in place."""
         for start, end in self.skip:
             skip_start = max(first_sample, start)
             numbers[numbers >= skip_start] += max(0, end - skip_start)

@@ -27,7 +27,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dist_llm.errors import DataError
 from dist_llm.io.atomic import replace_file
-from dist_llm.io.resumable_file import FileState, ResumableFile, check_prefix
+from dist_llm.io.resumable_file import FileState, ResumableFile, hash_prefix
 
 Split = Literal["train", "heldout"]
 DType = Literal["uint16", "uint32"]
@@ -241,8 +241,8 @@ class ShardWriter:
     def restore(self, states: list[ShardState]) -> None:
         """Continue after `states`, which has the latest state of each shard. Raises DataError if a file has changed."""
         for state in states[:-1]:
-            check_prefix(self.directory / state.shard.file, state.ids)
-            check_prefix((self.directory / state.shard.file).with_suffix(".offsets"), state.offsets)
+            hash_prefix(self.directory / state.shard.file, state.ids)
+            hash_prefix((self.directory / state.shard.file).with_suffix(".offsets"), state.offsets)
             self.shards.append(state.shard)
         for state in states[-1:]:
             path = self.directory / state.shard.file

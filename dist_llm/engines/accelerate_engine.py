@@ -86,7 +86,7 @@ class AccelerateEngine(DataParallelEngine):
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         local_grads = [to_local(grad) for grad in grads]
-        norm = gradient_clipping.global_norm(local_grads).to(self.device)
+        norm = gradient_clipping.compute_global_norm(local_grads).to(self.device)
         if any(map(is_sharded, grads)):
             norm = self.all_reduce_over_data(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState, check_moment_names, moment_shapes
+from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState, check_moment_names, select_moment_shapes
 from dist_llm.checkpoint.flat_shard import FlatShard
 from dist_llm.config.deepspeed import build_deepspeed_json
 from dist_llm.config.schema import Config
@@ -121,7 +121,7 @@ class DeepSpeedEngine(DataParallelEngine):
         Each rank holds the full gradients after the last backward pass.
         """
         grads = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return gradient_clipping.global_norm(grads).to(self.device)
+        return gradient_clipping.compute_global_norm(grads).to(self.device)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
@@ -175,7 +175,7 @@ class ZeroPartitions:
 
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
         for flat, shapes in zip(self.flats, self.shapes, strict=True):
-            shapes_by_param = {name: moment_shapes(saved, name) for name in shapes}
+            shapes_by_param = {name: select_moment_shapes(saved, name) for name in shapes}
             first_name, first_shapes = next(iter(shapes_by_param.items()))
             mismatching = [name for name, moments in shapes_by_param.items() if moments.keys() != first_shapes.keys()]
             if mismatching:

@@ -1,4 +1,4 @@
-"""Compute the global gradient norm of a model that is sharded over any mesh dimensions."""
+"""Compute the global gradient norm of a model that is sharded over any axes of the mesh."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_llm.models.decoder import Decoder
 from dist_llm.optim import gradient_clipping
-from dist_llm.parallel.mesh import SHARD_AXES, all_reduce_over
+from dist_llm.parallel.mesh import SHARD_AXES, all_reduce_over_axes_
 from dist_llm.sharded import coordinate, is_sharded_over, to_local
 
 
@@ -25,12 +25,12 @@ def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, d
             is_counted = is_first_tp_rank or is_sharded_over(parameter, "tp")
             if parameter.grad is not None and is_counted and not model_part.is_tied_copy(name):
                 grads.append(to_local(parameter.grad))
-    norm = gradient_clipping.global_norm(grads).to(device)
+    norm = gradient_clipping.compute_global_norm(grads).to(device)
     if mesh is None:
         return norm
-    square_sum = all_reduce_over(norm.square(), mesh, ("pp", *SHARD_AXES, "tp"))
+    square_sum = all_reduce_over_axes_(norm.square(), mesh, ("pp", *SHARD_AXES, "tp"))
     num_replicas = mesh["dp_replicate"].size()
     if mesh.size() > num_replicas:
         # Some networks sum in a different order on each replica. The mean is equal on all replicas.
-        square_sum = all_reduce_over(square_sum, mesh, ("dp_replicate",)) / num_replicas
+        square_sum = all_reduce_over_axes_(square_sum, mesh, ("dp_replicate",)) / num_replicas
     return square_sum.sqrt()

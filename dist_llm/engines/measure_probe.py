@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.checkpoint.probe import Probe, count_probe_tokens, probe_batch, select_logits
+from dist_llm.checkpoint.probe import Probe, build_probe_batch, count_probe_tokens, select_logits
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -28,7 +28,7 @@ def measure_probe(engine: Engine, config: Config) -> Probe:
     """
     parallel, model = config.parallel, config.model
     num_chunks = 2 * parallel.cp if parallel.cp > 1 else 1
-    batch = probe_batch(model, math.lcm(num_chunks, parallel.tp * parallel.cp))
+    batch = build_probe_batch(model, math.lcm(num_chunks, parallel.tp * parallel.cp))
     # The shape of the batch differs from training, so compiled blocks would be recompiled.
     with _plain_cross_entropy(engine), torch.compiler.set_stance("force_eager"):
         losses_B = engine.score(engine.to_local_batch(batch))

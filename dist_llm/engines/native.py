@@ -26,7 +26,7 @@ from dist_llm.parallel.fsdp import prepare_microbatch, reshard
 from dist_llm.parallel.mesh import (
     DATA_AXES,
     all_gather_ints,
-    all_reduce_over,
+    all_reduce_over_axes_,
     build_mesh,
 )
 from dist_llm.parallel.parallelize import build_model_parts
@@ -109,7 +109,7 @@ class NativeEngine:
         else:
             # torch.full fills on the device. A copy of a host tensor would synchronize.
             total = torch.full((), value * has_losses, device=self.device)
-        return total if self.mesh is None else all_reduce_over(total, self.mesh, ("pp", *DATA_AXES))
+        return total if self.mesh is None else all_reduce_over_axes_(total, self.mesh, ("pp", *DATA_AXES))
 
     def all_gather_ints(self, value: int) -> list[int]:
         return [value] if self.mesh is None else all_gather_ints(value, self.device)

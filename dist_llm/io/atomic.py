@@ -41,7 +41,7 @@ def open_replacement(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
 
     `shared`: other processes may replace the file at the same time; the last process wins.
     """
-    temporary = temporary_path(path, shared)
+    temporary = get_temporary_path(path, shared)
     try:
         with open_durably(temporary) as file:
             yield file
@@ -65,7 +65,7 @@ def create_atomically(target: Path, shared: bool = False) -> Iterator[Path]:
     target is replaced if it is a file or an empty folder. Raises TargetExistsError if it is a folder with content.
     `shared`: other processes may create the target at the same time; the first process wins.
     """
-    temporary = temporary_path(target, shared)
+    temporary = get_temporary_path(target, shared)
     remove(temporary)  # a killed process may have left it
     try:
         yield temporary
@@ -81,7 +81,7 @@ def create_atomically(target: Path, shared: bool = False) -> Iterator[Path]:
         _discard(temporary)
 
 
-def temporary_path(path: Path, shared: bool = False) -> Path:
+def get_temporary_path(path: Path, shared: bool = False) -> Path:
     """Return the temporary path of a file or folder. If `shared`, the path is unique.
 
     A killed process may leave a file under this path. The next write overwrites it, unless the path is unique.

@@ -32,7 +32,7 @@ class ResumableFile:
     def reopen(cls, path: Path, state: FileState) -> "ResumableFile":
         """Resume from `state` and drop the bytes after it. Raises DataError if the file has changed."""
         file = cls.__new__(cls)
-        file.path, file._hash, file._size = path, check_prefix(path, state), state.size_bytes
+        file.path, file._hash, file._size = path, hash_prefix(path, state), state.size_bytes
         file._file = path.open("r+b")
         file._file.truncate(state.size_bytes)
         file._file.seek(state.size_bytes)
@@ -67,8 +67,8 @@ class ResumableFile:
             self._file.close()
 
 
-def check_prefix(path: Path, state: FileState) -> "hashlib._Hash":
-    """Return the hash object of the first `state.size_bytes` bytes. Raises DataError if it differs."""
+def hash_prefix(path: Path, state: FileState) -> "hashlib._Hash":
+    """Return the hash object of the first `state.size_bytes` bytes. Raises DataError unless it is that of `state`."""
     digest, remaining_bytes = hashlib.sha256(), state.size_bytes
     try:
         with path.open("rb") as file:

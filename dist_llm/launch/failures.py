@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from dist_llm.compat import default_rendezvous_store
+from dist_llm.compat import get_default_rendezvous_store
 from dist_llm.launch.world import World
 
 FIRST_FAILURE = "dist_llm/first_failure"  # key in the rendezvous store
@@ -23,6 +23,6 @@ def _record_failure(summary: str) -> str:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return summary
     try:
-        return default_rendezvous_store().compare_set(FIRST_FAILURE, "", summary).decode()
+        return get_default_rendezvous_store().compare_set(FIRST_FAILURE, "", summary).decode()
     except Exception:  # the node that hosts the store has failed
         return summary

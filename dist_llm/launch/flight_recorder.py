@@ -21,7 +21,7 @@ def start_recording(device: torch.device) -> None:
     os.environ.setdefault("TORCH_NCCL_ENABLE_TIMING", "1")  # without this, NCCL collectives are not marked as started
 
 
-def pending_collective() -> str:
+def find_pending_collective() -> str:
     """Return the latest collective that is not complete, as `name sizes of group`; an empty string if there is none."""
     entries = _pending_entries()
     if not entries:
@@ -30,7 +30,7 @@ def pending_collective() -> str:
     return f"{latest['profiling_name']} {latest['input_sizes']} of {latest['process_group'][1]}"
 
 
-def in_collective() -> bool:
+def is_in_collective() -> bool:
     """Return whether this process or its device is in a collective.
 
     A collective that NCCL only queued does not count.

@@ -52,7 +52,9 @@ def diagnose_nodes(reports: Sequence[NodeReport]) -> list[str]:
             direction = "ahead of" if clock_offset > 0 else "behind"
             problems.append(f"{host}: its clock is {abs(clock_offset):.1f} s {direction} rank 0's")
         if any(report.sees_shared_file is False for report in node_reports):
-            problems.append(f"{host}: does not see the file that rank 0 wrote to --directory; is it not shared?")
+            problems.append(
+                f"{host}: does not see the file that rank 0 wrote to the shared directory; check --directory"
+            )
     median_tflops = _median(report.matmul_tflops for report in reports)
     problems += [
         f"{report.host}: rank {report.rank} reaches {report.matmul_tflops:.3g} matmul TFLOP/s, "

@@ -39,7 +39,7 @@ NUM_WARMUPS, NUM_SMALL_REPETITIONS, NUM_LARGE_REPETITIONS = 3, 20, 5  # of the a
 SMALL_BYTES, LARGE_BYTES = 4, {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 EXIT_DELAY_SECONDS = 3.0  # torchrun ends all ranks when one exits, and the other ranks need time to print
 LOG_COLUMNS = 120  # width of the table if the output is not a terminal
-PACKAGE = Path(__file__).parents[1]
+PACKAGE_DIRECTORY = Path(__file__).parents[1]
 
 
 class PreflightTimeout:
@@ -117,7 +117,7 @@ def measure_ranks(world: World, directory: Path, timeout: PreflightTimeout) -> l
     timeout.phase = "the clock"
     clock_offset = measure_clock_offset()
     timeout.phase = "--directory"
-    sees_shared_file, failures = check_shared_file(directory, timeout)
+    sees_shared_file, failures = try_shared_file(directory, timeout)
     timeout.phase = "versions and matrix products"
     device, tflops = torch.device("cpu"), math.nan
     try:
@@ -176,10 +176,12 @@ def measure_clock_offset() -> float:
     return min(round_trips)[1]
 
 
-def check_shared_file(
+def try_shared_file(
     directory: Path, timeout: PreflightTimeout, wait_seconds: float = 10
 ) -> tuple[bool | None, list[str]]:
-    """Return (whether this rank sees a file that rank 0 writes to `directory`, problems). Every rank must call this.
+    """Write a file on rank 0 and look for it on all ranks, to find out whether `directory` is shared.
+
+    Return (whether this rank sees the file, problems). Every rank must call this.
 
     If rank 0 cannot write, the result is (None, [reason]) on rank 0 and (None, []) on the other ranks. The file is
     removed.
@@ -222,7 +224,9 @@ def _free_gib(directory: Path) -> float:
 
 def collect_versions(device: torch.device) -> dict[str, str]:
     """Return the versions {software: version} that must be equal on all nodes; `none` or `unknown` if missing."""
-    source_hash = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py")))).hexdigest()[:12]
+    source_hash = hashlib.sha256(
+        b"".join(file.read_bytes() for file in sorted(PACKAGE_DIRECTORY.rglob("*.py")))
+    ).hexdigest()[:12]
     versions = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -319,7 +323,9 @@ def _one_line(error: Exception) -> str:
 def _first_line(*command: str) -> str:
     """Return the first line of the output of a program; an empty string if the program is missing or fails."""
     try:
-        completed = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=20, check=True)
+        completed = subprocess.run(
+            command, cwd=PACKAGE_DIRECTORY, capture_output=True, text=True, timeout=20, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return completed.stdout.partition("\n")[0].strip()

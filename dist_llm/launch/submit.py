@@ -10,8 +10,8 @@ from pathlib import Path
 
 from dist_llm.errors import ConfigError
 
-SCRIPT = Path(__file__).parent / "slurm" / "train.sbatch"
-# Text in SCRIPT that `render_batch_script` searches for.
+SCRIPT_FILE = Path(__file__).parent / "slurm" / "train.sbatch"
+# Text in SCRIPT_FILE that `render_batch_script` searches for.
 OPTION = "#SBATCH "
 FIRST_COMMAND = "set -uo pipefail\n"
 ARGUMENTS = '"$@"'
@@ -53,7 +53,7 @@ def render_batch_script(job: SlurmJob, directories: Sequence[str]) -> str:
     ]
     if len(runs) > 1:
         options += [f"--array=0-{len(runs) - 1}", "--output=slurm-%A_%a.log"]
-    lines = SCRIPT.read_text().replace(ARGUMENTS, '"${arguments[@]}"').splitlines(keepends=True)
+    lines = SCRIPT_FILE.read_text().replace(ARGUMENTS, '"${arguments[@]}"').splitlines(keepends=True)
     # sbatch reads only options before the first command. If an option is given twice, the last value counts.
     header_end = max(index for index, line in enumerate(lines) if line.startswith(OPTION)) + 1
     first_command = lines.index(FIRST_COMMAND)
@@ -72,7 +72,7 @@ def render_batch_script(job: SlurmJob, directories: Sequence[str]) -> str:
     )
 
 
-def run_directories(job: SlurmJob, base: str) -> list[str]:
+def list_run_directories(job: SlurmJob, base: str) -> list[str]:
     """Return the directory of each run: `base`, or in a sweep a subdirectory named after the values of the run."""
     if not job.sweep:
         return [base]

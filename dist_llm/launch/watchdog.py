@@ -23,9 +23,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_llm.compat import default_rendezvous_store
+from dist_llm.compat import get_default_rendezvous_store
 from dist_llm.launch.failures import FIRST_FAILURE
-from dist_llm.launch.flight_recorder import pending_collective
+from dist_llm.launch.flight_recorder import find_pending_collective
 from dist_llm.launch.process_identity import read_process_identity
 from dist_llm.launch.world import World
 
@@ -78,7 +78,7 @@ class Watchdog:
     def register(self) -> None:
         """Publish host, PID and identity of this process, so that another rank on the node can kill it if it stalls."""
         if self.world.world_size > 1 and dist.is_initialized():
-            rendezvous_store = default_rendezvous_store()
+            rendezvous_store = get_default_rendezvous_store()
             process = (self.world.host, os.getpid(), read_process_identity(os.getpid()))
             rendezvous_store.set(f"{PROCESS_KEY}/{self.world.rank}", json.dumps(process))
             # After a restart, the store of the launcher may contain the reports of earlier processes.
@@ -112,7 +112,7 @@ class Watchdog:
 
     def _abort(self, stalled_seconds: float, num_heartbeats: int) -> bool:
         """Report the stalled rank and end this process. Return False if the run has resumed in the meantime."""
-        world, collective = self.world, pending_collective()
+        world, collective = self.world, find_pending_collective()
         stack = traceback.format_stack(sys._current_frames().get(self._main_thread))
         state = f"waiting in {collective}" if collective else "in no collective"
         log.error(
@@ -223,7 +223,7 @@ def _publish(world: World, report: Report | None) -> Any:
 
     None withdraws the report. The key is not deleted, because a read of a missing key blocks.
     """
-    rendezvous_store = default_rendezvous_store()
+    rendezvous_store = get_default_rendezvous_store()
     rendezvous_store.set(f"{REPORT_KEY}/{world.rank}", json.dumps(report))
     return rendezvous_store
 

@@ -11,7 +11,7 @@ import torch
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.block import Block
 from dist_llm.models.cost import Cost
-from dist_llm.observe.matmul_rate import matmul_rate
+from dist_llm.observe.matmul_rate import get_matmul_rate
 
 CONVENTION = "6N + 12LHES, causal not halved"  # printed in the log
 
@@ -35,19 +35,19 @@ def count_matmul_weights(model: ModelConfig) -> int:
     return sum(cost.weights for cost in _decoder_costs(model)) + _head_weights(model)
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> int:
+def count_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Return the FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
     score_width = sum(cost.score_width for cost in _decoder_costs(model))
     return 6 * count_matmul_weights(model) + 12 * score_width * seq_len
 
 
-def flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
+def count_flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
     """Return the FLOPs of forward and backward for one sample of `num_inputs` tokens in the stack with the head.
 
     `num_encoder_inputs`: tokens in the encoder. In cross-attention, the query and output projections run once per input
     of the decoder, the key and value projections once per input of the encoder.
     """
-    flops = num_inputs * flops_per_token(model, num_inputs)
+    flops = num_inputs * count_flops_per_token(model, num_inputs)
     if not num_encoder_inputs:
         return flops
     encoder_costs = [Block.cost(model) for _ in range(model.n_encoder_layers)]
@@ -69,7 +69,7 @@ def _head_weights(model: ModelConfig) -> int:
     return model.d_model * (model.vocab_size + (model.d_model if model.head == "mlm" else 0))
 
 
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+def find_peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """Return (peak FLOP/s of a device, description of its origin).
 
     The peak of a known GPU is the published figure; otherwise it is the measured matmul rate.
@@ -80,4 +80,4 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
             if gpu_name in device_name:
                 return tflops * 1e12, f"published for {gpu_name}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return matmul_rate(device, dtype), "measured matmul rate"
+    return get_matmul_rate(device, dtype), "measured matmul rate"

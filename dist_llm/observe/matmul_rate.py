@@ -24,7 +24,7 @@ MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # rows of squar
 MEASURE_SECONDS = 0.6  # time for all sizes together
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> float:
+def get_matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> float:
     """Return the best FLOP/s that this call or an earlier one measured on this machine. `file` is the cache."""
     file = (file or CACHE_FILE).expanduser()
     key = " | ".join((platform.node(), _device_name(device), str(dtype), f"{torch.get_num_threads()} threads"))

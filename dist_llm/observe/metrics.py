@@ -80,7 +80,7 @@ class MetricsRecorder:
             "tokens_per_second": round(tokens_per_second, 1),
             "step_seconds": round(seconds / len(pending), 6),
             "mfu": round(tokens_per_second * self.mfu_per_token_rate, 5),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "peak_memory_bytes": get_peak_memory_bytes(self.device),
         }
         rows: list[MetricsRow] = [
             {
@@ -162,7 +162,7 @@ class MetricsFile:
         self.file.close()
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def get_peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: allocated on its GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -10,7 +10,7 @@ from dist_llm.compat import foreach_mul_, foreach_norm
 ROW_ELEMENTS = 1024  # elements per partial sum of squares
 
 
-def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+def compute_global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm over all elements of all gradients, [], in fp32, or in fp64 for fp64 gradients."""
     if not gradients:
         return torch.zeros(())

@@ -22,7 +22,7 @@ log = logging.getLogger("dist_llm")
 def enable_async_tp(mesh: DeviceMesh) -> None:
     """Enable asynchronous tensor parallelism on GPUs. Call this before the blocks are compiled.
 
-    `mesh` is the tensor-parallel dimension.
+    `mesh` has only the axis tp.
     """
     if mesh.device_type == "cuda":
         enable_fused_collectives(mesh)

@@ -22,7 +22,7 @@ from dist_llm.parallel.mesh import all_gather, differentiable_collective, reduce
 
 
 def apply_context_parallel(model: Decoder, mesh: DeviceMesh) -> None:
-    """Replace each attention kernel in `model` by an AllGatherAttention. `mesh` is the cp dimension."""
+    """Replace each attention kernel in `model` by an AllGatherAttention. `mesh` has only the axis cp."""
     for block in model.blocks.values():
         if (attention := block.attention) is not None:  # `check` refuses mixers that do not support this
             attention.kernel = AllGatherAttention(attention.kernel, mesh)  # type: ignore[union-attr, arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_llm.optim.muon import orthogonalize
-from dist_llm.parallel.mesh import stage_group
+from dist_llm.parallel.mesh import get_stage_group
 from dist_llm.sharded import local_with_offset, to_local
 
 ShardBox = tuple[tuple[int, ...], tuple[int, ...]]  # (offset, shape) of the shard of a rank in a matrix
@@ -28,7 +28,7 @@ class DistributedOrthogonalizer:
     """
 
     def __init__(self, mesh: DeviceMesh, matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.group, self.dtype, self.device = stage_group(mesh), dtype, mesh.device_type
+        self.group, self.dtype, self.device = get_stage_group(mesh), dtype, mesh.device_type
         self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.shapes = [tuple(matrix.shape) for matrix in matrices]
         boxes: list[list[ShardBox]] = [[]] * self.num_ranks  # boxes[rank][index of the matrix]

@@ -1,4 +1,4 @@
-"""Data parallelism by FSDP2: sharded, replicated or hybrid, on a two-dimensional mesh (replicas, shards)."""
+"""Data parallelism by FSDP2: sharded, replicated or hybrid, on a mesh with the axes (replicas, shards)."""
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import (
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.config.schema import Config
 from dist_llm.models.decoder import Decoder
-from dist_llm.parallel.mesh import fsdp_mesh
+from dist_llm.parallel.mesh import get_fsdp_mesh
 from dist_llm.parallel.p2p_collectives import use_p2p_collectives
 from dist_llm.parallel.precision import fsdp_policy
 
@@ -26,7 +26,7 @@ def apply_fsdp(model: Decoder, config: Config, mesh: DeviceMesh) -> None:
     parallel = config.parallel
     policy = fsdp_policy(config.precision)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
-    data_mesh = fsdp_mesh(mesh)
+    data_mesh = get_fsdp_mesh(mesh)
 
     def wrap(module: nn.Module, reshard: bool) -> None:
         fully_shard(module, mesh=data_mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)

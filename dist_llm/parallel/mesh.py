@@ -1,4 +1,13 @@
-"""The device mesh of all ranks, and the collectives on its dimensions. An unused dimension has size 1."""
+"""The device mesh of all ranks, and the collectives over its axes.
+
+"Axis" means a dimension of the mesh, as in the config rules. All axes of config/derive.py:AXES exist; an unused axis
+has size 1. Two meshes are derived from the mesh of all ranks:
+
+- `get_fsdp_mesh`: replicas and shards of the weights, for FSDP (fsdp.py).
+- `get_stage_group`: the ranks of one pipeline stage, for Muon (distributed_muon.py).
+
+As in torch, a function whose name ends in `_` changes its argument. The other functions return a new tensor.
+"""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -15,9 +24,8 @@ from dist_llm.config.derive import AXES
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.parallel import p2p_collectives
 
-# DATA_AXES: ranks that hold different tokens. SHARD_AXES: ranks over which FSDP shards a parameter.
-DATA_AXES = ("dp_replicate", "dp_shard", "cp")
-SHARD_AXES = ("dp_shard", "cp")
+DATA_AXES = ("dp_replicate", "dp_shard", "cp")  # the axes along which ranks hold different tokens
+SHARD_AXES = ("dp_shard", "cp")  # the axes along which FSDP shards a parameter
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
@@ -25,8 +33,8 @@ def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
 
 
-def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return the two-dimensional mesh (replicas, shards) for FSDP.
+def get_fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the mesh for FSDP, with the axes (replicas, shards).
 
     Context-parallel ranks hold equal weights and different tokens, like data-parallel ranks, so weights are sharded
     over both.
@@ -35,13 +43,17 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
         return mesh["dp_replicate", "dp_shard"]
     flatten_mesh(mesh[SHARD_AXES], "dp_shard_cp")
     with warnings.catch_warnings():
-        # torch offers no other way to slice a flattened dimension that keeps both dimensions on one root mesh.
+        # FSDP requires that both axes come from one root mesh. To slice a flattened axis from the root mesh is the only
+        # way to get there, but torch warns about it.
         warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh")
         return mesh["dp_replicate", "dp_shard_cp"]
 
 
-def all_reduce_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
-    """Sum `value` in place over the ranks whose coordinates differ from those of this rank only in `axes`."""
+def all_reduce_over_axes_(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
+    """Sum `value` in place over `axes`, and return it.
+
+    The sum is over the ranks whose coordinates on all other axes equal those of this rank.
+    """
     for axis in axes:
         if mesh[axis].size() > 1:
             dist.all_reduce(value, group=mesh.get_group(axis))
@@ -51,7 +63,7 @@ def all_reduce_over(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Ten
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Concatenate the tensors [n, ...] of the p ranks of a group to [n p, ...], on all ranks of the group."""
     tensor = tensor.contiguous()
-    if _uses_p2p(tensor):
+    if _can_send_p2p(tensor):
         output = tensor.new_empty(group.size() * len(tensor), *tensor.shape[1:])
         local = output.chunk(group.size())[group.rank()].copy_(tensor)  # P2PAllGather gathers in place
         p2p_collectives.P2PAllGather()(output, local, group).wait()
@@ -64,7 +76,7 @@ def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum the tensors [n, ...] of the p ranks of a group and return the shard of this rank, [n / p, ...]."""
     tensor = tensor.contiguous()
-    if _uses_p2p(tensor):
+    if _can_send_p2p(tensor):
         local = tensor.new_empty(len(tensor) // group.size(), *tensor.shape[1:])
         p2p_collectives.P2PReduceScatter()(local, tensor, group, dist.ReduceOp.SUM)
         return local
@@ -75,7 +87,7 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of the tensors of all ranks of a group, without changing the input."""
-    if _uses_p2p(value) and len(value) % group.size() == 0:
+    if _can_send_p2p(value) and len(value) % group.size() == 0:
         return all_gather(reduce_scatter(value, group), group)
     return functional_collectives.wait_tensor(
         functional_collectives.all_reduce(value.contiguous(), "sum", group.group_name)
@@ -106,8 +118,8 @@ class _DifferentiableCollective(torch.autograd.Function):
         return ctx.backward_fn(grad), None, None
 
 
-def _uses_p2p(tensor: Tensor) -> bool:
-    # The compiler cannot trace point-to-point messages.
+def _can_send_p2p(tensor: Tensor) -> bool:
+    """Return whether collectives of `tensor` are point-to-point messages. The compiler cannot trace messages."""
     return not torch.compiler.is_compiling() and p2p_collectives.uses_p2p(tensor.device.type)
 
 
@@ -119,7 +131,7 @@ def all_gather_ints(value: int, device: torch.device) -> list[int]:
     return [int(rank_value) for rank_value in torch.cat(by_rank).tolist()]
 
 
-def stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+def get_stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Return the process group of the ranks that hold the same layers."""
     if mesh["pp"].size() == 1:
         return dist.group.WORLD  # type: ignore[return-value]

@@ -241,7 +241,7 @@ class TiedEmbeddingGroup:
         self.weights = [model_part.embed.tokens.weight for model_part in model_parts if model_part.embed is not None]
         self.group: dist.ProcessGroup | None = None
         # Every rank must call new_group for every group.
-        pipelines = mesh.mesh.flatten(1).t().tolist()  # global ranks by pipeline; mesh dimension 0 is pp
+        pipelines = mesh.mesh.flatten(1).t().tolist()  # global ranks by pipeline; axis 0 of the mesh is pp
         for pipeline_ranks in pipelines:
             ranks = [pipeline_ranks[pp_rank] for pp_rank in pp_ranks]
             group = dist.new_group(ranks)

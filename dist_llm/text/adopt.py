@@ -81,7 +81,9 @@ def _get_file_bytes(location: str) -> int:
     try:
         return as_path(location).stat().st_size
     except OSError as error:
-        raise DataError(f"{location}: cannot be read: {error.strerror}. Check the paths given to --data.") from None
+        raise DataError(
+            f"{location}: cannot be read: {error.strerror}. Check the paths of --data and --heldout."
+        ) from None
 
 
 class _AdoptRun:
@@ -110,7 +112,7 @@ class _AdoptRun:
         finally:
             pool.shutdown(cancel_futures=True)
         manifest = Manifest(
-            dtype=self._check_same_dtype([(shard.file, dtype) for shard, dtype in adopted_files]),
+            dtype=self._get_common_dtype([(shard.file, dtype) for shard, dtype in adopted_files]),
             vocab_size=self.tokenizer.vocab_size,
             tokenizer_sha256=self.tokenizer.sha256,
             source=(f"{ADOPTED}{self.options.format} files",),
@@ -127,7 +129,8 @@ class _AdoptRun:
         manifest.save(self.directory)
         return manifest
 
-    def _check_same_dtype(self, files: list[tuple[str, DType]]) -> DType:
+    def _get_common_dtype(self, files: list[tuple[str, DType]]) -> DType:
+        """Return the dtype of the ids of all (location, dtype). Raises DataError if two differ."""
         (first_location, first_dtype), *other_files = files
         for location, dtype in other_files:
             if dtype != first_dtype:

@@ -86,7 +86,7 @@ class CharTokenizer(Tokenizer):
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "CharTokenizer":
         """Build the tokenizer from the JSON fields of `to_json_bytes`. Raises the exception of a malformed field."""
-        return CharTokenizer({str(char): _check_int(token) for char, token in fields["ids"].items()})
+        return CharTokenizer({str(char): _require_int(token) for char, token in fields["ids"].items()})
 
     @cached_property
     def _lookup_table(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
@@ -129,7 +129,7 @@ def read_nanogpt_meta(path: Path) -> CharTokenizer:
     if not isinstance(stoi, dict) or not stoi:
         raise DataError(f"{path}: not a meta.pkl of nanoGPT: it has no dictionary stoi, from characters to ids.")
     try:
-        ids = {_check_string(char): _check_int(token) for char, token in stoi.items()}
+        ids = {_require_string(char): _require_int(token) for char, token in stoi.items()}
     except TypeError as error:
         raise DataError(f"{path}: stoi: {error}") from None
     if itos is not None and itos != {token: char for char, token in ids.items()}:
@@ -169,13 +169,13 @@ class _NoImportUnpickler(pickle.Unpickler):
         raise DataError(f"names {module}.{name}, which loading would run; not loaded.")
 
 
-def _check_string(value: object) -> str:
+def _require_string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{short_repr(value)} is not a string.")
     return value
 
 
-def _check_int(value: object) -> int:
+def _require_int(value: object) -> int:
     if type(value) is not int:
         raise TypeError(f"{short_repr(value)} is not a whole number.")
     return value

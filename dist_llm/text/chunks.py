@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dist_llm.text.input_files import InputFile
-from dist_llm.text.rows import RowCounts, TextDocument
+from dist_llm.text.inputs import Input
+from dist_llm.text.rows import RowTracker, TextDocument
 from dist_llm.text.tokenizer import ENDOFTEXT
 
 SAVED_COUNTERS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")  # keys of the journal
@@ -41,8 +41,8 @@ class Chunk:
 class ChunkReader:
     """Reads the input files in order, groups their documents into chunks, and counts rows and documents."""
 
-    def __init__(self, files: Sequence[InputFile], row_counts: RowCounts) -> None:
-        self.files, self.row_counts = files, row_counts
+    def __init__(self, files: Sequence[Input], row_tracker: RowTracker) -> None:
+        self.files, self.row_tracker = files, row_tracker
         self.empty_documents = self.end_token_documents = 0
         self.end_token_origin = ""  # origin of the first document that contains the string <|endoftext|>
         self.documents_of: dict[str, int] = {}  # number of documents of each --source
@@ -51,7 +51,7 @@ class ChunkReader:
         chunk, chunk_chars, chars_since_resume_point, fingerprints = Chunk(), 0, 0, []
         for file in self.files:
             fingerprint = file.fingerprint  # computed before the read, because the file may change during the read
-            for document in file.iter_documents(self.row_counts):
+            for document in file.iter_documents(self.row_tracker):
                 self._count_document(document, file.spec)
                 if not document.text:
                     self.empty_documents += 1
@@ -98,7 +98,7 @@ class ChunkReader:
         return warnings
 
     def _copy_counts(self) -> dict[str, Any]:
-        row_counts = asdict(self.row_counts)
+        row_counts = asdict(self.row_tracker)
         del row_counts["max_bad_rate"], row_counts["part"], row_counts["skip_unreadable"]
         return {"tally": row_counts, **{name: getattr(self, name) for name in SAVED_COUNTERS}}
 
@@ -108,4 +108,4 @@ class ChunkReader:
         for name in SAVED_COUNTERS:
             setattr(self, name, counts[name])
         for name, value in counts["tally"].items():
-            setattr(self.row_counts, name, value)
+            setattr(self.row_tracker, name, value)

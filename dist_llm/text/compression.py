@@ -35,8 +35,8 @@ CODECS: dict[str, Callable[[], Any]] = {
 class DecompressedFile(io.RawIOBase):
     """The decompressed content of a file. Its suffix selects the codec. Raises UnreadableError if it is damaged."""
 
-    def __init__(self, raw_file: io.FileIO, suffix: str) -> None:
-        self._raw_file, self._suffix, self._create_decompressor = raw_file, suffix, CODECS[suffix]
+    def __init__(self, disk_file: io.FileIO, suffix: str) -> None:
+        self._disk_file, self._suffix, self._create_decompressor = disk_file, suffix, CODECS[suffix]
         self._decompressor: Any = None  # of the current frame; None between frames
         self._compressed = self._content = b""
         self._num_returned_bytes = 0  # bytes of `_content` that `readinto` has returned
@@ -56,7 +56,7 @@ class DecompressedFile(io.RawIOBase):
 
     def _decompress_block(self) -> bool:
         """Decompress one more block. Return False at the end of the file."""
-        compressed = self._compressed or self._raw_file.read(BLOCK_BYTES) or b""
+        compressed = self._compressed or self._disk_file.read(BLOCK_BYTES) or b""
         self._compressed = b""
         if self._decompressor is None:
             if self._num_finished_frames:
@@ -77,7 +77,7 @@ class DecompressedFile(io.RawIOBase):
 
     def _skip_padding(self) -> bytes:
         """Read until the next byte that is not padding. Return the block from this byte on; empty at the end."""
-        while block := self._raw_file.read(BLOCK_BYTES):
+        while block := self._disk_file.read(BLOCK_BYTES):
             if remainder := block.lstrip(PADDING):
                 return remainder
         return b""

@@ -70,7 +70,7 @@ class EncodedChunk:
 
 
 class DocumentEncoder:
-    """FilterChain and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
+    """Filters and tokenizes documents, selects the held-out ones, and computes the keys for deduplication."""
 
     def __init__(self, tokenizer: Tokenizer, spec: DocumentEncoderSpec) -> None:
         self.tokenizer, self.spec = tokenizer, spec
@@ -176,12 +176,12 @@ class _Worker:
 
     def submit(self, chunk: Chunk) -> None:
         """Send a chunk. This does not block for long, because a thread of the worker empties the pipe."""
-        with self._report_dead_worker():
+        with self._convert_pipe_errors():
             self._pipe.send(chunk)
 
     def collect(self) -> EncodedChunk:
         """Wait for the result of the oldest chunk that is not collected yet."""
-        with self._report_dead_worker():
+        with self._convert_pipe_errors():
             result: EncodedChunk | DataError | str = self._pipe.recv()
         if isinstance(result, DataError):
             raise result
@@ -195,7 +195,8 @@ class _Worker:
         self._pipe.close()
 
     @contextmanager
-    def _report_dead_worker(self) -> Iterator[None]:
+    def _convert_pipe_errors(self) -> Iterator[None]:
+        """Convert an error of the pipe within the block to a DataError: the worker died."""
         try:
             yield
         except (EOFError, OSError):  # the pipe closed, maybe within a message

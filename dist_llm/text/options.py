@@ -115,7 +115,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         "sorted order); a .jsonl, .ndjson or .json file with one object per line; a .csv or .tsv file whose first line "
         "has the column names; a .parquet file; a folder of datasets.save_to_disk; any other file is one "
         "document or, with --separator, many. Files may be .gz, .zst, .xz or .bz2. hf:NAME[:CONFIG] streams a Hugging "
-        "Face dataset (NAME may be a local folder). python-stdlib is the source code of Python's standard library",
+        "Face dataset (NAME may be a local folder). python-stdlib is the source code of Python's standard library, "
+        "to which --include and --exclude do not apply",
     )
     parser.add_argument(
         "--tokenizer",

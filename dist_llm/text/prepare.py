@@ -15,14 +15,14 @@ from typing import TextIO
 from dist_llm.data.shard import MANIFEST_FILE, Manifest
 from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart, parse_part
-from dist_llm.text.input_files import InputFile, open_inputs, sum_size_bytes
+from dist_llm.text.inputs import Input, open_inputs, sum_size_bytes
 from dist_llm.text.journal import Journal
 from dist_llm.text.options import PrepareOptions, add_arguments, build_options
 from dist_llm.text.prepare_run import PrepareRun, select_corpus_options
 from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.publish import check_output, lock_output, publish_corpus, recover_output
 from dist_llm.text.report import InputFileCounts, PrepareReport
-from dist_llm.text.rows import RowKeys
+from dist_llm.text.rows import RowFormat
 from dist_llm.text.walk import FileRules
 
 __all__ = ["PrepareOptions", "add_arguments", "build_options", "prepare"]
@@ -41,9 +41,9 @@ def prepare(options: PrepareOptions, log_stream: TextIO | None = None) -> Manife
     """
     _check_options(options)
     file_counts = InputFileCounts()
-    keys = RowKeys(options.text_key, options.prompt_key, options.separator)
+    row_format = RowFormat(options.text_key, options.prompt_key, options.separator)
     rules = FileRules(options.include, options.exclude, options.skip_unreadable)
-    files = open_inputs(options.source, keys, options.hf_split, rules, file_counts)
+    files = open_inputs(options.source, row_format, options.hf_split, rules, file_counts)
     part = _select_part(options, len(files))
     out = Path(os.path.realpath(options.out))
     if part.num_parts > 1:
@@ -80,7 +80,7 @@ def prepare(options: PrepareOptions, log_stream: TextIO | None = None) -> Manife
 
 
 def _find_finished_corpus(
-    options: PrepareOptions, out: Path, files: Sequence[InputFile], file_counts: InputFileCounts
+    options: PrepareOptions, out: Path, files: Sequence[Input], file_counts: InputFileCounts
 ) -> Manifest | None:
     """Return the manifest of `out` if the same options made it from the same number of files and bytes.
 

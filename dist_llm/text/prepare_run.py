@@ -15,12 +15,12 @@ from dist_llm.text.corpus_part import CorpusPart
 from dist_llm.text.corpus_writer import KEYS_FILE, CorpusWriter
 from dist_llm.text.encode import DocumentEncoderSpec, encode_in_order, is_heldout
 from dist_llm.text.filters import FilterChain
-from dist_llm.text.input_files import InputFile
+from dist_llm.text.inputs import Input
 from dist_llm.text.journal import JOURNAL_FILE, Journal
 from dist_llm.text.options import PrepareOptions
 from dist_llm.text.progress import ProgressMeter
 from dist_llm.text.report import InputFileCounts, PrepareReport, RemovalCounts
-from dist_llm.text.rows import MAX_LOCATIONS, RowCounts
+from dist_llm.text.rows import MAX_LOCATIONS, RowTracker
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 PROGRESS_FORMAT = "dist_llm prepare progress 1"
@@ -42,7 +42,7 @@ class PrepareRun:
         self,
         options: PrepareOptions,
         part: CorpusPart,
-        files: list[InputFile],
+        files: list[Input],
         directory: Path,
         meter: ProgressMeter,
         file_counts: InputFileCounts,
@@ -51,7 +51,7 @@ class PrepareRun:
         self.directory, self.meter, self.file_counts = directory, meter, file_counts
         self.journal = Journal(directory)
         self.reader = ChunkReader(
-            part.select_files(files), RowCounts(options.max_bad_rate, part, skip_unreadable=options.skip_unreadable)
+            part.select_files(files), RowTracker(options.max_bad_rate, part, skip_unreadable=options.skip_unreadable)
         )
         self.corpus_options = select_corpus_options(options)
         # Fingerprints of the input files on which the tokenizer was trained, by index of the file.
@@ -71,7 +71,7 @@ class PrepareRun:
         with self._resume(header, journal_lines, tokenizer) as writer:
             self._write_chunks(writer)
             shards = writer.close()
-        self.reader.row_counts.check()
+        self.reader.row_tracker.check()
         self.report = self._build_report(writer)
         manifest = Manifest(
             dtype=select_token_dtype(tokenizer.vocab_size),
@@ -154,7 +154,7 @@ class PrepareRun:
             for chunk, resume_point in chunks:
                 writer.add(chunk)
                 new_bytes = writer.written_counts.bytes - self._resumed_bytes
-                self.meter.update(self.reader.row_counts.bytes_read, new_bytes, writer.written_counts.documents)
+                self.meter.update(self.reader.row_tracker.bytes_read, new_bytes, writer.written_counts.documents)
                 if resume_point:
                     self.journal.append(
                         {"inputs": resume_point.inputs, "counts": resume_point.counts, "note": writer.sync()}
@@ -187,10 +187,10 @@ class PrepareRun:
         """Yield the first `bpe_train_bytes` of text that is not held out. All parts of a corpus read the same text."""
         remaining_bytes = self.options.bpe_train_bytes
         filters, removed = FilterChain(self.options.filter), RemovalCounts()
-        row_counts = RowCounts(self.options.max_bad_rate, skip_unreadable=self.options.skip_unreadable)
+        row_tracker = RowTracker(self.options.max_bad_rate, skip_unreadable=self.options.skip_unreadable)
         for file_index, file in enumerate(self.files):
             self._trained_on[file_index] = file.fingerprint
-            for document in file.iter_documents(row_counts):
+            for document in file.iter_documents(row_tracker):
                 filtered = filters(document.text, removed) if document.text else None
                 text = (filtered or "").encode()
                 if filtered is None or is_heldout(text, self.options.heldout_fraction):
@@ -204,10 +204,10 @@ class PrepareRun:
                     return
 
     def _build_report(self, writer: CorpusWriter) -> PrepareReport:
-        row_counts, counts_textless = self.reader.row_counts, self.part.counts_textless_rows
-        bad_rows = row_counts.bad_rows if counts_textless else 0
+        row_tracker, counts_textless = self.reader.row_tracker, self.part.counts_textless_rows
+        bad_rows = row_tracker.bad_rows if counts_textless else 0
         empty_documents = self.reader.empty_documents if counts_textless else 0
-        for path, (file_bytes, _) in row_counts.unreadable.items():
+        for path, (file_bytes, _) in row_tracker.unreadable.items():
             self.file_counts.mark_unreadable(Path(path), file_bytes)
         removed_documents = sum(removed.documents for removed in writer.removal_counts.values())
         return PrepareReport(
@@ -217,9 +217,9 @@ class PrepareRun:
             empty_documents=empty_documents,
             kept=writer.written_counts,
             removed=writer.removal_counts,
-            bad_bytes=row_counts.bad_bytes if counts_textless else 0,
+            bad_bytes=row_tracker.bad_bytes if counts_textless else 0,
             inputs=self.file_counts,
-            unreadable=row_counts.unreadable,
+            unreadable=row_tracker.unreadable,
             warnings=self.reader.list_warnings(reads_all_files=self.part.num_parts == 1),
         )
 
@@ -253,6 +253,6 @@ class PrepareRun:
 
     def _list_skipped(self) -> list[str]:
         """Describe the first rows and files that were skipped."""
-        row_counts = self.reader.row_counts
-        files = [f"{path}: {reason}" for path, (_, reason) in row_counts.unreadable.items()]
-        return [*row_counts.locations, *files[:MAX_LOCATIONS]]
+        row_tracker = self.reader.row_tracker
+        files = [f"{path}: {reason}" for path, (_, reason) in row_tracker.unreadable.items()]
+        return [*row_tracker.locations, *files[:MAX_LOCATIONS]]

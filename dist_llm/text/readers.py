@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_llm.errors import DataError
 from dist_llm.text.compression import CODECS, DecompressedFile
-from dist_llm.text.rows import BLANK_LINES, RowCounts, RowKeys, TextDocument, UnreadableError, read_row
+from dist_llm.text.rows import BLANK_LINES, RowFormat, RowTracker, TextDocument, UnreadableError, read_row
 from dist_llm.text.tables import DELIMITERS, read_table
 from dist_llm.text.walk import get_data_suffix
 
@@ -18,21 +18,21 @@ BUFFER_BYTES = 1 << 20
 PARQUET_BATCH_ROWS = 256
 
 
-def read_file(path: Path, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
+def read_file(path: Path, row_format: RowFormat, row_tracker: RowTracker) -> Iterator[TextDocument]:
     """Yield the documents of a file, whose suffix selects the reader.
 
     Raises OSError or UnreadableError if the file cannot be read, and DataError if its content has another format.
     """
     suffix = get_data_suffix(path)
     if suffix in JSON_LINES:
-        return _read_json_lines(path, keys, row_counts)
+        return _read_json_lines(path, row_format, row_tracker)
     if suffix == ".parquet":
-        return _read_parquet(path, keys, row_counts)
+        return _read_parquet(path, row_format, row_tracker)
     if suffix in DELIMITERS:
-        return _read_table(path, DELIMITERS[suffix], keys, row_counts)
-    if keys.separator is not None:
-        return _read_separated_text(path, keys.separator, row_counts)
-    return _read_whole_text(path, row_counts)
+        return _read_table(path, DELIMITERS[suffix], row_format, row_tracker)
+    if row_format.separator is not None:
+        return _read_separated_text(path, row_format.separator, row_tracker)
+    return _read_whole_text(path, row_tracker)
 
 
 def is_text(path: Path) -> bool:
@@ -42,44 +42,47 @@ def is_text(path: Path) -> bool:
 
 @contextmanager
 def _open_decompressed(path: Path) -> Iterator[tuple[io.BufferedReader, io.FileIO]]:
-    """Yield (the decompressed content of a file, the raw file). `tell` of the raw file gives the bytes read so far."""
+    """Yield (the decompressed content of a file, the file on the disk).
+
+    `tell` of the file on the disk gives the bytes read so far, before decompression.
+    """
     with ExitStack() as stack:
-        raw_file = stack.enter_context(path.open("rb", buffering=0))
+        disk_file = stack.enter_context(path.open("rb", buffering=0))
         suffix = path.suffix.lower()
         if suffix not in CODECS:
-            yield stack.enter_context(io.BufferedReader(raw_file, BUFFER_BYTES)), raw_file
+            yield stack.enter_context(io.BufferedReader(disk_file, BUFFER_BYTES)), disk_file
             return
-        decompressed_file = stack.enter_context(DecompressedFile(raw_file, suffix))
-        yield stack.enter_context(io.BufferedReader(decompressed_file, BUFFER_BYTES)), raw_file
+        decompressed_file = stack.enter_context(DecompressedFile(disk_file, suffix))
+        yield stack.enter_context(io.BufferedReader(decompressed_file, BUFFER_BYTES)), disk_file
 
 
-def _read_whole_text(path: Path, row_counts: RowCounts) -> Iterator[TextDocument]:
+def _read_whole_text(path: Path, row_tracker: RowTracker) -> Iterator[TextDocument]:
     """Yield the file as one document."""
-    if not row_counts.claim_next_row():
+    if not row_tracker.advance_to_next_row():
         return
-    with _open_decompressed(path) as (content_file, _):
-        _check_encoding(content_file.peek(4))
-        content = content_file.read().removeprefix(codecs.BOM_UTF8)
+    with _open_decompressed(path) as (decompressed_file, _):
+        _check_encoding(decompressed_file.peek(4))
+        content = decompressed_file.read().removeprefix(codecs.BOM_UTF8)
     text = _decode(content, lines_before=0)
-    row_counts.count_good(len(content))
+    row_tracker.count_good(len(content))
     yield TextDocument(text, str(path))
 
 
-def _read_separated_text(path: Path, separator: str, row_counts: RowCounts) -> Iterator[TextDocument]:
+def _read_separated_text(path: Path, separator: str, row_tracker: RowTracker) -> Iterator[TextDocument]:
     """Yield the documents between separators. Blank documents are left out."""
-    bytes_read_before = row_counts.bytes_read
-    with _open_decompressed(path) as (content_file, raw_file):
-        _check_encoding(content_file.peek(4))
-        for line_number, content in split_documents(content_file, separator):
-            row_counts.bytes_read = bytes_read_before + raw_file.tell()
-            if not row_counts.claim_next_row():
+    bytes_read_before = row_tracker.bytes_read
+    with _open_decompressed(path) as (decompressed_file, disk_file):
+        _check_encoding(decompressed_file.peek(4))
+        for line_number, content in split_documents(decompressed_file, separator):
+            row_tracker.bytes_read = bytes_read_before + disk_file.tell()
+            if not row_tracker.advance_to_next_row():
                 continue
             try:
                 text = _decode(content, lines_before=line_number - 1)
             except UnreadableError as error:
-                row_counts.count_bad(f"{path}:{line_number}", str(error), len(content))
+                row_tracker.count_bad(f"{path}:{line_number}", str(error), len(content))
                 continue
-            row_counts.count_good(len(content))
+            row_tracker.count_good(len(content))
             yield TextDocument(text, f"{path}:{line_number}")
 
 
@@ -121,10 +124,10 @@ def _join_document(fragments: list[bytes], ends_before_line_break: bool) -> byte
     return document if document.strip() else b""
 
 
-def _read_table(path: Path, delimiter: str, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
-    with _open_decompressed(path) as (content_file, raw_file):
-        _check_encoding(content_file.peek(4))
-        yield from read_table(path, content_file, raw_file, delimiter, keys, row_counts)
+def _read_table(path: Path, delimiter: str, row_format: RowFormat, row_tracker: RowTracker) -> Iterator[TextDocument]:
+    with _open_decompressed(path) as (decompressed_file, disk_file):
+        _check_encoding(decompressed_file.peek(4))
+        yield from read_table(path, decompressed_file, disk_file, delimiter, row_format, row_tracker)
 
 
 def _decode(content: bytes, lines_before: int) -> str:
@@ -150,41 +153,43 @@ def _check_encoding(first_bytes: bytes) -> None:
         raise UnreadableError("starts with the byte order mark of UTF-16 or UTF-32; convert it with iconv to UTF-8")
 
 
-def _read_json_lines(path: Path, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
+def _read_json_lines(path: Path, row_format: RowFormat, row_tracker: RowTracker) -> Iterator[TextDocument]:
     """Yield the document of each line, which must be a JSON object. Blank lines are skipped."""
-    bytes_read_before = row_counts.bytes_read
-    with _open_decompressed(path) as (content_file, raw_file):
-        _check_encoding(content_file.peek(4))
-        if content_file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+    bytes_read_before = row_tracker.bytes_read
+    with _open_decompressed(path) as (decompressed_file, disk_file):
+        _check_encoding(decompressed_file.peek(4))
+        if decompressed_file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
             raise DataError(f"{path}: is one JSON array; expected one object per line. Convert it with: jq -c '.[]'")
-        for line_number, line in enumerate(content_file, start=1):
+        for line_number, line in enumerate(decompressed_file, start=1):
             if line_number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.isspace():
                 continue
-            row_counts.bytes_read = bytes_read_before + raw_file.tell()
-            if not row_counts.claim_next_row():
+            row_tracker.bytes_read = bytes_read_before + disk_file.tell()
+            if not row_tracker.advance_to_next_row():
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except UnicodeDecodeError:
-                row_counts.count_bad(f"{path}:{line_number}", "not UTF-8", len(line))
+                row_tracker.count_bad(f"{path}:{line_number}", "not UTF-8", len(line))
             except (ValueError, RecursionError) as error:
-                row_counts.count_bad(f"{path}:{line_number}", f"not JSON: {error}", len(line))
+                row_tracker.count_bad(f"{path}:{line_number}", f"not JSON: {error}", len(line))
             else:
-                yield from read_row(row, keys, f"{path}:{line_number}", row_counts, len(line))
+                yield from read_row(row, row_format, f"{path}:{line_number}", row_tracker, len(line))
 
 
-def _read_parquet(path: Path, keys: RowKeys, row_counts: RowCounts) -> Iterator[TextDocument]:
+def _read_parquet(path: Path, row_format: RowFormat, row_tracker: RowTracker) -> Iterator[TextDocument]:
     """Yield the document of each row."""
     import pyarrow
     from pyarrow import parquet
 
-    bytes_read_before, file_bytes, row_number = row_counts.bytes_read, path.stat().st_size, 0
+    bytes_read_before, file_bytes, row_number = row_tracker.bytes_read, path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path) as file:
-            key_of_option = zip(("--text-key", "--prompt-key"), keys.names, strict=False)
-            columns = [_find_column(path, file.schema_arrow.names, option, key) for option, key in key_of_option]
+            columns = [
+                _find_column(path, file.schema_arrow.names, option, key)
+                for option, key in row_format.key_by_option.items()
+            ]
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=list(dict.fromkeys(columns))):
                 # Arrow does not check that strings are UTF-8. Read them as bytes: `read_row` decodes them, and an
                 # invalid string makes only its own row bad.
@@ -196,10 +201,10 @@ def _read_parquet(path: Path, keys: RowKeys, row_counts: RowCounts) -> Iterator[
                 ]
                 for values in zip(*(column.to_pylist() for column in arrays), strict=True):
                     row_number += 1
-                    if row_counts.claim_next_row():
+                    if row_tracker.advance_to_next_row():
                         row = dict(zip(columns, values, strict=True))
-                        yield from read_row(row, keys, f"{path}:{row_number}", row_counts)
-                row_counts.bytes_read = bytes_read_before + file_bytes * row_number // file.metadata.num_rows
+                        yield from read_row(row, row_format, f"{path}:{row_number}", row_tracker)
+                row_tracker.bytes_read = bytes_read_before + file_bytes * row_number // file.metadata.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UnreadableError(f"not readable as Parquet: {error}") from None
 

@@ -1,6 +1,6 @@
-"""Read the document of an input row (a JSON object, a table row or a separated text), and count the rows of a run.
+"""Read the document of an input row (a JSON object, a table row or a separated text), and track the rows of a run.
 
-A bad row has malformed UTF-8 or JSON, or no string under the text key. It is skipped. `RowCounts` counts the bad rows
+A bad row has malformed UTF-8 or JSON, or no string under the text key. It is skipped. `RowTracker` counts the bad rows
 and records the location of the first ones.
 """
 
@@ -13,7 +13,7 @@ from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart
 from dist_llm.text.tokenizer import to_well_formed
 
-MAX_LOCATIONS = 5
+MAX_LOCATIONS = 5  # maximum number of bad rows whose location is recorded
 MIN_ROWS = 10_000  # rows to read before a high rate of bad rows stops the run
 PARAGRAPH_BREAK = "\n\n"
 BLANK_LINES = "blank-lines"  # value of --separator: one or more empty lines separate documents
@@ -24,20 +24,26 @@ class UnreadableError(Exception):
 
 
 @dataclass(frozen=True)
-class RowKeys:
-    """The keys of the text and of its prompt in a row, and the separator between the documents of a text file.
+class RowFormat:
+    """How to find the documents of a file: the keys of a row, or the separator of a text file.
 
-    `a.b` is the key `b` of the object under `a`, unless the row has a key named `a.b`.
+    A row has its text under `text_key` and its prompt under `prompt_key`. `a.b` is the key `b` of the object under
+    `a`, unless the row has a key named `a.b`.
     """
 
-    text: str = "text"
-    prompt: str | None = None
+    text_key: str = "text"
+    prompt_key: str | None = None
     separator: str | None = None
 
     @property
-    def names(self) -> list[str]:
+    def key_by_option(self) -> dict[str, str]:
+        """The key of the text and, if there is one, the key of the prompt, by the options that set them."""
+        return {"--text-key": self.text_key, **({"--prompt-key": self.prompt_key} if self.prompt_key else {})}
+
+    @property
+    def keys(self) -> list[str]:
         """The key of the text and, if there is one, the key of the prompt."""
-        return [self.text, *([self.prompt] if self.prompt else [])]
+        return list(self.key_by_option.values())
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,11 @@ class TextDocument:
 
 
 @dataclass
-class RowCounts:
-    """Counts the rows of one pass over the inputs, and checks the rate of bad rows. Field names are journal keys."""
+class RowTracker:
+    """Assigns the rows of one pass over the inputs to a part, counts them, and limits the rate of bad rows.
+
+    Field names are journal keys.
+    """
 
     max_bad_rate: float
     part: CorpusPart = SINGLE_PART
@@ -65,8 +74,8 @@ class RowCounts:
     skip_unreadable: bool = False
     unreadable: dict[str, tuple[int, str]] = field(default_factory=dict)  # {path: (size in bytes, reason)}
 
-    def claim_next_row(self) -> bool:
-        """Count one more row of the input. Return whether this part reads it."""
+    def advance_to_next_row(self) -> bool:
+        """Advance to the next row of the input, and count it. Return whether this part reads it."""
         self.rows_met += 1
         return self.part.owns_row(self.rows_met)
 
@@ -108,13 +117,13 @@ class RowCounts:
         if self.unreadable and not self.skip_unreadable:
             path, (_, reason) = next(iter(self.unreadable.items()))
             raise DataError(
-                f"{path}: cannot be read: {reason}. Fix it or download it again, leave it out with --exclude, or skip "
-                "unreadable files with --skip-unreadable."
+                f"{path}: cannot be read: {reason}. Fix it or download it again, leave it out (in a folder, with "
+                "--exclude), or skip unreadable files with --skip-unreadable."
             )
 
 
 def read_row(
-    row: Any, keys: RowKeys, origin: str, row_counts: RowCounts, row_bytes: int | None = None
+    row: Any, row_format: RowFormat, origin: str, row_tracker: RowTracker, row_bytes: int | None = None
 ) -> Iterator[TextDocument]:
     """Yield the document of a row, or count the row as bad and yield nothing.
 
@@ -122,21 +131,21 @@ def read_row(
     """
     texts: list[str] = []
     if row_bytes is None:
-        values = [_get_value(row, key) for key in keys.names]
+        values = [_get_value(row, key) for key in row_format.keys]
         row_bytes = sum(len(value) for value in values if isinstance(value, str | bytes))
-    for key in keys.names:
+    for key in row_format.keys:
         text = _get_value(row, key)
         if isinstance(text, bytes):
             try:
                 text = text.decode("utf-8")
             except UnicodeDecodeError:
-                return row_counts.count_bad(origin, "not UTF-8", row_bytes)
+                return row_tracker.count_bad(origin, "not UTF-8", row_bytes)
         if not isinstance(text, str):
             is_missing = text is None and isinstance(row, dict) and key not in row
             reason = f"no key '{key}'" if is_missing else f"no string under '{key}'"
-            return row_counts.count_bad(origin, reason, row_bytes)
+            return row_tracker.count_bad(origin, reason, row_bytes)
         texts.append(to_well_formed(text))
-    row_counts.count_good(row_bytes)
+    row_tracker.count_good(row_bytes)
     text, prompt = texts[0], "".join(texts[1:])
     yield TextDocument(prompt + text if text else "", origin, len(prompt))
 

@@ -70,10 +70,10 @@ def read_header(
     if given_dtype is None:
         supported = ", ".join(SUPPORTED_DTYPES)
         raise DataError(f"{location}: a .bin file does not store its dtype. Give --dtype: {supported}.")
-    return TokenFileHeader(_check_dtype(location, 0, given_dtype))
+    return TokenFileHeader(_to_unsigned_dtype(location, 0, given_dtype))
 
 
-def _check_dtype(location: str, byte_offset: int, dtype: str) -> DType:
+def _to_unsigned_dtype(location: str, byte_offset: int, dtype: str) -> DType:
     """Return the unsigned dtype in which ids of `dtype` are read. Raises DataError if it is not supported."""
     if dtype not in SUPPORTED_DTYPES:
         raise DataError(
@@ -89,7 +89,7 @@ def _parse_megatron(location: str, content: bytes) -> TokenFileHeader:
     _, version, dtype_code, num_sequences, num_bounds = MEGATRON_HEADER.unpack_from(content)
     if version != MEGATRON_VERSION:
         raise DataError(f"{location}: byte 9: version {version}; only version {MEGATRON_VERSION} is supported.")
-    dtype = _check_dtype(location, 17, MEGATRON_DTYPES.get(dtype_code, f"number {dtype_code}"))
+    dtype = _to_unsigned_dtype(location, 17, MEGATRON_DTYPES.get(dtype_code, f"number {dtype_code}"))
     expected_bytes = MEGATRON_HEADER.size + 12 * num_sequences + 8 * num_bounds
     if len(content) != expected_bytes:
         is_truncated = len(content) < expected_bytes
@@ -140,7 +140,7 @@ def _parse_npy(location: str, first_bytes: bytes) -> TokenFileHeader:
     if len(shape) != 1:
         raise DataError(f"{location}: byte 8: an array of shape {shape}; ids must be flat: save array.reshape(-1).")
     dtype_name = dtype.name if dtype == dtype.newbyteorder("<") else f"{dtype.name}, big-endian"
-    return TokenFileHeader(_check_dtype(location, 8, dtype_name), skip_bytes=file.tell(), num_tokens=shape[0])
+    return TokenFileHeader(_to_unsigned_dtype(location, 8, dtype_name), skip_bytes=file.tell(), num_tokens=shape[0])
 
 
 def _parse_llmc(location: str, first_bytes: bytes) -> TokenFileHeader:

@@ -78,9 +78,13 @@ class FolderWalk:
         self._unreadable: list[str] = []  # path and reason
         self._used_globs: set[str] = set()
 
-    def check_file(self, path: Path) -> list[Path]:
-        """Return a file that the user names if it is readable, without applying globs; else return nothing."""
-        return [path] if self._count_readable(path) else []
+    def select_file(self, path: Path) -> bool:
+        """Return whether a file is readable, and count it as read or as skipped. No glob applies."""
+        if reason := find_read_problem(path):
+            self._record_unreadable(path, reason)
+            return False
+        self.file_counts.add("read", path, _get_file_bytes(path))
+        return True
 
     def walk_folder(self, root: Path, excluded_folders: Iterable[str] = ()) -> list[Path]:
         """Return the selected files below `root`, sorted by relative path."""
@@ -97,7 +101,7 @@ class FolderWalk:
         data_suffixes = {
             get_data_suffix(path) for path in files if not _matches_name(path, (*ABOUT_FILES, *CHECKSUMS, *BACKUPS))
         }
-        return [path for path in files if self._may_be_data(path, data_suffixes) and self._count_readable(path)]
+        return [path for path in files if self._may_be_data(path, data_suffixes) and self.select_file(path)]
 
     def check(self) -> None:
         """Raise DataError if a file is unreadable, or a glob matched nothing."""
@@ -107,7 +111,8 @@ class FolderWalk:
             raise DataError(
                 f"{len(self._unreadable)} files or folders of --source cannot be read:\n  "
                 + "\n  ".join(self._unreadable[:MAX_LISTED])
-                + f"{more}\nFix them, leave them out with --exclude, or skip them with --skip-unreadable."
+                + f"{more}\nFix them, leave them out (in a folder, with --exclude), or skip them with "
+                "--skip-unreadable."
             )
         for option, globs in (("--include", self.rules.include), ("--exclude", self.rules.exclude)):
             if unused_globs := [glob for glob in globs if glob not in self._used_globs]:
@@ -170,13 +175,6 @@ class FolderWalk:
             if is_active and _matches_name(path, globs):
                 self._skip(reason, path)
                 return False
-        return True
-
-    def _count_readable(self, path: Path) -> bool:
-        if reason := find_read_problem(path):
-            self._record_unreadable(path, reason)
-            return False
-        self.file_counts.add("read", path, _get_file_bytes(path))
         return True
 
     def _record_unreadable(self, path: Path, reason: str) -> None:

@@ -41,7 +41,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class HeldoutData:
+class EvaluationSetup:
     """The held-out corpora by source name, and the settings that all evaluations of a run share."""
 
     corpora: Mapping[str, Corpus]
@@ -61,40 +61,39 @@ class HeldoutData:
             if self.objective.layout.has_document_mask:
                 corpus.check_document_bounds()
             if corpus.num_tokens < min_tokens:
+                hint = ", or with a larger --heldout-fraction" if corpus.split == "heldout" else ""
                 raise DataError(
                     f"{corpus.directory}: the objective needs {min_tokens} tokens of {corpus.split} text, but there "
-                    f"are {corpus.num_tokens}; prepare more, or with a larger --heldout-fraction"
+                    f"are {corpus.num_tokens}; prepare more text{hint}"
                 )
 
 
-def evaluate(engine: Engine, heldout: HeldoutData, heartbeat: Callable[[], None] = lambda: None) -> Evaluation:
+def evaluate(engine: Engine, setup: EvaluationSetup, heartbeat: Callable[[], None] = lambda: None) -> Evaluation:
     """Score the windows of each corpus with each component of the objective. Every rank must call this.
 
     Examples are built as in training, from the index of the window. `heartbeat` is called before each batch. Bits per
     byte divide by the bytes of the text only: the loss includes predicted separators, which have no bytes.
     """
-    component_names = [f"{index}_{spec.name}" for index, (spec, _) in enumerate(heldout.objective.components)]
+    component_names = [f"{index}_{spec.name}" for index, (spec, _) in enumerate(setup.objective.components)]
     # (source name, component name) -> (sum of losses, number of valid tokens)
     sums = {
-        (source, name): _score_corpus(engine, heldout, corpus, component_index, heartbeat)
-        for source, corpus in heldout.corpora.items()
+        (source, name): _score_corpus(engine, setup, corpus, component_index, heartbeat)
+        for source, corpus in setup.corpora.items()
         for component_index, name in enumerate(component_names)
     }
     loss = sum(loss_sum for loss_sum, _ in sums.values())
     tokens = sum(num_tokens for _, num_tokens in sums.values())
     breakdown: dict[str, float] = {}
-    for source in heldout.corpora if len(heldout.corpora) > 1 else ():
+    for source in setup.corpora if len(setup.corpora) > 1 else ():
         breakdown[source] = _mean_loss([values for (name, _), values in sums.items() if name == source])
     for component in component_names if len(component_names) > 1 else ():
         breakdown[component] = _mean_loss([values for (_, name), values in sums.items() if name == component])
     text_bytes = 0.0
     for (source, _), (_, num_tokens) in sums.items():
-        corpus = heldout.corpora[source]
+        corpus = setup.corpora[source]
         text_bytes += num_tokens * corpus.manifest.count_text_bytes(corpus.split) / corpus.num_tokens
-    predicts_all_text = all(spec.name == "causal" for spec, _ in heldout.objective.components)
-    predicts_all_text &= heldout.score_prompts or not any(
-        corpus.manifest.prompts for corpus in heldout.corpora.values()
-    )
+    predicts_all_text = all(spec.name == "causal" for spec, _ in setup.objective.components)
+    predicts_all_text &= setup.score_prompts or not any(corpus.manifest.prompts for corpus in setup.corpora.values())
     bits = loss / math.log(2) / text_bytes if predicts_all_text and text_bytes else None
     return Evaluation(loss / max(tokens, 1), int(tokens), bits, breakdown)
 
@@ -105,12 +104,12 @@ def _mean_loss(sums: list[tuple[float, int]]) -> float:
 
 
 def _score_corpus(
-    engine: Engine, heldout: HeldoutData, corpus: Corpus, component_index: int, heartbeat: Callable[[], None]
+    engine: Engine, setup: EvaluationSetup, corpus: Corpus, component_index: int, heartbeat: Callable[[], None]
 ) -> tuple[float, int]:
     """Return (sum of losses, number of valid tokens) of one component on one corpus, over all ranks."""
     losses: list[Tensor] = []
     num_valid_tokens = 0
-    for dp_batch in iter_heldout_batches(heldout, corpus, component_index, *engine.dp_rank_and_size):
+    for dp_batch in iter_heldout_batches(setup, corpus, component_index, *engine.dp_rank_and_size):
         heartbeat()
         batch = engine.to_local_batch(dp_batch)
         losses.append(engine.score(batch).sum())
@@ -120,7 +119,7 @@ def _score_corpus(
 
 
 def iter_heldout_batches(
-    heldout: HeldoutData, corpus: Corpus, component_index: int, dp_rank: int, dp_size: int
+    setup: EvaluationSetup, corpus: Corpus, component_index: int, dp_rank: int, dp_size: int
 ) -> Iterator[Batch]:
     """Yield the batches of one data-parallel rank, for one component of the objective.
 
@@ -128,24 +127,24 @@ def iter_heldout_batches(
     Every rank yields equally many batches, because a sharded model needs all ranks in each forward pass. A rank that
     has no windows left yields rows without valid tokens.
     """
-    objective = heldout.objective
+    objective = setup.objective
     lengths = objective.components[component_index][1]
     if objective.is_causal_only:
         n_windows = max(1, -(-(corpus.num_tokens - 1) // lengths.stride_tokens))
     else:
         n_windows = corpus.count_windows(lengths.window_tokens, lengths.stride_tokens)
-    n_windows = min(heldout.max_windows, n_windows) if heldout.max_windows else n_windows
+    n_windows = min(setup.max_windows, n_windows) if setup.max_windows else n_windows
     windows_per_rank = -(-n_windows // dp_size)
     first_window, end_window = dp_rank * windows_per_rank, (dp_rank + 1) * windows_per_rank
-    for batch_start in range(first_window, end_window, heldout.micro_batch):
-        window_ids = np.arange(batch_start, min(batch_start + heldout.micro_batch, end_window))
+    for batch_start in range(first_window, end_window, setup.micro_batch):
+        window_ids = np.arange(batch_start, min(batch_start + setup.micro_batch, end_window))
         is_window = window_ids < n_windows
         if objective.is_causal_only:
             yield _build_causal_batch(corpus, lengths.stride_tokens, window_ids, is_window)
         else:
             valid_ids = np.where(is_window, window_ids, 0)  # window 0 fills the rest; its targets are ignored below
             starts, with_documents = valid_ids * lengths.stride_tokens, objective.layout.has_document_mask
-            windows = read_windows(corpus, starts, lengths.window_tokens, heldout.score_prompts, with_documents)
+            windows = read_windows(corpus, starts, lengths.window_tokens, setup.score_prompts, with_documents)
             batch = objective(windows, valid_ids, [component_index] * len(valid_ids))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE_INDEX)
             yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))

@@ -20,10 +20,12 @@ from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.text.tokenizer import TOKENIZER_FILE
-from dist_llm.training.evaluate import Evaluation, HeldoutData, evaluate
+from dist_llm.training.evaluate import Evaluation, EvaluationSetup, evaluate
 from dist_llm.training.settings import read_vocabulary
 
-IMPORTED_SEQ_LEN = 2048  # default window in tokens for imported models, which have no data.seq_len of a run
+# The default window of an imported model is data.seq_len, its maximum length, but at most this many tokens. Windows of
+# 131,072 tokens, for example, would take hours and much memory.
+MAX_DEFAULT_SEQ_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,29 @@ def evaluate_checkpoint(
     The model is sharded over all ranks, whatever its layout in training was. Raises ConfigError or DataError that names
     the option to change.
     """
-    path = store.open_checkpoint(checkpoint, world.rank, world.world_size)
+    path = store.fetch_verified_checkpoint(checkpoint, world.rank, world.world_size)
     is_trained = store.read_progress(CheckpointFolder(path)).tokens > 0  # else the model was imported
-    config, seq_len_origin = _with_seq_len(load_saved(path), options.seq_len, is_trained)
-    corpora = _open_corpora(config, data, split)
-    _check_tokenizer(path, config, corpora.values(), world)
-    has_prompts = masks_prompts(config.data, corpora.values())
+    config, seq_len_origin = _resolve_seq_len(load_saved(path), options.seq_len, is_trained)
+    corpus_origin = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
+    corpora = _open_corpora(config, data, split, corpus_origin)
+    _check_tokenizer(path, config, corpora.values(), corpus_origin)
+    if not (path / TOKENIZER_FILE).exists() and world.is_main:
+        print(f"{path} has no tokenizer: using the tokenizer of the corpus")
+    mask_prompts = masks_prompts(config.data, corpora.values())
     vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
-    objective = build_objective(config, vocabulary, has_prompts)
+    objective = build_objective(config, vocabulary, mask_prompts)
     score_prompts = config.data.score_prompts
-    heldout = HeldoutData(
+    setup = EvaluationSetup(
         corpora, objective, options.micro_batch or config.data.micro_batch, score_prompts=score_prompts
     )
-    heldout.check()
+    setup.check()
     # Models trained in float8 are scored in bf16 on all devices, as in `generate`.
     config = config.model_copy(update={"parallel": ParallelConfig(dp_shard=world.world_size), "fp8": False})
     device = select_device(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
         progress = store.load_checkpoint(path, engine.state, with_moments=False)
-        result = evaluate(engine, heldout)
+        result = evaluate(engine, setup)
         del engine
     if world.is_main:
         print(
@@ -82,8 +87,8 @@ def _first_directory(corpora: Mapping[str, Corpus]) -> Path:
     return next(iter(corpora.values())).directory
 
 
-def _with_seq_len(config: Config, seq_len: int, is_trained: bool) -> tuple[Config, str]:
-    """Return (the config for windows of `seq_len` tokens, where that number comes from). 0 selects the default.
+def _resolve_seq_len(config: Config, seq_len: int, is_trained: bool) -> tuple[Config, str]:
+    """Return (the config for windows of `seq_len` tokens, the origin of the length). 0 selects the default length.
 
     Raises ConfigError if the model or the objective does not support the length.
     """
@@ -91,21 +96,20 @@ def _with_seq_len(config: Config, seq_len: int, is_trained: bool) -> tuple[Confi
     if seq_len > max_seq_len:
         raise ConfigError(f"--seq-len {seq_len}: the model takes at most {max_seq_len} tokens; lower it")
     if not seq_len:
-        seq_len, origin = config.data.seq_len, "as in the run"
-        if not is_trained and seq_len > IMPORTED_SEQ_LEN:
-            seq_len, origin = IMPORTED_SEQ_LEN, f"the default; the model takes up to {max_seq_len}, see --seq-len"
+        seq_len, origin = config.data.seq_len, "data.seq_len of the checkpoint"
+        if not is_trained and seq_len > MAX_DEFAULT_SEQ_LEN:
+            seq_len, origin = MAX_DEFAULT_SEQ_LEN, f"the default; the model takes up to {max_seq_len}, see --seq-len"
     updated = config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
     try:
         compute_component_lengths(updated)
     except ValueError as error:
-        raise ConfigError(f"--seq-len {seq_len}: {error}; raise it") from None
+        raise ConfigError(f"windows of {seq_len} tokens ({origin}): {error}; give a longer --seq-len") from None
     return updated, origin
 
 
-def _open_corpora(config: Config, data: str | None, split: Split) -> dict[str, Corpus]:
-    """Open the corpora of the run, or the corpus of --data."""
+def _open_corpora(config: Config, data: str | None, split: Split, corpus_origin: str) -> dict[str, Corpus]:
+    """Open the corpora of the run, or the corpus of --data. `corpus_origin` says which, for errors."""
     data_config = config.data.model_copy(update={"path": data, "sources": ()}) if data else config.data
-    corpus_origin = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
     if not (data_config.path or data_config.sources):
         raise ConfigError("--data: this model was imported and has no corpus of its own; give a corpus directory")
     try:
@@ -118,27 +122,27 @@ def _open_corpora(config: Config, data: str | None, split: Split) -> dict[str, C
                 f"{corpus_origin}: {corpus.directory} has no {split} text; choose another corpus with --data, or "
                 f"--split {'train' if split == 'heldout' else 'heldout'}"
             )
-        if (config.data.document_mask or config.data.windows == "packed") and not corpus.manifest.has_document_bounds:
+        reason = "data.document_mask" if config.data.document_mask else f"data.windows={config.data.windows}"
+        needs_document_bounds = config.data.document_mask or config.data.windows == "packed"
+        if needs_document_bounds and not corpus.manifest.has_document_bounds:
             raise DataError(
                 f"{corpus_origin}: {corpus.directory}: document boundaries are unknown, but the model was trained with "
-                "a document mask; choose a corpus with document boundaries"
+                f"{reason}; choose a corpus with document boundaries with --data"
             )
     return corpora
 
 
-def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], world: World) -> None:
+def _check_tokenizer(path: Path, config: Config, corpora: Iterable[Corpus], corpus_origin: str) -> None:
     """Raise DataError if the token ids of a corpus are not those of the model."""
     has_tokenizer = (path / TOKENIZER_FILE).exists()
     for corpus in corpora:
         if not has_tokenizer and corpus.manifest.vocab_size > config.model.vocab_size:
             raise DataError(
-                f"--data: {corpus.directory} has {corpus.manifest.vocab_size} ids, the model in {path} "
+                f"{corpus_origin}: {corpus.directory} has {corpus.manifest.vocab_size} ids, the model in {path} "
                 f"{config.model.vocab_size}; choose a corpus of its tokenizer"
             )
         if has_tokenizer and not is_same_tokenizer(path, corpus.directory, corpus.manifest.tokenizer_sha256):
             raise DataError(
-                f"--data: {corpus.directory} was prepared with a different tokenizer from the one in {path}; prepare "
-                f"it with --tokenizer {path}"
+                f"{corpus_origin}: {corpus.directory} was prepared with a different tokenizer from the one in "
+                f"{path}; prepare it with --tokenizer {path}"
             )
-    if not has_tokenizer and world.is_main:
-        print(f"{path} has no tokenizer: using the tokenizer of the corpus")

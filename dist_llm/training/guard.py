@@ -66,7 +66,7 @@ class Guard:
 
         Called only if `can_skip`, because it waits for the device and all ranks.
         """
-        anomaly = self._agree(self._find_anomaly(*torch.stack((loss.float(), norm.float())).tolist()))
+        anomaly = self._all_gather_anomaly(self._find_anomaly(*torch.stack((loss.float(), norm.float())).tolist()))
         self.checked[step] = anomaly
         return anomaly is None or self._policy(anomaly) != "skip"
 
@@ -79,7 +79,7 @@ class Guard:
         unchecked = [row for row in rows if row["step"] not in self.checked]
         anomalies = {row["step"]: self._find_anomaly(row["loss"], row["grad_norm"]) for row in unchecked}
         if anomalies and any(self.all_gather(int(any(anomalies.values())))):
-            self.checked |= {step: self._agree(anomaly) for step, anomaly in anomalies.items()}
+            self.checked |= {step: self._all_gather_anomaly(anomaly) for step, anomaly in anomalies.items()}
         checked, self.checked = self.checked, {}
         return [
             event
@@ -88,7 +88,7 @@ class Guard:
             for event in self._handle(step, anomaly, self._policy(anomaly))
         ]
 
-    def report_divergence(self, step: int, lines: Sequence[str]) -> None:
+    def handle_divergence(self, step: int, lines: Sequence[str]) -> None:
         """Handle differences between ranks: one line for each difference. Raises the errors of `check_metrics`."""
         if lines:
             advice = "take out the faulty machine (sbatch --exclude NODE), or set guard.corrupt: rewind"
@@ -126,7 +126,7 @@ class Guard:
             raise RewindRequest(step, anomaly)
         return [{"step": step, "event": f"step {step}: {anomaly.problem}; its update was skipped"}]
 
-    def _agree(self, local: Anomaly | None) -> Anomaly | None:
+    def _all_gather_anomaly(self, local: Anomaly | None) -> Anomaly | None:
         """All-gather the anomalies of all ranks and return the one to act on; None if no rank has an anomaly."""
         codes = self.all_gather(1 + STEP_KEYS.index(local.key) if local else 0)
         code = min((rank_code for rank_code in codes if rank_code), default=0)
@@ -146,14 +146,14 @@ class Guard:
         if self.checks_norm and not math.isfinite(norm):
             return Anomaly("not_finite", f"the gradient's norm is {norm}")
         losses, anomaly = self.state.losses, None
-        if len(losses) == self.config.window and (z := robust_z_score(loss, losses)) > self.config.spike_z:
+        if len(losses) == self.config.window and (z := compute_robust_z_score(loss, losses)) > self.config.spike_z:
             anomaly = Anomaly("spike", f"a loss of {loss:.4f} is {z:.1f} deviations above the median of recent losses")
         if anomaly is None or self.config.spike == "warn":
             self.state.losses = [*losses, loss][-self.config.window :]
         return anomaly
 
 
-def robust_z_score(loss: float, losses: Sequence[float]) -> float:
+def compute_robust_z_score(loss: float, losses: Sequence[float]) -> float:
     """Return how many standard deviations `loss` is above the median of `losses`.
 
     The standard deviation is estimated from the median absolute deviation (MAD).

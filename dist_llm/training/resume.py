@@ -13,9 +13,9 @@ from typing import Any
 from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, log_init_differences, read_config
+from dist_llm.checkpoint.compatibility import compare_for_init, compare_parameters, log_init_differences, read_config
 from dist_llm.checkpoint.init_from import init_from_checkpoint
-from dist_llm.checkpoint.probe import PROBE, TOLERANCES, compare_probes, parse_probe
+from dist_llm.checkpoint.probe import PROBE_FILE, TOLERANCES, compare_probes, parse_probe
 from dist_llm.config.compare import PARAMETER_KEYS
 from dist_llm.config.load import parse_saved
 from dist_llm.config.schema import Config
@@ -36,20 +36,20 @@ LOSS_DATA_KEYS = ("seq_len", "global_batch", "order", "windows", "score_prompts"
 
 def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progress:
     """Read weights and optimizer state. Raises CheckpointError if the weights differ from the saved ones."""
-    check_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
+    compare_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
     progress = checkpoints.load_checkpoint(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
-    check_probe(folder, engine, config)
+    check_probe(folder, engine, config, "move this checkpoint away to resume from the previous one")
     return progress
 
 
 def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     """Load the weights of another run. Raises CheckpointError if they do not fit or differ from the saved ones."""
-    requested = check_init_from(path, config)
+    requested = compare_for_init(path, config)
     log_init_differences(path, config, requested)
     changes_parts = any(difference.key in PARAMETER_KEYS for difference in requested)
-    added, dropped = check_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
+    added, dropped = compare_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
     for description, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
         if names:
             log.info("init_allow: parameters %s: %s", description, ", ".join(names))
@@ -60,15 +60,18 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     if changed := [difference.key for difference in requested if difference.key != "objective"]:
         log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))
     else:
-        check_probe(CheckpointFolder(path), engine, config)
+        check_probe(CheckpointFolder(path), engine, config, "set init_from to another checkpoint")
 
 
-def check_probe(folder: CheckpointFolder, engine: Engine, config: Config) -> None:
+def check_probe(folder: CheckpointFolder, engine: Engine, config: Config, alternative: str) -> None:
     """Compare the probe of the loaded weights with the probe in the checkpoint. Every rank must call this.
 
+    `alternative` says what a user can do if the hardware is not the cause.
     Raises CheckpointError if the two differ by more than rounding, unless checkpoint.probe is warn.
     """
-    probe = parse_probe(folder.read(PROBE), f"{folder}/{PROBE}") if PROBE in folder.list_names() else None
+    probe = (
+        parse_probe(folder.read(PROBE_FILE), f"{folder}/{PROBE_FILE}") if PROBE_FILE in folder.list_names() else None
+    )
     if probe is None:
         log.info("%s: has no probe that this version can compare; the weights are used unchecked", folder)
         return
@@ -78,7 +81,7 @@ def check_probe(folder: CheckpointFolder, engine: Engine, config: Config) -> Non
         if config.checkpoint.probe == "refuse":
             raise CheckpointError(
                 f"{error}. Start again, on another machine if possible: the hardware may be faulty. If it fails again, "
-                "move this checkpoint away to resume from the previous one; or set checkpoint.probe: warn to accept it"
+                f"{alternative}; or set checkpoint.probe: warn to accept it"
             ) from None
         log.warning("%s", error)
 

@@ -18,8 +18,8 @@ import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState
-from dist_llm.checkpoint.compatibility import check_init_from, check_resume, log_harmless_differences
-from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, open_checkpoint, read_progress
+from dist_llm.checkpoint.compatibility import compare_for_init, compare_for_resume, log_harmless_differences
+from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, fetch_verified_checkpoint, read_progress
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.engine_names import NATIVE_ENGINE
 from dist_llm.config.load import dump_config
@@ -79,12 +79,12 @@ def train(config: Config, world: World) -> int:
     latest = store.peek_latest()
     initial_weights: Path | None = None
     if latest is not None:
-        check_resume(latest, config)
+        compare_for_resume(latest, config)
     else:
         _check_checkpoints_not_moved(store, run_dir)
         if config.init_from:
-            initial_weights = open_checkpoint(config.init_from, world.rank, world.world_size)
-            check_init_from(initial_weights, config)
+            initial_weights = fetch_verified_checkpoint(config.init_from, world.rank, world.world_size)
+            compare_for_init(initial_weights, config)
             _check_tokenizer(initial_weights, sources[0].corpus.manifest.tokenizer_sha256, corpus_dir)
     _build_history(config, sources, latest)  # raises its errors before any process group starts
     is_finished = latest is not None and read_progress(latest).step >= config.run.steps
@@ -95,7 +95,7 @@ def train(config: Config, world: World) -> int:
             watchdog.register()
             verified = store.latest_verified()
             if verified is not None:
-                log_harmless_differences(check_resume(verified, config))  # `latest` may have been damaged
+                log_harmless_differences(compare_for_resume(verified, config))  # `latest` may have been damaged
             if world.is_main:
                 clear_stop_marker(run_dir)
             engine = build_engine(config, device)

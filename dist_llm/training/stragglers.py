@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from operator import add
 
 from dist_llm.engines.base import Engine
-from dist_llm.launch.flight_recorder import in_collective
+from dist_llm.launch.flight_recorder import is_in_collective
 from dist_llm.launch.world import World
 from dist_llm.observe.metrics import MetricsRow
 
@@ -44,8 +44,8 @@ class StragglerMonitor:
     def __exit__(self, *raised: object) -> None:
         self._closed.set()
 
-    def report(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
-        """Return a row with the busy seconds of each rank if an interval has passed, else no row.
+    def gather_report(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
+        """All-gather the busy seconds of each rank, and return them as a row if an interval has passed, else no row.
 
         Every rank must call this after the steps of `rows`. The returned row has an event if a rank is slow.
         """
@@ -79,7 +79,7 @@ class StragglerMonitor:
     def _sample_loop(self) -> None:
         rng = random.Random()  # random intervals sample all parts of a step equally often
         while not self._closed.wait(rng.uniform(0.5, 1.5) * SAMPLE_SECONDS):
-            is_waiting = in_collective()  # takes 1 ms, so it runs before the two counters change
+            is_waiting = is_in_collective()  # takes 1 ms, so it runs before the two counters change
             self.num_waiting += is_waiting
             self.num_samples += 1
 

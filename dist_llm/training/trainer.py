@@ -12,7 +12,7 @@ from signal import Signals
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.checkpoint.flat_shard import local_chunks
-from dist_llm.checkpoint.probe import PROBE
+from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config, LossConfig
 from dist_llm.config.sequence_lengths import compute_inputs_len, count_sample_tokens
@@ -28,13 +28,13 @@ from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.observe.console import ConsoleSink
-from dist_llm.observe.flops import CONVENTION, flops_per_sample, peak_flops
+from dist_llm.observe.flops import CONVENTION, count_flops_per_sample, find_peak_flops
 from dist_llm.observe.metrics import MetricsFile, MetricsRecorder, MetricsRow, StepMetrics
 from dist_llm.observe.tensorboard import TensorBoard
 from dist_llm.optim.schedule import learning_rate
 from dist_llm.parallel.replica_check import find_mismatches
 from dist_llm.text.tokenizer import Tokenizer
-from dist_llm.training.evaluate import HeldoutData, evaluate
+from dist_llm.training.evaluate import EvaluationSetup, evaluate
 from dist_llm.training.gc_control import GCControl
 from dist_llm.training.guard import Guard
 from dist_llm.training.replay import replay_step
@@ -81,7 +81,7 @@ class Trainer:
         num_samples = (config.run.steps - self.progress.step) * config.data.global_batch
         end_sample = loader.plan.advance(self.progress.samples, num_samples)
         self.repetitions = find_repetitions(loader.plan, self.progress.samples, end_sample)
-        self.heldout_data = self._open_heldout(loader.objective)
+        self.evaluation_setup = self._build_evaluation_setup(loader.objective)
         self.sample_audit = SampleAudit(engine, loader, config.data.audit_every)
         parallel = config.parallel
         self.can_generate = parallel.pp == parallel.tp == parallel.cp == 1 and config.model.architecture != "encoder"
@@ -156,7 +156,7 @@ class Trainer:
         self.sample_audit.add(progress.samples, batches)
         if (interval := config.guard.replay_every) and (progress.step + 1) % interval == 0:
             differences = replay_step(self.engine, self.loader, progress.samples, progress.step, config.precision)
-            self.guard.report_divergence(progress.step + 1, differences)
+            self.guard.handle_divergence(progress.step + 1, differences)
         should_apply = partial(self.guard.should_apply, progress.step + 1) if self.guard.can_skip else None
         report = train_step(
             self.engine,
@@ -186,30 +186,30 @@ class Trainer:
         )
         self.recorder.add(step_metrics)
         if (interval := config.guard.digest_every) and progress.step % interval == 0:
-            self.compare_replicas()
+            self.check_replicas()
 
-    def compare_replicas(self) -> None:
-        """Raise DivergedError or RewindRequest on all ranks if replicas of the weights differ."""
+    def check_replicas(self) -> None:
+        """Compare replicas of the weights. Raises DivergedError or RewindRequest on all ranks if they differ."""
         if replica_groups := self.engine.replica_groups:
-            self.guard.report_divergence(self.progress.step, find_mismatches(replica_groups, self.world.host))
+            self.guard.handle_divergence(self.progress.step, find_mismatches(replica_groups, self.world.host))
 
     def flush_metrics(self) -> None:
         """Write the metrics so far. Raises DivergedError or RewindRequest on all ranks if a step has an anomaly."""
         rows = self.recorder.flush()
-        events = self.guard.check_metrics(rows) + self.stragglers.report(rows) + self.earlier_steps.compare(rows)
+        events = self.guard.check_metrics(rows) + self.stragglers.gather_report(rows) + self.earlier_steps.compare(rows)
         if events:
             self.recorder.emit(events)
 
     def evaluate(self) -> None:
         """Log the held-out loss and a generated sample."""
-        if self.heldout_data is None:
+        if self.evaluation_setup is None:
             return
         self.flush_metrics()
 
         def heartbeat() -> None:
             self.watchdog.heartbeat("an evaluation", LONG_ACTIVITY_TIMEOUT_FACTOR)
 
-        result = evaluate(self.engine, self.heldout_data, heartbeat)
+        result = evaluate(self.engine, self.evaluation_setup, heartbeat)
         self.progress.heldout_loss = result.loss
         row: MetricsRow = {
             "step": self.progress.step,
@@ -240,13 +240,13 @@ class Trainer:
         self.flush_metrics()
         self.sample_audit.check()
         if self.config.guard.digest_every:
-            self.compare_replicas()
+            self.check_replicas()
         chunks = (chunk for weight in self.engine.state.weights().values() for _, chunk in local_chunks(weight))
         finite = all(bool(chunk.isfinite().all()) for chunk in chunks)
         self.guard.check_weights_finite(self.progress.step, finite)
         self.progress.loss_scale = self.engine.loss_scale
         self.progress.source_tokens = self.recorder.source_tokens
-        files = {**self.files, PROBE: measure_probe(self.engine, self.config).dump()}
+        files = {**self.files, PROBE_FILE: measure_probe(self.engine, self.config).dump()}
         self.store.save(self.engine.state, self.progress, files)
         self.recorder.restart_clock(self.progress.tokens)
 
@@ -260,20 +260,20 @@ class Trainer:
         log.info("resumed from %s", start)
         return progress
 
-    def _open_heldout(self, objective: Objective) -> HeldoutData | None:
+    def _build_evaluation_setup(self, objective: Objective) -> EvaluationSetup | None:
         """Open the held-out text of each data source with enough tokens. Return None if there is no such source."""
         data, corpora = self.config.data, {}
         for source in self.loader.plan.sources:
             corpus = Corpus(source.corpus.directory, "heldout", data.verify, data.cache)
             try:
-                HeldoutData({source.name: corpus}, objective, data.micro_batch).check()
+                EvaluationSetup({source.name: corpus}, objective, data.micro_batch).check()
             except DataError as error:
                 log.info("no evaluation: %s", error)
             else:
                 corpora[source.name] = corpus
         if not corpora:
             return None
-        return HeldoutData(
+        return EvaluationSetup(
             corpora,
             objective,
             data.micro_batch,
@@ -284,10 +284,12 @@ class Trainer:
     def _build_recorder(self) -> MetricsRecorder:
         config, step = self.config, self.progress.step
         device = self.engine.device
-        peak, peak_origin = peak_flops(device, config.precision)
+        peak, peak_origin = find_peak_flops(device, config.precision)
         if config.log.peak_tflops:
             peak, peak_origin = config.log.peak_tflops * 1e12, "log.peak_tflops"
-        sample_flops = flops_per_sample(config.model, compute_inputs_len(config), self.loader.objective.encoder_len)
+        sample_flops = count_flops_per_sample(
+            config.model, compute_inputs_len(config), self.loader.objective.encoder_len
+        )
         log.info("MFU: %s; %.3f TFLOP/s per device, %s", CONVENTION, peak / 1e12, peak_origin)
         sinks: list[MetricsFile | TensorBoard | ConsoleSink] = []
         if self.world.is_main:

@@ -134,7 +134,7 @@ def test_an_excess_needs_a_reason_and_a_reason_an_excess() -> None:
 
 
 def test_the_document_has_every_layout() -> None:
-    lines = communication.DOCUMENT.read_text().splitlines()
+    lines = communication.DOCUMENT_FILE.read_text().splitlines()
     table = [
         line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ") and line.endswith("% |")
     ]

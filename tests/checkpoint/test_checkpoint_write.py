@@ -140,7 +140,7 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert newest is not None
     assert are_states_equal(load_state(newest), copy_state(engine))
 
-    result = store.open_checkpoint(str(newest))
+    result = store.fetch_verified_checkpoint(str(newest))
     assert result.is_relative_to(tmp_path / "cache")
     assert are_states_equal(load_state(result), copy_state(engine))
 
@@ -244,7 +244,7 @@ def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
         checkpoints.finish()
 
 
-MEMORY = """
+MEMORY_SCRIPT = """
 import json, resource, sys
 from pathlib import Path
 import torch
@@ -273,7 +273,9 @@ print(json.dumps([peak - before, 3 * sum(p.numel() * 4 for p in model.parameters
 
 
 def test_a_save_needs_at_most_1_5_shards_of_extra_memory(tmp_path: Path) -> None:
-    completed = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True)
+    completed = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, tmp_path], capture_output=True, text=True, check=True
+    )
     extra_bytes, shard_bytes = json.loads(completed.stdout)
     assert 0.5 * shard_bytes < extra_bytes < 1.5 * shard_bytes, "a save needs the staging buffers and little else"
 

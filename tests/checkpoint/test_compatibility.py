@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
-from dist_llm.checkpoint.compatibility import check_init_from, check_parameters, check_resume
+from dist_llm.checkpoint.compatibility import compare_for_init, compare_for_resume, compare_parameters
 from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError
@@ -38,22 +38,22 @@ def write_config(directory: Path, model: dict[str, Any], **sections: Any) -> Pat
 def test_resume_refuses_a_model_of_another_function(case: str, tmp_path: Path) -> None:
     before, current, message = INCOMPATIBLE[case]
     path = write_config(tmp_path, before)
-    check_resume(CheckpointFolder(path), make_config(1, before))
+    compare_for_resume(CheckpointFolder(path), make_config(1, before))
     with pytest.raises(CheckpointError, match=f"(?s)cannot resume.*model.{message}.*Set these keys"):
-        check_resume(CheckpointFolder(path), make_config(1, current))
+        compare_for_resume(CheckpointFolder(path), make_config(1, current))
 
 
 @pytest.mark.parametrize("case", INCOMPATIBLE)
 def test_init_from_refuses_changes_without_a_request(case: str, tmp_path: Path) -> None:
     before, current, message = INCOMPATIBLE[case]
     path = write_config(tmp_path, before)
-    assert check_init_from(path, make_config(1, before)) == []
+    assert compare_for_init(path, make_config(1, before)) == []
     with pytest.raises(CheckpointError, match=f"(?s)a different model from the checkpoint.*model.{message}"):
-        check_init_from(path, make_config(1, current))
+        compare_for_init(path, make_config(1, current))
     start = {"init_from": str(path), "init_allow": [f"model.{key}" for key in current or before]}
     if FIXED & set(start["init_allow"]):
         return
-    requested = check_init_from(path, make_config(1, current, **start))
+    requested = compare_for_init(path, make_config(1, current, **start))
     assert {difference.key for difference in requested} == set(start["init_allow"])
 
 
@@ -63,7 +63,7 @@ def test_a_request_allows_only_the_named_keys(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"(?s)norm_eps.*set init_allow=\[model.rope_theta,model.norm_eps\]"
     ) as error:
-        check_init_from(path, make_config(1, {"rope_theta": 5e5, "norm_eps": 1e-6}, **start))
+        compare_for_init(path, make_config(1, {"rope_theta": 5e5, "norm_eps": 1e-6}, **start))
     assert "rope_theta: 10000.0" not in str(error.value)
 
 
@@ -71,13 +71,13 @@ def test_another_objective_needs_a_request(tmp_path: Path) -> None:
     path = write_config(tmp_path, {})
     prefix = {"objective": {"name": "prefix"}, "init_from": str(path)}
     with pytest.raises(CheckpointError, match="objective: causal in the checkpoint, prefix"):
-        check_init_from(path, make_config(1, {}, **prefix))
-    assert len(check_init_from(path, make_config(1, {}, **prefix, init_allow=["objective"]))) == 1
+        compare_for_init(path, make_config(1, {}, **prefix))
+    assert len(compare_for_init(path, make_config(1, {}, **prefix, init_allow=["objective"]))) == 1
 
 
 def test_harmless_differences_are_allowed_and_reported(tmp_path: Path) -> None:
     path = write_config(tmp_path, {})
-    differences = check_resume(CheckpointFolder(path), make_config(1, {"dropout": 0.1, "init_std": 0.1}))
+    differences = compare_for_resume(CheckpointFolder(path), make_config(1, {"dropout": 0.1, "init_std": 0.1}))
     assert [str(difference) for difference in differences] == [
         "model.dropout: 0.0 in the checkpoint, 0.1 in this config",
         "model.init_std: 0.02 in the checkpoint, 0.1 in this config",
@@ -88,7 +88,7 @@ def test_an_invalid_config_is_reported(tmp_path: Path) -> None:
     path = write_config(tmp_path, {})
     (path / "config.yaml").write_text((path / "config.yaml").read_text() + "later_key: 1\n", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config.yaml: later_key: unknown key.*use that version"):
-        check_resume(CheckpointFolder(path), make_config(1, {}))
+        compare_for_resume(CheckpointFolder(path), make_config(1, {}))
 
 
 @pytest.mark.parametrize(("before", "current"), [(QWEN2, {}), ({}, QWEN3), ({"n_layers": 5}, {})])
@@ -103,9 +103,9 @@ def test_every_parameter_of_the_checkpoint_is_used(
         }
 
     old, new = make_config(1, before), make_config(1, current)
-    assert check_parameters(tmp_path, shapes(old), old.model, requested=False) == ([], [])
+    assert compare_parameters(tmp_path, shapes(old), old.model, requested=False) == ([], [])
     with pytest.raises(CheckpointError, match=r"the checkpoint (lacks|has) blocks"):
-        check_parameters(tmp_path, shapes(old), new.model, requested=False)
-    added, dropped = check_parameters(tmp_path, shapes(old), new.model, requested=True)
+        compare_parameters(tmp_path, shapes(old), new.model, requested=False)
+    added, dropped = compare_parameters(tmp_path, shapes(old), new.model, requested=True)
     assert bool(added) == (current == QWEN3)
     assert bool(dropped) == (current != QWEN3)

@@ -96,6 +96,6 @@ def test_other_world_sizes_read_flat_shards(background: bool, tmp_path: Path) ->
     assert newest.local_path is not None
     assert all(get_world(2).run(load_flat_state, newest.local_path))
     full = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    store.read_tensors(newest, dict(full))
+    store.fill_tensors(newest, dict(full))
     for name, value in make_tensors().items():
         assert torch.equal(full[name], value), name

@@ -14,7 +14,7 @@ import torch
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.manifest import MANIFEST, MARKER, read_manifest, verify_checkpoint
+from dist_llm.checkpoint.manifest import MANIFEST_FILE, MARKER_FILE, read_manifest, verify_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -71,7 +71,7 @@ def test_a_flipped_bit_at_a_random_position_is_detected(two_checkpoints: Path, t
 
 def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: Path) -> None:
     names = sorted(file.name for file in (two_checkpoints / "step_00000002").iterdir())
-    assert {MANIFEST, MARKER, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
+    assert {MANIFEST_FILE, MARKER_FILE, ".metadata", "__0_0.distcp", "progress.json", *FILES} <= set(names)
     for name in names:
         copy = Path(shutil.copytree(two_checkpoints, tmp_path / name))
         file = copy / "step_00000002" / name
@@ -80,13 +80,13 @@ def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path:
         file.write_bytes(content)
         assert CheckpointStore(copy).latest_verified() == CheckpointFolder(copy / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.open_checkpoint(copy / "step_00000002")
+            store.fetch_verified_checkpoint(copy / "step_00000002")
 
 
 def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
     """Its hashes are SHA-256."""
     newest = two_copies / "step_00000002"
-    names = [file.name for file in newest.iterdir() if file.name not in (MANIFEST, MARKER)]
+    names = [file.name for file in newest.iterdir() if file.name not in (MANIFEST_FILE, MARKER_FILE)]
     files = {name: (newest / name).read_bytes() for name in names}
     manifest = json.dumps(
         {
@@ -97,8 +97,8 @@ def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
             },
         }
     )
-    (newest / MANIFEST).write_text(manifest)
-    (newest / MARKER).write_text(hashlib.sha256(manifest.encode()).hexdigest())
+    (newest / MANIFEST_FILE).write_text(manifest)
+    (newest / MARKER_FILE).write_text(hashlib.sha256(manifest.encode()).hexdigest())
     assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(newest)
     flip_random_bit(newest, random.Random(0))
     assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(two_copies / "step_00000001")
@@ -113,8 +113,8 @@ def truncate(path: Path) -> None:
     [
         (lambda newest: (newest / "__0_0.distcp").unlink(), "damaged: .*__0_0.distcp"),
         (lambda newest: truncate(newest / "__0_0.distcp"), r"damaged: __0_0.distcp has \d+ bytes instead of \d+"),
-        (lambda newest: (newest / MANIFEST).unlink(), "damaged: .*manifest.json"),
-        (lambda newest: truncate(newest / MARKER), "do not belong together"),
+        (lambda newest: (newest / MANIFEST_FILE).unlink(), "damaged: .*manifest.json"),
+        (lambda newest: truncate(newest / MARKER_FILE), "do not belong together"),
     ],
 )
 def test_a_missing_or_truncated_file_is_reported(
@@ -190,7 +190,7 @@ def test_a_damaged_later_checkpoint_does_not_replace_a_new_one(two_copies: Path,
     save_checkpoint(checkpoints, build_engine(), Progress(3), FILES)
     assert checkpoints.latest_verified() == CheckpointFolder(two_copies / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
-        store.open_checkpoint(make_run(two_copies, tmp_path))
+        store.fetch_verified_checkpoint(make_run(two_copies, tmp_path))
 
 
 def make_run(checkpoints: Path, directory: Path) -> Path:
@@ -223,7 +223,7 @@ def test_a_damaged_older_checkpoint_does_not_stop_the_run(two_copies: Path) -> N
 )
 def test_an_invalid_manifest_is_refused(manifest: bytes, message: str, tmp_path: Path) -> None:
     """Also if the marker matches the manifest."""
-    (tmp_path / MANIFEST).write_bytes(manifest)
-    (tmp_path / MARKER).write_text(hashlib.sha256(manifest).hexdigest())
+    (tmp_path / MANIFEST_FILE).write_bytes(manifest)
+    (tmp_path / MARKER_FILE).write_text(hashlib.sha256(manifest).hexdigest())
     with pytest.raises(CheckpointError, match=message):
         read_manifest(CheckpointFolder(tmp_path))

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dist_llm.checkpoint.checkpoint_folder import METADATA, CheckpointFolder, FolderReader, FolderWriter
+from dist_llm.checkpoint.checkpoint_folder import METADATA_FILE, CheckpointFolder, FolderReader, FolderWriter
 from dist_llm.checkpoint.metadata import load_metadata
 from dist_llm.errors import CheckpointError
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_metadata_equal_the_result_of_pickle(folder: Path) -> None:
-    content = (folder / METADATA).read_bytes()
+    content = (folder / METADATA_FILE).read_bytes()
     actual, expected = load_metadata(content, "here"), pickle.loads(content)
     assert actual.state_dict_metadata == expected.state_dict_metadata
     assert actual.storage_data == expected.storage_data
@@ -49,17 +49,17 @@ class Command:
 def test_loading_metadata_runs_no_code(folder: Path, tmp_path: Path) -> None:
     malicious = tmp_path / "malicious"
     malicious.mkdir()
-    (malicious / METADATA).write_bytes(pickle.dumps(Command(tmp_path / "ran")))
+    (malicious / METADATA_FILE).write_bytes(pickle.dumps(Command(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match=r"malicious/\.metadata: would run \w+\.system when it is loaded"):
         FolderReader(CheckpointFolder(malicious)).read_metadata()
     assert not (tmp_path / "ran").exists()
-    pickle.loads((malicious / METADATA).read_bytes())
+    pickle.loads((malicious / METADATA_FILE).read_bytes())
     assert (tmp_path / "ran").exists(), "the usual way of loading runs the command"
 
 
 @pytest.mark.parametrize("name", ["../other/__0_0.distcp", "/etc/passwd", "..", "a/b", ""])
 def test_a_tensor_outside_the_folder_is_refused(name: str, folder: Path) -> None:
-    metadata: Metadata = pickle.loads((folder / METADATA).read_bytes())
+    metadata: Metadata = pickle.loads((folder / METADATA_FILE).read_bytes())
     for stored in metadata.storage_data.values():
         stored.relative_path = name
     with pytest.raises(CheckpointError, match="names a file outside the checkpoint"):
@@ -68,7 +68,7 @@ def test_a_tensor_outside_the_folder_is_refused(name: str, folder: Path) -> None
 
 def test_damaged_metadata_raise_only_checkpoint_errors(folder: Path) -> None:
     """Flip bits or truncate the metadata; what still loads is metadata."""
-    content = (folder / METADATA).read_bytes()
+    content = (folder / METADATA_FILE).read_bytes()
     draw = random.Random(0)
     refused = 0
     for number in range(600):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.checkpoint.probe import Probe, compare_probes, parse_probe, probe_batch, select_logits
+from dist_llm.checkpoint.probe import Probe, build_probe_batch, compare_probes, parse_probe, select_logits
 from dist_llm.config.schema import Config
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights
@@ -65,13 +65,13 @@ LAYOUTS = [
     Layout(2, {"dp_shard": 2}, "tied"),
     Layout(2, {"tp": 2}, "gpt"),
     Layout(2, {"cp": 2}, "tied"),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
     Layout(2, {"tp": 2}, "t5"),
-    Layout(2, {"pp": 2}, "encoder_decoder", 6),
+    Layout(2, {"pp": 2}, "encoder_decoder", micro_batch=6),
     Layout(2, {"cp": 2}, "bert"),
     Layout(3, {"cp": 3}, "bert"),
     Layout(3, {"cp": 3}, "gpt"),
-    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", micro_batch=3),
     Layout(4, {"cp": 2, "tp": 2}, "tied"),
 ]
 
@@ -166,8 +166,8 @@ def test_a_probe_file_is_parsed_back_unchanged() -> None:
 
 def test_the_probe_batch_depends_only_on_the_vocabulary_size() -> None:
     small, large = make_config(1, {}), make_config(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
-    assert torch.equal(probe_batch(small.model).inputs_BS, probe_batch(large.model).inputs_BS)
-    ids = probe_batch(small.model).inputs_BS
+    assert torch.equal(build_probe_batch(small.model).inputs_BS, build_probe_batch(large.model).inputs_BS)
+    ids = build_probe_batch(small.model).inputs_BS
     assert (int(ids.min()) >= 0, int(ids.max()) < 130) == (True, True)
     assert len(ids.unique()) > 60
     assert select_logits(torch.arange(3.0)) == (0.0, 1.0, 2.0)

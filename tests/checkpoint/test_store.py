@@ -9,7 +9,7 @@ import torch
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
-from dist_llm.checkpoint.manifest import MARKER
+from dist_llm.checkpoint.manifest import MARKER_FILE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig, Config
 from dist_llm.engines.native import NativeEngine
@@ -150,13 +150,13 @@ def test_a_directory_without_a_marker_is_not_a_checkpoint(tmp_path: Path) -> Non
     )
     first = save_checkpoint(checkpoints, engine, Progress(1), FILES)
     second = save_checkpoint(checkpoints, engine, Progress(2), FILES)
-    (second / MARKER).unlink()
-    assert store.open_checkpoint(tmp_path) == first
+    (second / MARKER_FILE).unlink()
+    assert store.fetch_verified_checkpoint(tmp_path) == first
     save_checkpoint(checkpoints, engine, Progress(2), FILES)  # the step can be saved again
-    assert store.open_checkpoint(tmp_path) == second
+    assert store.fetch_verified_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
-        store.open_checkpoint(tmp_path)
+        store.fetch_verified_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: dict[st
 LAYOUTS = [
     Layout(2, {"dp_shard": 2, "recompute": "full"}, "tied"),
     Layout(2, {"tp": 2}, "tied"),
-    Layout(2, {"pp": 2}, "tied", 6),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
+    Layout(2, {"pp": 2}, "tied", micro_batch=6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
     Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
-    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", micro_batch=3),
 ]
 
 

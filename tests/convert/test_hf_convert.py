@@ -461,7 +461,7 @@ def test_deepspeed_round_trip(options: tuple[Any, ...], run_convert: Callable[..
     assert run_convert("from-deepspeed", tmp_path / "ds", tmp_path / "refused", "--like", other) == 2
 
 
-LARGE = """
+LARGE_MODEL_SCRIPT = """
 import json, resource, sys
 from pathlib import Path
 import torch
@@ -498,7 +498,11 @@ def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None
         ("from-hf", tmp_path / "hf_model", tmp_path / "round_trip"),
     ):
         completed = subprocess.run(
-            [sys.executable, "-c", LARGE, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=True
+            [sys.executable, "-c", LARGE_MODEL_SCRIPT, *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         code, peak = json.loads(completed.stdout.splitlines()[-1])
         assert code == 0, completed.stderr

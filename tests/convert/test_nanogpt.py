@@ -183,7 +183,7 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
     ]  # fmt: skip
     assert result.tokens == len(tokens) - 1
     assert result.loss == pytest.approx(float(torch.stack(losses).sum().detach()) / result.tokens, rel=1e-5)
-    assert "in windows of 16 (as in the run): " in capsys.readouterr().out
+    assert "in windows of 16 (data.seq_len of the checkpoint): " in capsys.readouterr().out
 
     assert run_convert("to-nanogpt", tmp_path / "native", tmp_path / "back.pt") == 0
     exported = torch.load(tmp_path / "back.pt", weights_only=True)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.probe import PROBE, Probe, parse_probe
+from dist_llm.checkpoint.probe import PROBE_FILE, Probe, parse_probe
 from dist_llm.config.load import load_saved
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights
@@ -23,7 +23,7 @@ ERROR = "the weights do not compute what they computed when they were saved: the
 
 
 def read_probe(directory: Path) -> Probe:
-    probe = parse_probe((directory / PROBE).read_bytes(), str(directory))
+    probe = parse_probe((directory / PROBE_FILE).read_bytes(), str(directory))
     assert probe is not None
     return probe
 
@@ -34,7 +34,7 @@ def write_checkpoint_with_probe(directory: Path, **changes: Any) -> Path:
     weights = NativeWeights(checkpoint)
     files = {entry.name: entry.read_bytes() for entry in checkpoint.iterdir() if entry.suffix in (".json", ".yaml")}
     tensors = DictWeights({name: weights.read(name) for name in weights.shapes})
-    files |= {PROBE: compute_probe_layerwise(tensors, load_saved(checkpoint).model).dump()}
+    files |= {PROBE_FILE: compute_probe_layerwise(tensors, load_saved(checkpoint).model).dump()}
     del files["manifest.json"]
     shutil.rmtree(checkpoint)
     write_native(checkpoint, tensors, files)
@@ -133,10 +133,10 @@ def test_weights_without_a_saved_probe_get_a_new_one(
     weights = NativeWeights(first)
     shutil.rmtree(old)
     files = {entry.name: entry.read_bytes() for entry in first.iterdir() if entry.suffix in (".json", ".yaml")}
-    files = {name: entry for name, entry in files.items() if name not in ("manifest.json", PROBE)}
+    files = {name: entry for name, entry in files.items() if name not in ("manifest.json", PROBE_FILE)}
     write_native(old, DictWeights({name: weights.read(name) * 2 for name in weights.shapes}), files)
     assert run_convert("average", tmp_path / "mean", old, first) == 0
     assert run_convert("verify", tmp_path / "mean") == 0
     assert read_probe(tmp_path / "mean").loss != pytest.approx(read_probe(first).loss, rel=1e-3)
     assert run_convert("to-hf", old, tmp_path / "hf") == 0
-    assert PROBE in {path.name for path in (tmp_path / "hf").iterdir()}
+    assert PROBE_FILE in {path.name for path in (tmp_path / "hf").iterdir()}

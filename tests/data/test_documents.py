@@ -28,7 +28,7 @@ from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
-from dist_llm.training.evaluate import HeldoutData, iter_heldout_batches
+from dist_llm.training.evaluate import EvaluationSetup, iter_heldout_batches
 from tests.text.test_token_files import build_megatron_index
 
 SEQ = 16  # sequence length in tokens
@@ -193,7 +193,7 @@ def test_documents_in_one_sequence_do_not_affect_each_other(separators, windows,
 def test_evaluation_uses_the_document_mask(tmp_path):
     corpus = write_corpus("megatron", "none", tmp_path)
     objective = build_objective(make_config(corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
-    heldout = HeldoutData({"": corpus}, objective, micro_batch=2)
+    heldout = EvaluationSetup({"": corpus}, objective, micro_batch=2)
     batches = list(iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1))
     document_of_token = np.repeat(np.arange(len(DOCUMENT_SIZES)), DOCUMENT_SIZES)
     for batch in batches:
@@ -212,7 +212,7 @@ def test_unknown_document_boundaries_are_rejected_if_needed(kind, tmp_path):
             open_sources(make_config(corpus, **data))
     objective = build_objective(make_config(corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
     with pytest.raises(DataError, match="document boundaries are unknown"):
-        HeldoutData({"": corpus}, objective, micro_batch=2).check()
+        EvaluationSetup({"": corpus}, objective, micro_batch=2).check()
 
 
 def test_document_bounds_of_a_manifest_without_the_field(tmp_path):

@@ -11,7 +11,7 @@ from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
-from dist_llm.training.evaluate import HeldoutData, evaluate, iter_heldout_batches
+from dist_llm.training.evaluate import EvaluationSetup, evaluate, iter_heldout_batches
 
 SEQ = 8  # sequence length in tokens
 VOCABULARY = ObjectiveVocabulary(num_tokenizer_ids=99, eot=98)
@@ -33,7 +33,7 @@ CORPUS_TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_each_target_is_scored_once_with_equal_batches_per_rank(num_tokens, micro_batch, dp_size, make_counting_corpus):
     corpus = make_counting_corpus(num_tokens, "heldout")
-    heldout = HeldoutData({"": corpus}, CAUSAL_OBJECTIVE, micro_batch)
+    heldout = EvaluationSetup({"": corpus}, CAUSAL_OBJECTIVE, micro_batch)
     batches_by_rank = [list(iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size)) for dp_rank in range(dp_size)]
     batch_sizes_by_rank = {tuple(len(batch.inputs_BS) for batch in batches) for batches in batches_by_rank}
     assert len(batch_sizes_by_rank) == 1, "ranks have different batch sizes"
@@ -65,7 +65,7 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, dp_size, 
         encoder_len=0,
         seed=0,
     )
-    heldout = HeldoutData({"": corpus}, masked_objective, micro_batch)
+    heldout = EvaluationSetup({"": corpus}, masked_objective, micro_batch)
     scored_windows = []
     for dp_rank in range(dp_size):
         for batch in iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size):
@@ -78,7 +78,7 @@ def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, dp_size, 
 @pytest.mark.parametrize("max_windows", [1, 2, 3, 99])
 def test_max_windows_scores_the_first_windows(max_windows, dp_size, make_counting_corpus):
     corpus = make_counting_corpus(4 * SEQ + 1, "heldout")
-    heldout = HeldoutData({"": corpus}, CAUSAL_OBJECTIVE, micro_batch=2, max_windows=max_windows)
+    heldout = EvaluationSetup({"": corpus}, CAUSAL_OBJECTIVE, micro_batch=2, max_windows=max_windows)
     scored_targets = []
     for dp_rank in range(dp_size):
         for batch in iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size):
@@ -104,7 +104,7 @@ class TargetSumEngine:
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_results_are_per_token_and_per_byte(micro_batch, make_counting_corpus):
     corpus = make_counting_corpus(11, "heldout")  # three documents; the manifest gives each 5 bytes of text
-    result = evaluate(TargetSumEngine(), HeldoutData({"": corpus}, CAUSAL_OBJECTIVE, micro_batch))
+    result = evaluate(TargetSumEngine(), EvaluationSetup({"": corpus}, CAUSAL_OBJECTIVE, micro_batch))
     assert (result.tokens, result.loss) == (10, sum(range(1, 11)) / 10)
     # The mean loss is 5.5 nats per token. The corpus has 15 bytes per 11 tokens.
     assert result.bits_per_byte == pytest.approx(5.5 / math.log(2) / (15 / 11))

@@ -24,7 +24,7 @@ from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
-from dist_llm.training.evaluate import HeldoutData, iter_heldout_batches
+from dist_llm.training.evaluate import EvaluationSetup, iter_heldout_batches
 
 SEQ, EOT = 8, 99  # sequence length in tokens, id of the end of a document
 DOCUMENT_SIZES = (  # in tokens
@@ -183,7 +183,7 @@ def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     corpus = write_corpus(tmp_path, prompts=PROMPT_LENGTHS)
     config = make_config(corpus, windows="document", score_prompts=score_prompts)
     objective = build_objective(config, ObjectiveVocabulary(100, EOT), masks_prompts(config.data, [corpus]))
-    heldout = HeldoutData({"": corpus}, objective, micro_batch=4, score_prompts=score_prompts)
+    heldout = EvaluationSetup({"": corpus}, objective, micro_batch=4, score_prompts=score_prompts)
     batches = iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1)
     num_scored = sum(batch.num_valid_tokens for batch in batches)
     num_read = (corpus.num_tokens - 1) // SEQ * SEQ

@@ -11,27 +11,27 @@ import torch
 from . import commands
 from .commands import REPOSITORY
 
-OVERHEAD = REPOSITORY / "benchmarks" / "overhead.py"
-PREPARE = REPOSITORY / "benchmarks" / "prepare.py"
-DATA = REPOSITORY / "benchmarks" / "data.py"
-RECOVERY = REPOSITORY / "benchmarks" / "recovery.py"
-ENGINES = REPOSITORY / "benchmarks" / "engines.py"
-CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
-TRAIN = REPOSITORY / "benchmarks" / "train.py"
-LOSS = REPOSITORY / "benchmarks" / "loss.py"
-ATTENTION = REPOSITORY / "benchmarks" / "attention.py"
-OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
-LAYOUTS = REPOSITORY / "benchmarks" / "layouts.py"
-STARTUP = REPOSITORY / "benchmarks" / "startup.py"
-MEMORY = REPOSITORY / "benchmarks" / "memory.py"
-COLLECTIVES = REPOSITORY / "benchmarks" / "collectives.py"
+OVERHEAD_PROGRAM = REPOSITORY / "benchmarks" / "overhead.py"
+PREPARE_PROGRAM = REPOSITORY / "benchmarks" / "prepare.py"
+DATA_PROGRAM = REPOSITORY / "benchmarks" / "data.py"
+RECOVERY_PROGRAM = REPOSITORY / "benchmarks" / "recovery.py"
+ENGINES_PROGRAM = REPOSITORY / "benchmarks" / "engines.py"
+CHECKPOINT_PROGRAM = REPOSITORY / "benchmarks" / "checkpoint.py"
+TRAIN_PROGRAM = REPOSITORY / "benchmarks" / "train.py"
+LOSS_PROGRAM = REPOSITORY / "benchmarks" / "loss.py"
+ATTENTION_PROGRAM = REPOSITORY / "benchmarks" / "attention.py"
+OPTIMIZER_PROGRAM = REPOSITORY / "benchmarks" / "optimizer.py"
+LAYOUTS_PROGRAM = REPOSITORY / "benchmarks" / "layouts.py"
+STARTUP_PROGRAM = REPOSITORY / "benchmarks" / "startup.py"
+MEMORY_PROGRAM = REPOSITORY / "benchmarks" / "memory.py"
+COLLECTIVES_PROGRAM = REPOSITORY / "benchmarks" / "collectives.py"
 # Overrides that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 
 
 @pytest.mark.slow
 def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
-    completed = run_benchmark(OVERHEAD, "--config", str(commands.DEBUG_CONFIG), "--pairs", "2", "--steps", "2")
+    completed = run_benchmark(OVERHEAD_PROGRAM, "--config", str(commands.DEBUG_CONFIG), "--pairs", "2", "--steps", "2")
     pairs = [json.loads(line) for line in completed.stdout.splitlines()]
     assert [pair["pair"] for pair in pairs] == [1, 2]
     for pair in pairs:
@@ -41,7 +41,9 @@ def test_overhead_prints_a_line_per_pair_and_a_table() -> None:
 
 @pytest.mark.slow
 def test_prepare_prints_a_line_per_case_and_pair_and_a_table() -> None:
-    completed = run_benchmark(PREPARE, "--megabytes", "1", "--pairs", "2", "--tokenizer", "byte", "--workers", "1")
+    completed = run_benchmark(
+        PREPARE_PROGRAM, "--megabytes", "1", "--pairs", "2", "--tokenizer", "byte", "--workers", "1"
+    )
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     assert [(row["case"], row["pair"]) for row in rows] == [("jsonl", 1), ("jsonl", 2), ("text", 1), ("text", 2)]
     for row in rows:
@@ -51,7 +53,7 @@ def test_prepare_prints_a_line_per_case_and_pair_and_a_table() -> None:
 
 @pytest.mark.slow
 def test_data_prints_a_line_per_case_and_a_table() -> None:
-    completed = run_benchmark(DATA, "--rows", "2", "3", "--seq-len", "64", "--tokens", "10000", "--turns", "3")
+    completed = run_benchmark(DATA_PROGRAM, "--rows", "2", "3", "--seq-len", "64", "--tokens", "10000", "--turns", "3")
     cases = [json.loads(line) for line in completed.stdout.splitlines()]
     assert [(case["rows"], case["order"]) for case in cases] == [
         (2, "shuffle"),
@@ -66,7 +68,7 @@ def test_data_prints_a_line_per_case_and_a_table() -> None:
 
 @pytest.mark.slow
 def test_checkpoint_prints_a_line_per_save_and_a_table() -> None:
-    completed = run_benchmark(CHECKPOINT, "--saves", "2", "--d-model", "64", "--layers", "2", "--tokens", "512")
+    completed = run_benchmark(CHECKPOINT_PROGRAM, "--saves", "2", "--d-model", "64", "--layers", "2", "--tokens", "512")
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     assert [row["save"] for row in rows] == [1, 2]
     assert all(row[name] > 0 for row in rows for name in ("stall", "slower", "bandwidth", "megabytes"))
@@ -76,7 +78,7 @@ def test_checkpoint_prints_a_line_per_save_and_a_table() -> None:
 @pytest.mark.slow
 def test_train_prints_a_line_per_case_and_a_table() -> None:
     sizes = ("--rounds", "1", "--steps", "1", "--batch", "2", "--seq-len", "16", "24")
-    completed = run_benchmark(TRAIN, "--models", "llama-cpu", "--precision", "fp32", *sizes, *TINY)
+    completed = run_benchmark(TRAIN_PROGRAM, "--models", "llama-cpu", "--precision", "fp32", *sizes, *TINY)
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     assert [(row["model"], row["seq_len"], row["batch"]) for row in rows] == [
         ("llama-cpu", 16, 2),
@@ -94,7 +96,7 @@ def test_train_prints_a_line_per_case_and_a_table() -> None:
 def test_a_profile_has_a_table_for_each_model() -> None:
     sizes = ("--rounds", "1", "--steps", "1", "--batch", "2", "--seq-len", "16")
     keys = [key for key in TINY if "kv" not in key]
-    completed = run_benchmark(TRAIN, "--models", "gpt2-cpu", "--precision", "bf16", "--profile", *sizes, *keys)
+    completed = run_benchmark(TRAIN_PROGRAM, "--models", "gpt2-cpu", "--precision", "bf16", "--profile", *sizes, *keys)
     (row,) = [json.loads(line) for line in completed.stdout.splitlines()]
     assert row["loss"] == pytest.approx(row["plain_loss"], rel=1e-3)
     assert all(f"gpt2-cpu, bf16, {source}\noperator" in completed.stderr for source in ("native", "plain"))
@@ -102,7 +104,7 @@ def test_a_profile_has_a_table_for_each_model() -> None:
 
 def test_loss_prints_a_line_per_case_and_a_table() -> None:
     sizes = ("--tokens", "64", "--d-model", "16", "--vocabulary", "200")
-    completed = run_benchmark(LOSS, *sizes, "--rounds", "1", "--precision", "fp32")
+    completed = run_benchmark(LOSS_PROGRAM, *sizes, "--rounds", "1", "--precision", "fp32")
     full_logits, sliced_head = [json.loads(line) for line in completed.stdout.splitlines()]
     assert (full_logits["case"], sliced_head["case"]) == ("whole", "head")
     assert sliced_head["ratio"] == pytest.approx(full_logits["seconds"] / sliced_head["seconds"], rel=1e-3)
@@ -115,7 +117,7 @@ def test_loss_prints_a_line_per_case_and_a_table() -> None:
 @pytest.mark.slow
 def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
     sizes = ("--seq-len", "16", "--precision", "fp32", "--batch", "2", "--heads", "2", "--kv-heads", "1")
-    completed = run_benchmark(ATTENTION, *sizes, "--head-dim", "16", "--rounds", "1")
+    completed = run_benchmark(ATTENTION_PROGRAM, *sizes, "--head-dim", "16", "--rounds", "1")
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     masks = ("causal", "prefix", "documents", "bidirectional")
     by_mask = {mask: {row["kernel"]: row for row in rows if row["mask"] == mask} for mask in masks}
@@ -131,7 +133,7 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
 
 
 def test_optimizer_prints_a_line_per_variant_and_a_table() -> None:
-    completed = run_benchmark(OPTIMIZER, "--models", "llama-cpu", "--rounds", "1", *TINY)
+    completed = run_benchmark(OPTIMIZER_PROGRAM, "--models", "llama-cpu", "--rounds", "1", *TINY)
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     variants = ["fused", "foreach", "for-loop", "bf16 moments", "muon", "norm", "scale", "clip_grad_norm_"]
     assert [row["way"] for row in rows] == variants
@@ -145,7 +147,7 @@ def test_optimizer_prints_a_line_per_variant_and_a_table() -> None:
 @pytest.mark.slow
 def test_layouts_prints_a_line_per_layout_with_its_share_of_the_ideal() -> None:
     cases = ("--layouts", "dp_shard", "muon", "--rounds", "1", "--steps", "1")
-    completed = run_benchmark(LAYOUTS, *cases, *TINY, "model.n_kv_heads=2", "data.seq_len=32")
+    completed = run_benchmark(LAYOUTS_PROGRAM, *cases, *TINY, "model.n_kv_heads=2", "data.seq_len=32")
     rows = {row["layout"]: row for row in map(json.loads, completed.stdout.splitlines())}
     assert list(rows) == ["ideal", "ideal muon", "dp_shard", "muon"]
     for layout, ideal in (("dp_shard", "ideal"), ("muon", "ideal muon")):
@@ -156,7 +158,7 @@ def test_layouts_prints_a_line_per_layout_with_its_share_of_the_ideal() -> None:
 
 @pytest.mark.slow
 def test_startup_prints_a_line_per_stage_and_per_imported_package() -> None:
-    completed = run_benchmark(STARTUP, "--rounds", "1", "--top", "3")
+    completed = run_benchmark(STARTUP_PROGRAM, "--rounds", "1", "--top", "3")
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     stages = {row["stage"]: row for row in rows if "stage" in row}
     assert list(stages)[:3] == ["interpreter", "torch", "imports"]
@@ -173,7 +175,7 @@ def test_startup_prints_a_line_per_stage_and_per_imported_package() -> None:
 
 def test_write_stores_the_rows_with_the_machine_and_the_command(tmp_path: Path) -> None:
     completed = run_benchmark(
-        OPTIMIZER, "--models", "gpt2-cpu", "--rounds", "1", "--write", str(tmp_path), "model.n_layers=1"
+        OPTIMIZER_PROGRAM, "--models", "gpt2-cpu", "--rounds", "1", "--write", str(tmp_path), "model.n_layers=1"
     )
     (result_file,) = tmp_path.glob("optimizer-*.json")
     written = json.loads(result_file.read_text())
@@ -200,7 +202,7 @@ def run_benchmark(program: Path, *arguments: str) -> subprocess.CompletedProcess
 def test_engines_prints_a_line_per_case_and_a_table() -> None:
     small = {"rounds": 1, "steps": 1, "d-model": 48, "layers": 1, "vocabulary": 64, "seq-len": 16}
     completed = run_benchmark(
-        ENGINES, *(argument for name, value in small.items() for argument in (f"--{name}", str(value)))
+        ENGINES_PROGRAM, *(argument for name, value in small.items() for argument in (f"--{name}", str(value)))
     )
     rows = [json.loads(line) for line in completed.stdout.splitlines() if line.startswith("{")]
     assert len(rows) == 8
@@ -211,7 +213,7 @@ def test_engines_prints_a_line_per_case_and_a_table() -> None:
 
 @pytest.mark.slow
 def test_recovery_prints_a_line_per_fault_and_a_table() -> None:
-    completed = run_benchmark(RECOVERY, "--faults", "kill", "--steps", "30", "--at", "8")
+    completed = run_benchmark(RECOVERY_PROGRAM, "--faults", "kill", "--steps", "30", "--at", "8")
     (row,) = [json.loads(line) for line in completed.stdout.splitlines()]
     assert row["fault"] == "kill"
     assert row["steps_lost"] == 3
@@ -226,7 +228,7 @@ def test_memory_traces_a_rank_of_any_layout(ranks: int) -> None:
     """Weights and moments in fp32 take 12 bytes per parameter, divided by the ranks; a step needs more memory."""
     keys = (*TINY, "model.d_ff=96", "model.vocab_size=4096", "data.global_batch=8", "data.seq_len=64")
     completed = run_benchmark(
-        MEMORY, "--models", "llama-cpu", "--ranks", str(ranks), "--recompute", "none", "full", *keys
+        MEMORY_PROGRAM, "--models", "llama-cpu", "--ranks", str(ranks), "--recompute", "none", "full", *keys
     )
     none, full = (json.loads(line) for line in completed.stdout.splitlines())
     # Embedding and head; q and out; k and v with half the heads; three feed-forward matrices; three norms.
@@ -240,7 +242,7 @@ def test_memory_traces_a_rank_of_any_layout(ranks: int) -> None:
 
 
 def test_collectives_prints_a_line_per_kind_and_size() -> None:
-    completed = run_benchmark(COLLECTIVES, "--megabytes", "0.01", "0.1", "--rounds", "1")
+    completed = run_benchmark(COLLECTIVES_PROGRAM, "--megabytes", "0.01", "0.1", "--rounds", "1")
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     kinds = ["all_reduce", "all_gather", "reduce_scatter", "gather by messages", "reduce by messages"]
     assert [(row["kind"], row["bytes"]) for row in rows] == [(kind, size) for size in (10**4, 10**5) for kind in kinds]

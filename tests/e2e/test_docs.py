@@ -22,11 +22,11 @@ from dist_llm.config.load import load_config
 from . import commands
 from .commands import REPOSITORY
 
-TREE = REPOSITORY / "docs" / "design" / "README.md"
+DESIGN_FILE = REPOSITORY / "docs" / "design" / "README.md"
 DOCUMENTS = [
     *sorted(REPOSITORY.glob("*.md")),
     *sorted(REPOSITORY.glob("[!.]*/*.md")),
-    *sorted(TREE.parent.glob("*.md")),
+    *sorted(DESIGN_FILE.parent.glob("*.md")),
 ]
 BLOCK = re.compile(r"(<!-- run -->\n)?```sh\n(.*?)```", re.DOTALL)
 REFERENCE = re.compile(r"`([\w./-]+\.(?:py|yaml|md|toml|txt))(?::(\w+))?`")
@@ -222,7 +222,7 @@ def find_defined_names(file: Path) -> set[str]:
 
 def test_the_tree_in_the_design_matches_the_repository() -> None:
     """Each entry of the tree exists, and each package is an entry."""
-    text = re.search(r"```text tree\n(.*?)```", TREE.read_text(), re.DOTALL)
+    text = re.search(r"```text tree\n(.*?)```", DESIGN_FILE.read_text(), re.DOTALL)
     assert text is not None
     parents: list[str] = []
     entries = set()

@@ -13,7 +13,7 @@ from . import commands
 ENGINES = {
     "native": (),
     "deepspeed": ("engine=deepspeed", "deepspeed.stage=2"),
-    "pipeline": ("engine=deepspeed", "deepspeed.stage=1", "parallel.pp=2", "model.tie_embeddings=false"),
+    "deepspeed_pipeline": ("engine=deepspeed", "deepspeed.stage=1", "parallel.pp=2", "model.tie_embeddings=false"),
     "accelerate": ("engine=accelerate",),
 }
 
@@ -42,7 +42,9 @@ def test_every_engine_writes_the_same_files_and_metrics(
 ) -> None:
     run = commands.train(tmp_path, corpus, "run.steps=6", "checkpoint.every=3", *ENGINES[engine], ranks=2)
     files, rows = read_files_and_rows(run)
-    expected_files, expected_rows = read_files_and_rows(native_runs["untied" if engine == "pipeline" else "tied"])
+    expected_files, expected_rows = read_files_and_rows(
+        native_runs["untied" if engine == "deepspeed_pipeline" else "tied"]
+    )
     assert files == expected_files | {"logs/rank_00001.log"}
     assert [row.keys() for row in rows] == [row.keys() for row in expected_rows]
     for row, expected in zip(rows, expected_rows, strict=True):

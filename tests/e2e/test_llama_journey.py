@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer as HFTokenizer
 
-from dist_llm.checkpoint.probe import PROBE
+from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.data.tokenizer_file import hash_tokenizer_ids
 from dist_llm.generation import load_model
 from dist_llm.text.tokenizer import Tokenizer
@@ -157,8 +157,8 @@ def test_logits_are_equal_to_1e_5(journey: Journey) -> None:
     with torch.no_grad():
         torch.testing.assert_close(native_model(ids)[..., :VOCAB_SIZE], trained, rtol=0, atol=1e-5)
     assert (trained - source).abs().max() > 1e-3
-    stored = read_json(commands.find_latest_checkpoint(journey.run), PROBE)
-    exported = read_json(journey.exported, PROBE)
+    stored = read_json(commands.find_latest_checkpoint(journey.run), PROBE_FILE)
+    exported = read_json(journey.exported, PROBE_FILE)
     assert abs(stored["loss"] - exported["loss"]) < 1e-5
 
 

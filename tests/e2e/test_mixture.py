@@ -121,6 +121,10 @@ def test_show_prints_the_samples_of_a_step(mixed_run: Path) -> None:
         inspect("show", "--run", mixed_run, "--step", 2, "--full-text", "--rank", n, "--ranks", 2) for n in (0, 1)
     ]
     assert "".join(halves) == text
+    outside = inspect("show", "--run", mixed_run, "--step", 2, "--rank", 2, "--ranks", 2, succeed=False)
+    assert "--rank 2: the data-parallel ranks are 0 to 1" in outside
+    uneven = inspect("show", "--run", mixed_run, "--step", 2, "--rank", 0, "--ranks", 5, succeed=False)
+    assert "the 12 samples of the step do not divide over 5 data-parallel ranks; give another --ranks" in uneven
     assert "is outside" not in text
     assert re.search(r"train-00000.bin, document \d+, tokens \d+ to \d+ of \d+ \(corpus \d+ to \d+\): ['\"]", text)
 

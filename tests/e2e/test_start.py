@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.probe import PROBE
+from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.config.load import load_saved
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write_weights import write_native
@@ -122,19 +122,20 @@ def test_weights_with_another_probe_loss_are_refused(run: Path, corpus: Path) ->
     assert re.search(
         r"do not compute what they computed .* the probe's loss was [\d.]+ and is [\d.]+; 0.0001 of", error
     )
-    assert "set checkpoint.probe: warn" in error
+    assert "move this checkpoint away to resume from the previous one; or set checkpoint.probe: warn" in error
     assert {name: content for name, content in read_contents(run).items() if not name.startswith("logs")} == before
-    run_refused(*commands.make_train_arguments(corpus, "run.dir=next", f"init_from={run}"), cwd=run.parent)
+    error = run_refused(*commands.make_train_arguments(corpus, "run.dir=next", f"init_from={run}"), cwd=run.parent)
+    assert "set init_from to another checkpoint; or set checkpoint.probe: warn" in error
     start = ("run.dir=next", "run.steps=1", f"init_from={run}")
     completed = commands.run(*commands.make_train_arguments(corpus, *start, "checkpoint.probe=warn"), cwd=run.parent)
     assert "do not compute what they computed" in completed.stderr + completed.stdout
 
 
 def test_a_checkpoint_without_a_probe_is_loaded_with_a_note(run: Path, corpus: Path) -> None:
-    rewrite_checkpoint(run / "checkpoints" / "step_00000020", lambda _, tensor: tensor, PROBE)
+    rewrite_checkpoint(run / "checkpoints" / "step_00000020", lambda _, tensor: tensor, PROBE_FILE)
     completed = commands.run(*commands.make_train_arguments(corpus, "run.steps=21"), cwd=run.parent)
     assert (completed.stderr + completed.stdout).count("has no probe that this version can compare") == 1
-    assert PROBE in {path.name for path in commands.find_latest_checkpoint(run).iterdir()}
+    assert PROBE_FILE in {path.name for path in commands.find_latest_checkpoint(run).iterdir()}
 
 
 def test_repeated_steps_are_compared_with_the_earlier_ones(corpus: Path, tmp_path: Path) -> None:

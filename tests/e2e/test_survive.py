@@ -208,7 +208,7 @@ def test_a_changed_checkpoint_directory_does_not_restart_the_run(corpus: Path, t
     assert "has its checkpoints in run/checkpoints, and none in other" in refused.stderr
 
 
-REMOTE = """
+REMOTE_CHECKPOINT_SCRIPT = """
 import sys
 from dist_llm.cli import main
 for steps in (2, 4):  # fsspec's memory file system lasts as long as its process
@@ -220,7 +220,7 @@ assert main(["generate", "--checkpoint", "run", "--max-tokens", "2"]) == 0
 def test_checkpoints_can_be_stored_at_a_url(corpus: Path, tmp_path: Path) -> None:
     arguments = commands.make_train_arguments(corpus, "checkpoint.dir=memory://bucket/run", "schedule.decay_steps=6")
     completed = subprocess.run(
-        [sys.executable, "-c", REMOTE, *map(str, arguments)],
+        [sys.executable, "-c", REMOTE_CHECKPOINT_SCRIPT, *map(str, arguments)],
         cwd=tmp_path,
         env=commands.make_environment() | {"HOME": str(tmp_path)},
         capture_output=True,

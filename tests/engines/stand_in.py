@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-MODULE = """
+STAND_IN_SOURCE = """
 from dist_llm.config.load import Violation
 from dist_llm.engines.native import NativeEngine
 
@@ -21,12 +21,14 @@ def check_config(config, device):
 """
 
 
-def install_engine(directory: Path, name: str = "standin", module: str = MODULE, package: str = "other") -> None:
+def install_engine(
+    directory: Path, name: str = "standin", source: str = STAND_IN_SOURCE, package: str = "other"
+) -> None:
     """Write a package to `directory` that registers the engine `name`, if `directory` is on sys.path.
 
-    `module` is the source code of the engine.
+    `source` is the source code of the engine.
     """
-    (directory / f"{package}_{name}.py").write_text(module, encoding="utf-8")
+    (directory / f"{package}_{name}.py").write_text(source, encoding="utf-8")
     metadata = directory / f"{package}-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n", encoding="utf-8")

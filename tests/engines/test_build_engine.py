@@ -17,31 +17,32 @@ from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from tests.e2e import commands
-from tests.engines.stand_in import MODULE, install_engine
+from tests.engines.stand_in import STAND_IN_SOURCE, install_engine
 from tests.laws.law import make_config
 
 CPU = torch.device("cpu")
 
 
 def make_engine_config(engine: str, **sections: Any) -> Config:
-    """A resolved config that no rule was applied to."""
+    """Make a resolved config of an engine. It is not checked, so `list_problems` can report what is wrong with it."""
     config = make_config(1, {})
     parallel = config.parallel.model_copy(update=sections.pop("parallel", {}))
     return config.model_copy(update={"engine": engine, "parallel": parallel, **sections})
 
 
 def list_problems(config: Config) -> list[str]:
-    return [str(violation) for violation in check(config, 1, 130)]
+    return [str(violation) for violation in check(config, world_size=1, tokenizer_size=130)]
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory on sys.path, in which `install_engine` installs a package."""
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
-def test_an_engine_of_another_package_is_built(site: Path) -> None:
-    install_engine(site)
+def test_an_engine_of_another_package_is_built(package_directory: Path) -> None:
+    install_engine(package_directory)
     config = make_engine_config("standin")
     assert list_problems(config) == []
     check_engine_config(config, CPU)
@@ -52,14 +53,14 @@ def test_an_engine_of_another_package_is_built(site: Path) -> None:
         check_engine_config(make_engine_config("standin", parallel={"tp": 2}), CPU)
 
 
-def test_an_engine_without_check_config_is_accepted(site: Path) -> None:
-    install_engine(site, "unchecked", MODULE.partition("def check_config")[0])
+def test_an_engine_without_check_config_is_accepted(package_directory: Path) -> None:
+    install_engine(package_directory, "unchecked", STAND_IN_SOURCE.partition("def check_config")[0])
     config = make_engine_config("unchecked", parallel={"tp": 2})
     check_engine_config(config, CPU)
 
 
-def test_an_unknown_engine_error_lists_the_known_engines(site: Path) -> None:
-    install_engine(site)
+def test_an_unknown_engine_error_lists_the_known_engines(package_directory: Path) -> None:
+    install_engine(package_directory)
     message = "engine: no installed package has naitve; set one of accelerate, deepspeed, native, standin, or install"
     assert [line for line in list_problems(make_engine_config("naitve")) if line.startswith(message)]
     with pytest.raises(ConfigError, match=message):
@@ -67,23 +68,25 @@ def test_an_unknown_engine_error_lists_the_known_engines(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "message"),
+    ("source", "message"),
     [
         ("import nowhere", "engine: broken: other_broken cannot be imported: ModuleNotFoundError: No module named"),
         ("1 / 0", "engine: broken: other_broken cannot be imported: ZeroDivisionError"),
         ("build = 1", r"engine: broken: other_broken has no function build_engine\(config, device\)"),
     ],
 )
-def test_a_broken_engine_is_refused(module: str, message: str, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_engine_is_refused(
+    source: str, message: str, package_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delitem(sys.modules, "other_broken", raising=False)
-    install_engine(site, "broken", module)
+    install_engine(package_directory, "broken", source)
     with pytest.raises(ConfigError, match=message):
         check_engine_config(make_engine_config("broken"), CPU)
 
 
-def test_two_packages_with_the_same_engine_name_are_refused(site: Path) -> None:
-    install_engine(site, package="one")
-    install_engine(site, package="two")
+def test_two_packages_with_the_same_engine_name_are_refused(package_directory: Path) -> None:
+    install_engine(package_directory, package="one")
+    install_engine(package_directory, package="two")
     message = "engine: standin is registered more than once: one_standin, two_standin; uninstall all but one package"
     assert message in list_problems(make_engine_config("standin"))
     with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_llm.engines.native import NativeEngine
-from dist_llm.observe.flops import peak_flops
+from dist_llm.observe.flops import find_peak_flops
 from dist_llm.optim import gradient_clipping
 from dist_llm.parallel import fp8
 from dist_llm.training.step import train_step
@@ -140,13 +140,13 @@ def test_float8_scales_do_not_make_the_host_wait_for_the_gpu() -> None:
 
 def test_the_gradient_norm_on_a_gpu_agrees_with_fp64() -> None:
     gradient = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
-    assert gradient_clipping.global_norm([gradient.cuda()]).item() == pytest.approx(
+    assert gradient_clipping.compute_global_norm([gradient.cuda()]).item() == pytest.approx(
         gradient.double().norm().item(), rel=1e-6
     )
 
 
 def test_the_peak_rate_is_known_or_measured() -> None:
-    flops_per_second, source = peak_flops(GPU, "bf16")
+    flops_per_second, source = find_peak_flops(GPU, "bf16")
     assert flops_per_second > 1e13
     assert source
 

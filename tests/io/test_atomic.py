@@ -89,7 +89,7 @@ def test_a_crash_leaves_the_old_or_the_new_content(write, shared, tmp_path, monk
         ("sync_file", lambda file: file.flush(), [write_file], "is renamed before it is synced"),
         ("sync_tree", lambda path: None, [write_folder], "is renamed before it is synced"),
         ("sync_directory", lambda path: None, [write_file, write_folder], "the new name is not synced"),
-        ("temporary_path", lambda path, shared: path, [write_file, write_folder], "too early|before the end"),
+        ("get_temporary_path", lambda path, shared: path, [write_file, write_folder], "too early|before the end"),
         ("_discard", lambda path: None, [write_file, write_folder], "leaves a temporary file"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from dist_llm.data.shard import ShardWriter
 from dist_llm.errors import DataError
-from dist_llm.io.resumable_file import FileState, ResumableFile, check_prefix
+from dist_llm.io.resumable_file import FileState, ResumableFile, hash_prefix
 
 
 def write_randomly(directory, documents, cut_probability, seed=0):
@@ -56,7 +56,7 @@ def test_reopen_drops_the_bytes_after_the_state(tmp_path):
     reopened.write(b"!")
     assert reopened.close() == FileState(5, reopened.state.sha256)
     assert (tmp_path / "f").read_bytes() == b"kept!"
-    check_prefix(tmp_path / "f", reopened.state)
+    hash_prefix(tmp_path / "f", reopened.state)
 
 
 @pytest.mark.parametrize("content", [b"kepT and more", b"kep", None])

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.commands import find_free_port
 
 # Prints the number of worker threads of each group, the timeout, and whether torch knows the backend as gloo's.
-PROGRAM = """
+COLLECTIVES_SCRIPT = """
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from dist_llm.launch.process_group import process_group
@@ -39,7 +39,7 @@ def test_each_gloo_group_has_one_thread(interface: str) -> None:
     }
     environment = {**os.environ, **ranks} | ({"GLOO_SOCKET_IFNAME": interface} if interface else {})
     completed = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", COLLECTIVES_SCRIPT], env=environment, capture_output=True, text=True, timeout=120
     )
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.splitlines() == ["1 True True"] * 6

@@ -69,7 +69,7 @@ def test_healthy_nodes_have_no_problems():
         ),
         (
             make_changed_reports(2, 3, sees_shared_file=False),
-            ["node1: does not see the file that rank 0 wrote to --directory"],
+            ["node1: does not see the file that rank 0 wrote to the shared directory"],
         ),
         (
             make_changed_reports(5, neighbour_gb_per_second=14.0),
@@ -194,9 +194,9 @@ def test_a_clock_offset_is_measured():
     assert get_world(2).run(measure_shifted_clock, -5.0) == [0, pytest.approx(-5, abs=0.5)]
 
 
-def check_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
+def try_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
     rank = dist.get_rank()
-    return preflight.check_shared_file(
+    return preflight.try_shared_file(
         directories[rank], PreflightTimeout(World(rank=rank, world_size=2), 60), wait_seconds=0.5
     )
 
@@ -205,12 +205,12 @@ def test_a_directory_that_is_not_shared_is_detected(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    assert get_world(2).run(check_shared_file_of_rank, [first, first]) == [(True, []), (True, [])]
-    assert get_world(2).run(check_shared_file_of_rank, [first, second]) == [(True, []), (False, [])]
-    assert get_world(2).run(check_shared_file_of_rank, [first, tmp_path / "nowhere"]) == [(True, []), (False, [])]
+    assert get_world(2).run(try_shared_file_of_rank, [first, first]) == [(True, []), (True, [])]
+    assert get_world(2).run(try_shared_file_of_rank, [first, second]) == [(True, []), (False, [])]
+    assert get_world(2).run(try_shared_file_of_rank, [first, tmp_path / "nowhere"]) == [(True, []), (False, [])]
     nowhere = tmp_path / "nowhere"
     message = f"--directory {nowhere} cannot be written to: No such file or directory"
-    assert get_world(2).run(check_shared_file_of_rank, [nowhere, first]) == [(None, [message]), (None, [])]
+    assert get_world(2).run(try_shared_file_of_rank, [nowhere, first]) == [(None, [message]), (None, [])]
     assert [*first.iterdir(), *second.iterdir()] == []
 
 

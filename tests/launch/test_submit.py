@@ -7,9 +7,16 @@ import pytest
 
 from dist_llm.errors import ConfigError
 from dist_llm.launch import submit as submitting
-from dist_llm.launch.submit import SCRIPT, SlurmJob, parse_sweep, render_batch_script, run_directories, submit_script
+from dist_llm.launch.submit import (
+    SCRIPT_FILE,
+    SlurmJob,
+    list_run_directories,
+    parse_sweep,
+    render_batch_script,
+    submit_script,
+)
 
-CONFIG = Path("configs/debug.yaml")
+CONFIG_FILE = Path("configs/debug.yaml")
 
 
 def read_sbatch_options(script: str) -> list[str]:
@@ -35,22 +42,24 @@ def read_run_arguments(script: str, number: str = "") -> list[str]:
 
 
 def test_sbatch_options_come_before_the_first_command() -> None:
-    script = render_batch_script(SlurmJob(CONFIG, nodes=4, tasks_per_node=8, options=("--time=1:00:00",)), ["runs/a"])
+    script = render_batch_script(
+        SlurmJob(CONFIG_FILE, nodes=4, tasks_per_node=8, options=("--time=1:00:00",)), ["runs/a"]
+    )
     assert read_sbatch_options(script)[-3:] == ["--nodes=4", "--ntasks-per-node=8", "--time=1:00:00"]
     assert "--signal=USR1@180" in read_sbatch_options(script)
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
 def test_overrides_are_passed_to_the_run_unchanged() -> None:
-    job = SlurmJob(CONFIG, ("eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3"))
+    job = SlurmJob(CONFIG_FILE, ("eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3"))
     assert read_run_arguments(render_batch_script(job, ["runs/a b"])) == [
         "configs/debug.yaml", "eval.sample_prompt=a 'b' $HOME", "optim.lr=1e-3", "run.dir=runs/a b"
     ]  # fmt: skip
 
 
 def test_a_sweep_becomes_a_job_array() -> None:
-    job = SlurmJob(CONFIG, ("run.steps=2",), sweep=parse_sweep(["optim.lr=1e-3,3e-4", "init_from=a/b"]))
-    run_dirs = run_directories(job, "runs/x")
+    job = SlurmJob(CONFIG_FILE, ("run.steps=2",), sweep=parse_sweep(["optim.lr=1e-3,3e-4", "init_from=a/b"]))
+    run_dirs = list_run_directories(job, "runs/x")
     assert run_dirs == ["runs/x/lr=1e-3_init_from=a-b", "runs/x/lr=3e-4_init_from=a-b"]
     script = render_batch_script(job, run_dirs)
     assert read_sbatch_options(script)[-2:] == ["--array=0-1", "--output=slurm-%A_%a.log"]
@@ -72,6 +81,6 @@ def test_a_missing_sbatch_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_slurm_scripts_equal_those_of_the_package() -> None:
-    repository = SCRIPT.parents[3]
+    repository = SCRIPT_FILE.parents[3]
     for name in ("train.sbatch", "debug.sbatch"):
-        assert (repository / "slurm" / name).read_text() == (SCRIPT.parent / name).read_text()
+        assert (repository / "slurm" / name).read_text() == (SCRIPT_FILE.parent / name).read_text()

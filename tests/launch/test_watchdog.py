@@ -108,7 +108,7 @@ def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     store, own_world = dist.HashStore(), World(rank=0, world_size=2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    monkeypatch.setattr("dist_llm.launch.watchdog.pending_collective", lambda: "")
+    monkeypatch.setattr("dist_llm.launch.watchdog.find_pending_collective", lambda: "")
     monkeypatch.setattr("dist_llm.launch.watchdog.REPORT_TIMEOUT_SECONDS", 0.5)
     exit_codes: list[int] = []
     with subprocess.Popen(["sleep", "60"]) as sleeper:

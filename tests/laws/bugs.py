@@ -216,12 +216,12 @@ def all_ranks_read_the_same_samples() -> Iterator[Any]:
 
 @register_bug
 def gradients_are_clipped_by_the_local_norm() -> Iterator[Any]:
-    original = mesh.all_reduce_over
+    original = mesh.all_reduce_over_axes_
 
     def skip_tp_all_reduce(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
         return value if "tp" in axes else original(value, mesh, axes)  # only the norm is all-reduced over tp
 
-    with patch("dist_llm.engines.gradient_norm.all_reduce_over", skip_tp_all_reduce):
+    with patch("dist_llm.engines.gradient_norm.all_reduce_over_axes_", skip_tp_all_reduce):
         yield
 
 

@@ -136,12 +136,12 @@ class Layout:
     ranks: int
     parallel: dict[str, Any]
     model: str = "llama"
-    micro_batch: int = 0
-    sections: dict[str, Any] = field(default_factory=dict)
+    micro_batch: int = field(default=0, kw_only=True)
+    sections: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def axes(self) -> int:
-        """The number of mesh dimensions larger than 1."""
+        """The number of mesh axes larger than 1."""
         return sum(self.parallel.get(axis, 1) > 1 for axis in AXES)
 
     def __str__(self) -> str:
@@ -168,11 +168,11 @@ def index_by_name(*layouts: Layout) -> dict[str, Layout]:
 
 
 def _layout(ranks: int, model: str = "llama", micro_batch: int = 0, **parallel: Any) -> Layout:
-    return Layout(ranks, parallel, model, micro_batch)
+    return Layout(ranks, parallel, model, micro_batch=micro_batch)
 
 
 LAYOUTS = index_by_name(
-    # Two ranks: one mesh dimension, with each of its options
+    # Two ranks: one mesh axis, with each of its options
     _layout(2, dp_replicate=2),
     _layout(2, "tied", micro_batch=4, dp_replicate=2),
     _layout(2, "gpt", dp_shard=2),
@@ -196,7 +196,7 @@ LAYOUTS = index_by_name(
     # Three ranks: no dimension of the model is divisible by 3
     _layout(3, "tied", dp_shard=3),
     _layout(3, micro_batch=4, dp_replicate=3),
-    # Four ranks: pairs of mesh dimensions
+    # Four ranks: pairs of mesh axes
     _layout(4, "tied", micro_batch=2, dp_shard=4),
     _layout(4, dp_replicate=2, dp_shard=2),
     _layout(4, "tied", micro_batch=4, dp_shard=2, tp=2, cpu_offload=True),
@@ -216,7 +216,7 @@ LAYOUTS = index_by_name(
     _layout(4, "tied", micro_batch=3, pp=2, dp_shard=2, pp_schedule="zbv"),
     _layout(4, micro_batch=6, pp=2, tp=2, pp_schedule="interleaved_zero_bubble"),
     _layout(4, "tied", micro_batch=6, pp=2, cp=2, pp_schedule="interleaved_1f1b"),
-    # Eight ranks: three mesh dimensions, or two of which one is 4
+    # Eight ranks: three mesh axes, or two of which one is 4
     _layout(8, "tied", micro_batch=2, dp_replicate=2, dp_shard=2, tp=2),
     _layout(8, dp_replicate=2, dp_shard=2, cp=2),
     _layout(8, "gpt", micro_batch=4, dp_shard=2, cp=2, tp=2),

@@ -25,12 +25,12 @@ from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
 REPLICATED = [
-    Layout(2, {"dp_replicate": 2}, "gpt", 4),
+    Layout(2, {"dp_replicate": 2}, "gpt", micro_batch=4),
     Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro_batch=3),
-    Layout(4, {"dp_replicate": 2, "tp": 2}, "tied", 4),
-    Layout(4, {"pp": 2, "dp_replicate": 2}, "tied", 3),
-    Layout(2, {"tp": 2}, "bounded", 8),
-    Layout(2, {"tp": 2}, "bert", 8),
+    Layout(4, {"dp_replicate": 2, "tp": 2}, "tied", micro_batch=4),
+    Layout(4, {"pp": 2, "dp_replicate": 2}, "tied", micro_batch=3),
+    Layout(2, {"tp": 2}, "bounded", micro_batch=8),
+    Layout(2, {"tp": 2}, "bert", micro_batch=8),
 ]
 
 
@@ -120,12 +120,12 @@ def replay_and_step(config: Config, faulty_rank: int, fault_in: str) -> tuple[li
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, {"dp_shard": 2}, "tied", 4),
-        Layout(2, {"dp_replicate": 2}, "gpt", 4),
+        Layout(2, {"dp_shard": 2}, "tied", micro_batch=4),
+        Layout(2, {"dp_replicate": 2}, "gpt", micro_batch=4),
         Layout(3, {"dp_shard": 3}, micro_batch=4),
         Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=4),
         Layout(4, {"dp_shard": 2, "cp": 2}, micro_batch=4),
-        Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+        Layout(4, {"pp": 2, "dp_shard": 2}, "tied", micro_batch=3),
     ],
     ids=str,
 )

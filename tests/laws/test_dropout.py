@@ -38,7 +38,7 @@ def compute_mask_digests(config: Any) -> tuple[tuple[int, ...], dict[str, str]]:
         block = next(iter(part.blocks.values()))
         block.dropout.register_forward_hook(record_residual_mask)
         block.attention.kernel.register_forward_pre_hook(record_attention_state)
-    train_step(engine, make_batches(config, engine, 0), 1.0, step=7)
+    train_step(engine, make_batches(config, engine, 0), lr=1.0, step=7)
     assert engine.mesh is not None
     return tuple(engine.mesh.get_local_rank(axis) for axis in AXES), digests
 
@@ -108,11 +108,11 @@ def test_without_sequence_parallel_tensor_ranks_share_residual_masks_only(data: 
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", 8),
-        Layout(2, {"tp": 2}, "tied", 8),
+        Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", micro_batch=8),
+        Layout(2, {"tp": 2}, "tied", micro_batch=8),
         Layout(4, {"dp_replicate": 2, "tp": 2}, "tied"),
-        Layout(2, {"pp": 2}, "tied", 6),
-        Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
+        Layout(2, {"pp": 2}, "tied", micro_batch=6),
+        Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
     ],
     ids=str,
 )

@@ -26,12 +26,12 @@ LAYOUTS = index_by_name(
     Layout(2, {"tp": 2}, "tied"),
     Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt"),
     Layout(2, {"cp": 2}),
-    Layout(2, {"pp": 2}, "tied", 6),
+    Layout(2, {"pp": 2}, "tied", micro_batch=6),
     Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=6),
     Layout(2, {"dp_shard": 2, "recompute": "selective"}),
     Layout(2, {"tp": 2, "recompute": "full"}, "gpt"),
     Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
-    Layout(2, {"tp": 2}, "t5", 8),
+    Layout(2, {"tp": 2}, "t5", micro_batch=8),
 )
 COMPILED = (
     "dp_shard2_micro4_llama",

@@ -31,11 +31,11 @@ from tests.laws.layouts import ADAMW, MODELS, Layout, index_by_name
 from tests.laws.worlds import get_world
 
 LAYOUTS = index_by_name(
-    Layout(2, {"dp_shard": 2}, "tied", 4),
-    Layout(2, {"dp_replicate": 2}, "gpt", 4),
-    Layout(2, {"tp": 2}, "bert", 8),
+    Layout(2, {"dp_shard": 2}, "tied", micro_batch=4),
+    Layout(2, {"dp_replicate": 2}, "gpt", micro_batch=4),
+    Layout(2, {"tp": 2}, "bert", micro_batch=8),
     Layout(2, {"cp": 2}, micro_batch=8),
-    Layout(2, {"pp": 2}, "tied", 6),
+    Layout(2, {"pp": 2}, "tied", micro_batch=6),
     Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=4),
 )
 BAD_STEP = 1

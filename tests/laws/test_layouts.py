@@ -102,7 +102,9 @@ def test_a_layout_computes_many_steps_with_each_optimizer(
     if "pp" in layout.parallel and accumulation == 3:
         pytest.skip("the pipeline schedule sets the number of microbatches")
     steps = 20 if optim["name"] == "adamw" else 3
-    assert_matches_one_process(Layout(layout.ranks, layout.parallel, layout.model, micro_batch), optim, steps)
+    assert_matches_one_process(
+        Layout(layout.ranks, layout.parallel, layout.model, micro_batch=micro_batch), optim, steps
+    )
 
 
 @pytest.mark.slow

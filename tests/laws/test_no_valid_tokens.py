@@ -25,7 +25,7 @@ LAYOUTS = [
 
 
 def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Run three steps; return losses and numbers of valid tokens, and the weights after the first and second step.
+    """Run steps 0 to 2; return losses and numbers of valid tokens, and the weights after step 0 and after step 1.
 
     In step 0 the last data-parallel rank has no valid token, and the first microbatch of the other ranks has none. In
     step 1 no rank has a valid token. Step 2 is normal.
@@ -43,7 +43,7 @@ def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tens
         for index in empty_indices:
             ignored_targets = torch.full_like(batches[index].targets_BS, IGNORE_INDEX)
             batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
-        report = train_step(engine, batches, 1.0, step)
+        report = train_step(engine, batches, lr=1.0, step=step)
         losses.append(report.loss.item())
         num_valid_tokens.append(int(report.num_valid_tokens))
         assert math.isfinite(report.grad_norm.item())

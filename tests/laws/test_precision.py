@@ -16,9 +16,9 @@ from tests.laws.worlds import get_world
 LAYOUTS = [
     Layout(2, {"dp_shard": 2}, micro_batch=4),
     Layout(2, {"dp_replicate": 2}, "gpt"),
-    Layout(2, {"tp": 2}, "tied", 8),
+    Layout(2, {"tp": 2}, "tied", micro_batch=8),
     Layout(2, {"cp": 2}),
-    Layout(2, {"pp": 2}, "tied", 6),
+    Layout(2, {"pp": 2}, "tied", micro_batch=6),
     Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
     Layout(4, {"pp": 2, "dp_shard": 2}, micro_batch=3),
     Layout(4, {"pp": 2, "tp": 2}, micro_batch=6),
@@ -40,14 +40,19 @@ def make_layout_config(layout: Layout, precision: str) -> Any:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_half_precision_is_near_fp32(layout: Layout, precision: str) -> None:
-    """In one step the loss agrees within 2e-3, the norm within 2e-2, each gradient with a cosine above 0.99."""
+    """In one step the loss agrees within 2e-3, the norm within 2e-2, each gradient with a cosine above 0.99.
+
+    The cosine does not depend on the loss scale.
+    """
     actual = merge_ranks(get_world(layout.ranks).run(record_trace, make_layout_config(layout, precision), 1))
     expected = trace_one_process(make_layout_config(layout, "fp32"), 1)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=2e-3)
     assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=2e-2)
     largest_norm = max(float(gradient.norm()) for gradient in expected.gradients[0].values())
-    scale = actual.gradients[0]["embed.tokens.weight"].norm() / expected.gradients[0]["embed.tokens.weight"].norm()
-    assert scale == pytest.approx(2.0**16 if precision == "fp16" else 1.0, rel=2e-2)
+    # A trace has the gradients before the optimizer step, which in fp16 are still multiplied by the loss scale.
+    name = "embed.tokens.weight"
+    gradient_ratio = actual.gradients[0][name].norm() / expected.gradients[0][name].norm()
+    assert gradient_ratio == pytest.approx(LossScale().value if precision == "fp16" else 1.0, rel=2e-2)
     for name, gradient in expected.gradients[0].items():
         if gradient.norm() > 1e-3 * largest_norm:
             cosine = torch.cosine_similarity(actual.gradients[0][name].flatten(), gradient.flatten(), dim=0)
@@ -62,7 +67,7 @@ def test_a_step_with_an_overflow_halves_the_loss_scale_and_changes_no_weight() -
     engine.loss_scale.value = 2.0**120
     before = {name: p.detach().clone() for name, p in engine.named_parameters()}
 
-    report = train_step(engine, make_batches(engine.config, engine, 0), 1.0)
+    report = train_step(engine, make_batches(engine.config, engine, 0), lr=1.0)
 
     assert not math.isfinite(report.grad_norm)
     assert engine.loss_scale.value == 2.0**119

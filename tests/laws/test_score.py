@@ -15,9 +15,9 @@ LAYOUTS = [
     Layout(2, {"dp_shard": 2}, "tied"),
     Layout(2, {"tp": 2}, "tied"),
     Layout(2, {"cp": 2}, "tied"),
-    Layout(2, {"pp": 2}, "tied", 6),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", 6),
-    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", 3),
+    Layout(2, {"pp": 2}, "tied", micro_batch=6),
+    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
+    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", micro_batch=3),
     Layout(4, {"cp": 2, "tp": 2}, "tied"),
 ]
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.observe import flops
-from dist_llm.observe.flops import count_matmul_weights, flops_per_token, peak_flops
+from dist_llm.observe.flops import count_flops_per_token, count_matmul_weights, find_peak_flops
 
 SHAPE = {"d_model": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 4, "d_ff": 24}
 SHAPE |= {"vocab_size": 10, "max_seq_len": 16}
@@ -30,7 +30,7 @@ def test_the_weight_count_matches_a_manual_count():
     assert count_matmul_weights(GELU) == 1536 - 2 * 192 + 80
     # Attention over 5 tokens: scores and mixing take 5 * 4 multiply-adds each per head: 80 in a layer, 160 in two.
     forward = 2 * (1616 + 160)
-    assert flops_per_token(SWIGLU, 5) == 3 * forward == 10_656
+    assert count_flops_per_token(SWIGLU, 5) == 3 * forward == 10_656
 
 
 def count_product(into, left, right, out_shape=None, **options):
@@ -50,7 +50,7 @@ def test_the_flop_count_matches_the_counter_of_torch(config):
         model(tokens)  # without targets, because the sliced head computes its gradients in forward
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as both:
         model(tokens, tokens).sum().backward()
-    expected = flops_per_token(config, 16) * tokens.numel()
+    expected = count_flops_per_token(config, 16) * tokens.numel()
     assert 3 * forward.get_total_flops() == expected
     assert both.get_total_flops() == expected
 
@@ -69,7 +69,7 @@ def test_the_flop_count_of_gpt3_matches_the_published_one():
         activation="gelu",
     )
     assert 6 * count_matmul_weights(gpt3) == pytest.approx(6 * 174.6e9, rel=1e-3)
-    assert flops_per_token(gpt3, 2048) - flops_per_token(gpt3, 0) == 12 * 96 * 12288 * 2048
+    assert count_flops_per_token(gpt3, 2048) - count_flops_per_token(gpt3, 0) == 12 * 96 * 12288 * 2048
 
 
 @pytest.mark.parametrize(
@@ -88,18 +88,18 @@ def test_the_flop_count_of_gpt3_matches_the_published_one():
 )
 def test_published_peaks_are_dense_rates(name, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    rate, source = peak_flops(torch.device("cuda", 0), "bf16")
+    rate, source = find_peak_flops(torch.device("cuda", 0), "bf16")
     assert rate == tflops * 1e12
     assert source.startswith("published for ")
 
 
 def test_an_unknown_peak_is_measured(monkeypatch):
     calls = []
-    monkeypatch.setattr(flops, "matmul_rate", lambda device, dtype: calls.append((device.type, dtype)) or 5e9)
+    monkeypatch.setattr(flops, "get_matmul_rate", lambda device, dtype: calls.append((device.type, dtype)) or 5e9)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    assert peak_flops(torch.device("cpu"), "fp32") == (5e9, "measured matmul rate")
-    peak_flops(torch.device("cpu"), "bf16")
-    peak_flops(torch.device("cuda", 0), "bf16")
-    peak_flops(torch.device("cuda", 0), "fp32")
+    assert find_peak_flops(torch.device("cpu"), "fp32") == (5e9, "measured matmul rate")
+    find_peak_flops(torch.device("cpu"), "bf16")
+    find_peak_flops(torch.device("cuda", 0), "bf16")
+    find_peak_flops(torch.device("cuda", 0), "fp32")
     bf16, fp32 = torch.bfloat16, torch.float32
     assert calls == [("cpu", fp32), ("cpu", bf16), ("cuda", bf16), ("cuda", fp32)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_llm.observe import matmul_rate as module
-from dist_llm.observe.matmul_rate import NUM_MEASUREMENTS, matmul_rate, measure_matmul_rate
+from dist_llm.observe.matmul_rate import NUM_MEASUREMENTS, get_matmul_rate, measure_matmul_rate
 
 CPU = torch.device("cpu")
 
@@ -28,14 +28,14 @@ def test_the_best_of_the_first_measurements_is_cached(next_rates: list[float], t
     """A measurement on busy cores (2.4e10 on a machine that reaches 1.8e11) does not lower the rate."""
     file = tmp_path / "cache" / "rates.json"
     next_rates += [1.17e11, 2.4e10, 1.8e11, 8.7e10, 1.0e11]
-    assert [matmul_rate(CPU, torch.float32, file) for _ in range(NUM_MEASUREMENTS)] == [
+    assert [get_matmul_rate(CPU, torch.float32, file) for _ in range(NUM_MEASUREMENTS)] == [
         1.17e11,
         1.17e11,
         1.8e11,
         1.8e11,
         1.8e11,
     ]
-    assert matmul_rate(CPU, torch.float32, file) == 1.8e11, "without another measurement"
+    assert get_matmul_rate(CPU, torch.float32, file) == 1.8e11, "without another measurement"
     assert [path.name for path in file.parent.iterdir()] == ["rates.json"]
 
 
@@ -44,10 +44,10 @@ def test_rates_are_cached_per_dtype_and_thread_count(
 ) -> None:
     file = tmp_path / "rates.json"
     next_rates += [1e11, 3e11, 5e10]
-    assert matmul_rate(CPU, torch.float32, file) == 1e11
-    assert matmul_rate(CPU, torch.bfloat16, file) == 3e11
+    assert get_matmul_rate(CPU, torch.float32, file) == 1e11
+    assert get_matmul_rate(CPU, torch.bfloat16, file) == 3e11
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert matmul_rate(CPU, torch.float32, file) == 5e10
+    assert get_matmul_rate(CPU, torch.float32, file) == 5e10
     assert len(json.loads(file.read_text())) == 3
 
 
@@ -56,11 +56,11 @@ def test_a_damaged_cache_is_measured_again(content: str, next_rates: list[float]
     file = tmp_path / "rates.json"
     file.write_text(content)
     next_rates += [1e11]
-    assert matmul_rate(CPU, torch.float32, file) == 1e11
+    assert get_matmul_rate(CPU, torch.float32, file) == 1e11
 
 
 def test_a_directory_that_cannot_be_written_is_no_error(next_rates: list[float], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     next_rates += [1e11, 2e11]
-    assert matmul_rate(CPU, torch.float32, tmp_path / "file" / "rates.json") == 1e11
-    assert matmul_rate(CPU, torch.float32, tmp_path / "file" / "rates.json") == 2e11
+    assert get_matmul_rate(CPU, torch.float32, tmp_path / "file" / "rates.json") == 1e11
+    assert get_matmul_rate(CPU, torch.float32, tmp_path / "file" / "rates.json") == 2e11

@@ -12,8 +12,8 @@ from tests.e2e import commands
 from tests.e2e.test_kill import assert_same_weights
 from tests.slurm.cluster import Cluster, find_obstacle, running_cluster
 
-SCRIPT = commands.REPOSITORY / "slurm" / "train.sbatch"
-DEBUG = commands.REPOSITORY / "slurm" / "debug.sbatch"
+BATCH_SCRIPT = commands.REPOSITORY / "slurm" / "train.sbatch"
+DEBUG_SCRIPT = commands.REPOSITORY / "slurm" / "debug.sbatch"
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "no obstacle")]
 
@@ -59,7 +59,9 @@ def test_two_nodes_stopped_by_their_time_limit_end_with_equal_results(
 ) -> None:
     steps, run = 60, "limited"  # 60 steps take longer than the time limit of the job on any machine
     limits = ("--nodes=2", "--ntasks-per-node=2", "--time=1", "--signal=USR1@40")
-    job = cluster.submit(*limits, SCRIPT, *make_script_arguments(corpus, run, steps), PYTHON=make_paced_command(1))
+    job = cluster.submit(
+        *limits, BATCH_SCRIPT, *make_script_arguments(corpus, run, steps), PYTHON=make_paced_command(1)
+    )
     fields = cluster.wait(job, 540)
     log = cluster.read_log(job)
     assert fields["JobState"] == "COMPLETED", log
@@ -80,7 +82,7 @@ def test_a_signal_requeues_the_job_with_either_launcher(
     job = cluster.submit(
         "--nodes=2",
         "--ntasks-per-node=1",
-        SCRIPT,
+        BATCH_SCRIPT,
         *make_script_arguments(corpus, run, steps),
         PYTHON=make_paced_command(0.15),
         LAUNCH=launch,
@@ -103,7 +105,7 @@ def test_a_signal_requeues_the_job_with_either_launcher(
 @pytest.mark.slow
 def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Path) -> None:
     options = ("--nodes=2", "--ntasks=3", "--ntasks-per-node=2")
-    job = cluster.submit(*options, SCRIPT, *make_script_arguments(corpus, "uneven", 3), "data.global_batch=12")
+    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "uneven", 3), "data.global_batch=12")
     assert cluster.wait(job, 120)["JobState"] == "COMPLETED", cluster.read_log(job)
     assert "ranks: 3 (dp_shard 3)" in cluster.read_log(job)
     nodes = {
@@ -116,7 +118,7 @@ def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, 
     start_time = time.monotonic()
     options = ("--nodes=2", "--ntasks-per-node=1")
     python = make_python_command("tests.e2e.faulty", "raise", "1", "3")
-    job = cluster.submit(*options, SCRIPT, *make_script_arguments(corpus, "raising", 9), PYTHON=python)
+    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "raising", 9), PYTHON=python)
     fields = cluster.wait(job, 100)
     assert fields["JobState"] == "FAILED"
     assert fields["Restarts"] == "0"
@@ -126,7 +128,7 @@ def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, 
 
 @pytest.mark.slow
 def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
-    job = cluster.submit(DEBUG, commands.DEBUG_CONFIG, f"data.path={corpus}")
+    job = cluster.submit(DEBUG_SCRIPT, commands.DEBUG_CONFIG, f"data.path={corpus}")
     assert cluster.wait(job, 100)["JobState"] == "COMPLETED", cluster.read_log(job)
     assert "first batch" in cluster.read_log(job)
 

@@ -8,7 +8,7 @@ import pytest
 
 from dist_llm.data.shard import MANIFEST_FILE
 from dist_llm.errors import DataError
-from dist_llm.text import chunks, input_files
+from dist_llm.text import chunks, inputs
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.journal import JOURNAL_FILE, Journal
 from tests.text.test_filters import make_prose
@@ -28,15 +28,15 @@ class InterruptedRunError(Exception):
 
 def interrupt_after(monkeypatch, num_files):
     """Let runs fail after `num_files` input files; None: never. Return the list of opened files, which runs extend."""
-    opened, original_read_file = [], input_files.read_file
+    opened, original_read_file = [], inputs.read_file
 
-    def read_file(path, text_key, row_counts):
+    def read_file(path, row_format, row_tracker):
         if len(opened) == num_files:
             raise InterruptedRunError
         opened.append(path.name)
-        return original_read_file(path, text_key, row_counts)
+        return original_read_file(path, row_format, row_tracker)
 
-    monkeypatch.setattr(input_files, "read_file", read_file)
+    monkeypatch.setattr(inputs, "read_file", read_file)
     return opened
 
 

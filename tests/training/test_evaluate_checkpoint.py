@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from dist_llm import cli
+from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.config.schema import Config
 from dist_llm.convert import hf_convert
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
-from dist_llm.training.evaluate_checkpoint import EvaluationOptions, _with_seq_len, evaluate_checkpoint
+from dist_llm.training.evaluate_checkpoint import EvaluationOptions, _resolve_seq_len, evaluate_checkpoint
 from tests.test_fuzz import BYTE_TOKENIZER, make_config, make_weights, write_corpus
 from tests.tools import command
 
@@ -25,8 +26,8 @@ def make_long_config(seq_len: int) -> Config:
     ("trained", "in_run", "option", "seq_len", "reason"),
     [
         (False, 131_072, 0, 2048, "the default; the model takes up to 131072, see --seq-len"),
-        (False, 1024, 0, 1024, "as in the run"),
-        (True, 8192, 0, 8192, "as in the run"),
+        (False, 1024, 0, 1024, "data.seq_len of the checkpoint"),
+        (True, 8192, 0, 8192, "data.seq_len of the checkpoint"),
         (True, 8192, 512, 512, "--seq-len"),
         (False, 131_072, 131_072, 131_072, "--seq-len"),
     ],
@@ -34,14 +35,17 @@ def make_long_config(seq_len: int) -> Config:
 def test_the_default_window_length_is_bounded(
     trained: bool, in_run: int, option: int, seq_len: int, reason: str
 ) -> None:
-    config, actual_reason = _with_seq_len(make_long_config(in_run), option, trained)
+    config, actual_reason = _resolve_seq_len(make_long_config(in_run), option, trained)
     assert (config.data.seq_len, actual_reason) == (seq_len, reason)
     assert config.model.max_seq_len == 131_072
 
 
 def test_a_window_longer_than_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="--seq-len 131073: the model takes at most 131072 tokens"):
-        _with_seq_len(make_long_config(64), 131_073, True)
+        _resolve_seq_len(make_long_config(64), 131_073, True)
+    masked_config = make_long_config(64).model_copy(update={"objective": MaskedSpec()})
+    with pytest.raises(ConfigError, match=r"windows of 1 tokens \(--seq-len\): .* give a longer --seq-len"):
+        _resolve_seq_len(masked_config, 1, True)
     assert cli.main(["evaluate", "--checkpoint", "x", "--seq-len", "-1"]) == 2
 
 
@@ -77,7 +81,8 @@ def test_errors_name_the_option_to_change(
     assert f"{imported_model} has no tokenizer: using the tokenizer of the corpus" in out
     (imported_model / "tokenizer.json").write_bytes(BYTE_TOKENIZER.to_json_bytes().replace(b": 256", b": 300"))
     try:
-        assert "--data: " in error_of(str(tmp_path / "corpus"))
+        message = error_of(str(tmp_path / "corpus"))
+        assert re.match(r"--data .*/corpus: .* was prepared with a different tokenizer", message)
     finally:
         (imported_model / "tokenizer.json").unlink()
 

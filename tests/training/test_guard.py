@@ -16,7 +16,7 @@ from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
 from dist_llm.config.schema import GuardConfig
 from dist_llm.errors import DivergedError
 from dist_llm.optim.loss_scale import LossScale
-from dist_llm.training.guard import Guard, RewindRequest, robust_z_score
+from dist_llm.training.guard import Guard, RewindRequest, compute_robust_z_score
 
 STEADY_LOSSES = [2.0 + 0.01 * (step % 5) for step in range(20)]
 
@@ -111,18 +111,18 @@ def test_no_step_is_a_spike_before_the_window_is_full() -> None:
 
 @given(st.lists(st.floats(0.1, 20), min_size=4, max_size=40), st.floats(0.1, 20), st.floats(0.5, 8))
 def test_the_z_score_is_scale_invariant(losses: list[float], loss: float, factor: float) -> None:
-    z_score = robust_z_score(loss, losses)
+    z_score = compute_robust_z_score(loss, losses)
     assert math.isfinite(z_score)
     assert (z_score > 0) == (loss > statistics.median(losses))
-    assert robust_z_score(loss * factor, [recent_loss * factor for recent_loss in losses]) == pytest.approx(
+    assert compute_robust_z_score(loss * factor, [recent_loss * factor for recent_loss in losses]) == pytest.approx(
         z_score, rel=1e-6, abs=1e-9
     )
 
 
 def test_the_z_score_matches_a_normal_distribution() -> None:
     losses = torch.randn(10_001, generator=torch.Generator().manual_seed(0)).add(50).tolist()
-    assert robust_z_score(53.0, losses) == pytest.approx(3.0, rel=0.05)
-    assert robust_z_score(3.003, [3.0] * 10) == pytest.approx(1.0), "a deviation of zero has a minimum"
+    assert compute_robust_z_score(53.0, losses) == pytest.approx(3.0, rel=0.05)
+    assert compute_robust_z_score(3.003, [3.0] * 10) == pytest.approx(1.0), "a deviation of zero has a minimum"
 
 
 def test_progress_stores_the_guard_state() -> None:

@@ -21,8 +21,8 @@ def report_of_rank_0(counts: list[tuple[int, int]], seconds: float = 4.0) -> lis
         World(rank=0, world_size=len(counts)), SimpleNamespace(all_gather_ints=lambda value: next(answers)), seconds
     )  # type: ignore[arg-type]
     monitor.num_samples, monitor.num_waiting = counts[0]
-    first_rows = monitor.report(make_rows(2))
-    return first_rows or monitor.report(make_rows(4))
+    first_rows = monitor.gather_report(make_rows(2))
+    return first_rows or monitor.gather_report(make_rows(4))
 
 
 def test_the_slow_rank_is_named() -> None:
@@ -48,7 +48,7 @@ def test_samples_add_up_until_the_interval_has_passed() -> None:
 
 def test_one_rank_reports_nothing() -> None:
     monitor = StragglerMonitor(World(), SimpleNamespace(all_gather_ints=lambda value: [value]), 1.0)  # type: ignore[arg-type]
-    assert monitor.report(make_rows(2)) == []
+    assert monitor.gather_report(make_rows(2)) == []
 
 
 def test_find_slowest() -> None:

@@ -13,9 +13,9 @@ import zstandard
 from pyarrow import parquet
 
 from dist_llm.errors import DataError
-from dist_llm.text.input_files import DEFAULT_RULES, iter_documents, open_inputs, sum_size_bytes
+from dist_llm.text.inputs import DEFAULT_RULES, iter_documents, open_inputs, sum_size_bytes
 from dist_llm.text.report import FileCount, InputFileCounts
-from dist_llm.text.rows import MIN_ROWS, RowCounts, RowKeys
+from dist_llm.text.rows import MIN_ROWS, RowFormat, RowTracker
 from dist_llm.text.walk import FileRules
 
 TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
@@ -24,14 +24,14 @@ LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text
 
 def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, file_counts=None, separator=None):
     """Return the documents of the sources and the row counts."""
-    row_counts = RowCounts(max_bad_rate, skip_unreadable=rules.skip_unreadable)
+    row_tracker = RowTracker(max_bad_rate, skip_unreadable=rules.skip_unreadable)
     sources = open_inputs(
-        [str(spec) for spec in specs], RowKeys(text_key, separator=separator), rules=rules, file_counts=file_counts
+        [str(spec) for spec in specs], RowFormat(text_key, separator=separator), rules=rules, file_counts=file_counts
     )
-    documents = list(iter_documents(sources, row_counts))
-    assert row_counts.bytes_read == (sum_size_bytes(sources) or 0)
-    assert row_counts.rows == len(documents) + row_counts.bad_rows
-    return documents, row_counts
+    documents = list(iter_documents(sources, row_tracker))
+    assert row_tracker.bytes_read == (sum_size_bytes(sources) or 0)
+    assert row_tracker.rows == len(documents) + row_tracker.bad_rows
+    return documents, row_tracker
 
 
 def read_texts(*specs, **options):
@@ -91,10 +91,10 @@ def test_a_folder_is_read_in_order_without_hidden_and_unknown_files(tmp_path):
 
 
 def test_python_stdlib_has_no_tests_and_no_installed_packages():
-    documents, row_counts = read_sources("python-stdlib")
+    documents, row_tracker = read_sources("python-stdlib")
     origins = [document.origin for document in documents]
     root = sysconfig.get_path("stdlib")
-    assert row_counts.bad_rows == 0
+    assert row_tracker.bad_rows == 0
     assert f"{root}/argparse.py" in origins
     assert origins == sorted(origins)
     folders = {directory for origin in origins for directory in origin.removeprefix(root).split("/")[:-1]}
@@ -114,9 +114,9 @@ def test_bad_rows_of_parquet_are_located_and_skipped(tmp_path):
     raw_values = pa.array([b"good", b"\xff", None, b"fine"], pa.binary())
     unchecked = pa.Array.from_buffers(pa.string(), len(raw_values), raw_values.buffers())
     parquet.write_table(pa.table({"text": unchecked}), tmp_path / "rows.parquet")
-    documents, row_counts = read_sources(tmp_path / "rows.parquet")
+    documents, row_tracker = read_sources(tmp_path / "rows.parquet")
     assert [document.text for document in documents] == ["good", "fine"]
-    assert row_counts.locations == [
+    assert row_tracker.locations == [
         f"{tmp_path}/rows.parquet:2: not UTF-8",
         f"{tmp_path}/rows.parquet:3: no string under 'text'",
     ]
@@ -141,10 +141,10 @@ def test_bad_rows_of_json_lines_are_located_and_skipped(tmp_path):
         b'{"text": "good"}\n{"text": "\xff"}\n{"text": \n{"body": "x"}\n{"text": 3}\n["text"]\n'
         b'\n{"text": "\\ud800 mended"}\n'
     )
-    documents, row_counts = read_sources(path)
+    documents, row_tracker = read_sources(path)
     assert [document.text for document in documents] == ["good", "\ufffd mended"]
-    assert (row_counts.rows, row_counts.bad_rows) == (7, 5)
-    assert [location.removeprefix(f"{path}:").split(":")[:2] for location in row_counts.locations] == [
+    assert (row_tracker.rows, row_tracker.bad_rows) == (7, 5)
+    assert [location.removeprefix(f"{path}:").split(":")[:2] for location in row_tracker.locations] == [
         ["2", " not UTF-8"],
         ["3", " not JSON"],
         ["4", " no key 'text'"],
@@ -176,13 +176,13 @@ def test_an_unreadable_file_is_an_error_unless_it_may_be_skipped(name, content, 
     with pytest.raises(DataError, match=rf"{name}: (.|\n)*{reason}(.|\n)*--exclude(.|\n)*--skip-unreadable"):
         read_sources(tmp_path)
     file_counts = InputFileCounts()
-    documents, row_counts = read_sources(tmp_path, rules=SKIP_UNREADABLE, file_counts=file_counts)
+    documents, row_tracker = read_sources(tmp_path, rules=SKIP_UNREADABLE, file_counts=file_counts)
     assert documents[-1].text == "fine"
-    for path, (size, actual_reason) in row_counts.unreadable.items():
+    for path, (size, actual_reason) in row_tracker.unreadable.items():
         assert (path, size) == (str(tmp_path / name), len(content))
         assert reason in actual_reason
     skipped_kinds = {"skipped: unreadable"} & file_counts.keys()
-    assert bool(row_counts.unreadable) != bool(skipped_kinds), "the file is not reported exactly once"
+    assert bool(row_tracker.unreadable) != bool(skipped_kinds), "the file is not reported exactly once"
     assert read_sources(tmp_path, rules=FileRules(exclude=("a.*",)))[0][0].text == "fine"
 
 
@@ -255,12 +255,12 @@ def test_include_and_exclude_select_files(tmp_path):
 
 
 def test_bad_bytes_count_in_the_bad_rate():
-    row_counts = RowCounts(0.01)
+    row_tracker = RowTracker(0.01)
     for _ in range(999):
-        row_counts.count_good(10)
-    row_counts.count_bad("f:1", "why", 5000)
+        row_tracker.count_good(10)
+    row_tracker.count_bad("f:1", "why", 5000)
     with pytest.raises(DataError, match=r"5,000 of 14,990 bytes are in bad rows, more than --max-bad-rate 0\.01"):
-        row_counts.check()
+        row_tracker.check()
 
 
 def test_a_json_array_is_refused_before_it_is_loaded(tmp_path):
@@ -270,15 +270,15 @@ def test_a_json_array_is_refused_before_it_is_loaded(tmp_path):
 
 
 def test_the_bad_rate_is_checked_early_and_at_the_end():
-    row_counts = RowCounts(0.001, rows=MIN_ROWS - 11)
+    row_tracker = RowTracker(0.001, rows=MIN_ROWS - 11)
     for number in range(10):
-        row_counts.count_bad(f"f:{number}", "why", 0)  # 10 of 9,999: above the rate, but too early to check
+        row_tracker.count_bad(f"f:{number}", "why", 0)  # 10 of 9,999: above the rate, but too early to check
     with pytest.raises(DataError, match=r"10 of 9,999 rows are bad.*--max-bad-rate 0\.001(.|\n)*f:0: why\n  f:1: why"):
-        row_counts.check()
+        row_tracker.check()
     with pytest.raises(DataError, match="11 of 10,000"):
-        row_counts.count_bad("f:10", "why", 0)
-    assert len(row_counts.locations) == 5
-    RowCounts(0.001, rows=10_000, bad_rows=10).check()
+        row_tracker.count_bad("f:10", "why", 0)
+    assert len(row_tracker.locations) == 5
+    RowTracker(0.001, rows=10_000, bad_rows=10).check()
 
 
 def test_a_missing_source_fails_before_any_is_read(tmp_path):
@@ -290,9 +290,9 @@ def test_a_local_hugging_face_dataset_is_read(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     rows = [{"text": text} for text in TEXTS] + [{"text": None}]
     (tmp_path / "data/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents, row_counts = read_sources(f"hf:{tmp_path / 'data'}")
+    documents, row_tracker = read_sources(f"hf:{tmp_path / 'data'}")
     assert [document.text for document in documents] == TEXTS
-    assert row_counts.locations == [f"hf:{tmp_path}/data:6: no string under 'text'"]
+    assert row_tracker.locations == [f"hf:{tmp_path}/data:6: no string under 'text'"]
     with pytest.raises(DataError, match="--hf-split"):
         open_inputs([f"hf:{tmp_path / 'data'}"], hf_split="nosuch")
 
@@ -333,10 +333,10 @@ def test_a_separator_splits_a_text_file(separator, content, expected_texts, tmp_
 
 def test_a_separated_document_that_is_not_utf8_is_a_bad_row(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n---\nt\xffo\n---\nthree\n")
-    documents, row_counts = read_sources(tmp_path / "a.txt", separator="---")
+    documents, row_tracker = read_sources(tmp_path / "a.txt", separator="---")
     assert [document.text for document in documents] == ["one", "three"]
-    assert (row_counts.rows, row_counts.bad_rows, row_counts.bad_bytes) == (3, 1, 3)
-    assert row_counts.locations[0].startswith(f"{tmp_path}/a.txt:3: line 3: not UTF-8")
+    assert (row_tracker.rows, row_tracker.bad_rows, row_tracker.bad_bytes) == (3, 1, 3)
+    assert row_tracker.locations[0].startswith(f"{tmp_path}/a.txt:3: line 3: not UTF-8")
     (tmp_path / "rows.jsonl").write_bytes(LINES)
     with pytest.raises(DataError, match="--separator: only for text files, but the sources have none"):
         read_sources(tmp_path / "rows.jsonl", separator="---")
@@ -355,14 +355,17 @@ def test_the_text_column_of_a_table_is_read(suffix, separator, tmp_path):
     ]
     content = "\ufeff" + "".join(separator.join(row) + "\r\n" for row in rows)
     path.write_bytes(content.encode() + separator.join(["6", "b\udcffd"]).encode("utf-8", "surrogateescape") + b"\n")
-    documents, row_counts = read_sources(path, text_key="body")
+    documents, row_tracker = read_sources(path, text_key="body")
     assert [document.text for document in documents] == ["first", f'second{separator} "quoted"\nline', "漢字", ""]
-    assert [location.removeprefix(f"{path}:") for location in row_counts.locations] == [
+    assert [location.removeprefix(f"{path}:") for location in row_tracker.locations] == [
         "6: no string under 'body'",
         "8: not UTF-8",
     ]
     with pytest.raises(DataError, match=r"no column 'text'.*--text-key one of: n, body.*--exclude"):
         read_sources(path)
+    prompt_format = RowFormat("body", prompt_key="question")
+    with pytest.raises(DataError, match=r"no column 'question'.*--prompt-key one of: n, body"):
+        list(iter_documents(open_inputs([str(path)], prompt_format), RowTracker(0.0)))
     path.write_bytes(b'body\n"never closed\n1\n2\n')
     with pytest.raises(DataError, match=rf"{suffix}: cannot be read: line \d: not readable as {suffix}"):
         read_sources(path, text_key="body")
@@ -378,9 +381,9 @@ def test_the_text_key_may_be_nested_or_name_a_list(tmp_path):
         {"data": {"content": ["p", 1]}},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    documents, row_counts = read_sources(tmp_path / "rows.jsonl", text_key="data.content")
+    documents, row_tracker = read_sources(tmp_path / "rows.jsonl", text_key="data.content")
     assert [document.text for document in documents] == ["a", "b", "p1\n\np2"]
-    assert [location.rpartition(": ")[2] for location in row_counts.locations] == [
+    assert [location.rpartition(": ")[2] for location in row_tracker.locations] == [
         "no key 'data.content'",
         "no key 'data.content'",
         "no string under 'data.content'",
