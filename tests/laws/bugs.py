@@ -269,7 +269,7 @@ def context_ranks_count_positions_from_zero() -> Iterator[Any]:
 def causal_mask_is_aligned_to_the_first_key() -> Iterator[Any]:
     """With fewer queries than keys, is_causal of SDPA aligns the mask with the first key instead of the last."""
 
-    def align_top_left(q: Any, k: Any, v: Any, mask: Any, dropout: float, scale: Any) -> torch.Tensor:
+    def align_top_left(q: Any, k: Any, v: Any, *options: Any) -> torch.Tensor:
         heads = {"enable_gqa": q.shape[2] != k.shape[2]}
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, **heads
