@@ -75,7 +75,8 @@ class MatmulDtypes(TorchDispatchMode):
 def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     """Take a step and evaluate a batch on rank 0 of `ranks`; return the devices and the matrix product dtypes."""
     sections = {"optim": ADAMW, **sections}
-    config = make_config(ranks, {"n_layers": 2} | sections.pop("model", {}), **sections)
+    # A repetition of the kinds of layers has at most three names.
+    config = make_config(ranks, {"n_layers": 3} | sections.pop("model", {}), **sections)
     dp_size = config.parallel.dp_replicate * config.parallel.dp_shard
     batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, dp_size)), 0)  # type: ignore[arg-type]
     with fake_gpu.activate(ranks):
