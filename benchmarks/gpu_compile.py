@@ -35,6 +35,7 @@ from dist_llm.losses.fused_linear_cross_entropy import VocabShard, _losses_and_l
 from dist_llm.models.attention import materialize_mask
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
+from dist_llm.models.layer_context import LayerContext
 from dist_llm.parallel.fp8 import Float8Linear
 from models import make_config
 
@@ -163,7 +164,7 @@ def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf
     angles = torch.randn(1024, config.model.head_dim // 2, device=DEVICE)
     rotation = (angles, angles) if config.model.positions == "rope" else None
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-        compiler(block.forward)(x_BSD, rotation, CAUSAL)
+        compiler(block.forward)(x_BSD, LayerContext(CAUSAL, rotation))
 
 
 # Each case is a function of the compiler, torch.compile.

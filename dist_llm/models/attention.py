@@ -15,10 +15,10 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
 from dist_llm.models.init import block_matrix_init
-from dist_llm.models.kv_cache import KVCache
+from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.mixer import Mixer
 from dist_llm.models.norm import RMSNorm
-from dist_llm.models.rope import RotaryCosSin, apply_rotary
+from dist_llm.models.rope import apply_rotary
 from dist_llm.param_spec import ParamSpec, linear_specs, norm_specs
 
 # Shape suffixes: B batch, S queries, T keys, D d_model, H query heads, K key-value heads, E head_dim.
@@ -50,17 +50,15 @@ class Attention(Mixer):
         )
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias or config.out_bias)
 
-    def forward(
-        self, x_BSD: Tensor, rotation: RotaryCosSin | None, mask: AttentionMask, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         q_BSHE = self._project_queries(x_BSD)
         k_BSKE, v_BSKE = self._project_keys_and_values(x_BSD)
-        if rotation is not None:
-            q_BSHE, k_BSKE = apply_rotary(q_BSHE, *rotation), apply_rotary(k_BSKE, *rotation)
-        if cache is not None:
-            k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE, self.config.window)
-        return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, mask).flatten(-2))
+        if context.rotation is not None:
+            q_BSHE, k_BSKE = apply_rotary(q_BSHE, *context.rotation), apply_rotary(k_BSKE, *context.rotation)
+        if context.cache is not None:
+            k_BSKE, v_BSKE = context.cache.append(self.layer, k_BSKE, v_BSKE, self.config.window)
+        return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, context.mask).flatten(-2))
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:
@@ -108,16 +106,17 @@ class CrossAttention(Attention):
     """Attention of the decoder tokens to the encoder output (the memory), without positional encoding."""
 
     def forward(  # type: ignore[override]
-        self, x_BSD: Tensor, memory_BTD: Tensor, mask: AttentionMask, cache: KVCache | None = None
+        self, x_BSD: Tensor, memory_BTD: Tensor, context: LayerContext
     ) -> Tensor:
         """Decoder activations [B, S, D] and encoder output [B, T, D] -> [B, S, D]."""
+        cache = context.cache
         if cache is not None and self.layer in cache.memory:
             k_BTKE, v_BTKE = cache.memory[self.layer]
         else:
             k_BTKE, v_BTKE = self._project_keys_and_values(memory_BTD)
         if cache is not None:
             cache.memory[self.layer] = (k_BTKE, v_BTKE)
-        return self.out(self.kernel(self._project_queries(x_BSD), k_BTKE, v_BTKE, mask).flatten(-2))
+        return self.out(self.kernel(self._project_queries(x_BSD), k_BTKE, v_BTKE, context.memory_mask).flatten(-2))
 
 
 class AttentionKernel(nn.Module):

@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention import Attention, CrossAttention
-from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
 from dist_llm.models.feedforward import FeedForward
-from dist_llm.models.kv_cache import KVCache
+from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.mixer import get_mixer_class
 from dist_llm.models.norm import build_norm
-from dist_llm.models.rope import RotaryCosSin
 from dist_llm.param_spec import ParamSpec, norm_specs
 
 
@@ -58,18 +56,12 @@ class Block(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
-        rotation: RotaryCosSin | None,
-        mask: AttentionMask,
-        cache: KVCache | None = None,
-        depth_scale_BS1: Tensor | None = None,
+        context: LayerContext,
         memory_BTD: Tensor | None = None,
-        memory_mask: AttentionMask | None = None,
     ) -> Tensor:
-        """[B, S, D] -> [B, S, D].
+        """[B, S, D] -> [B, S, D]. `memory_BTD` is the output of the encoder."""
 
-        `depth_scale_BS1`, [B, 1 or S, 1], scales the outputs of the sublayers, for stochastic depth. `memory_BTD` is
-        the output of the encoder.
-        """
+        depth_scale_BS1 = context.depth_scale_BS1
 
         def scale_output(out_BSD: Tensor) -> Tensor:
             out_BSD = self.dropout(out_BSD)
@@ -80,7 +72,7 @@ class Block(nn.Module):
         def attend(x_BSD: Tensor) -> Tensor:
             mixer = self.mixer if self.attention is None else self.attention
             assert mixer is not None
-            out_BSD: Tensor = mixer(x_BSD, rotation, mask, cache)
+            out_BSD: Tensor = mixer(x_BSD, context)
             return out_BSD
 
         if self.config.parallel_residual != "off":
@@ -102,7 +94,7 @@ class Block(nn.Module):
         x_BSD = apply_sublayer(x_BSD, self.norm_attention, attend, self.norm_attention_out)
         if (cross := self.cross) is not None:
             assert self.norm_cross is not None
-            x_BSD = apply_sublayer(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, memory_mask, cache))
+            x_BSD = apply_sublayer(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, context))
         assert self.norm_feedforward is not None
         return apply_sublayer(x_BSD, self.norm_feedforward, self.feedforward, self.norm_feedforward_out)
 

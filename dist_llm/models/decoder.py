@@ -25,6 +25,7 @@ from dist_llm.models.block import Block
 from dist_llm.models.feedforward import ACTIVATIONS
 from dist_llm.models.init import embedding_init, matrix_init
 from dist_llm.models.kv_cache import KVCache
+from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.norm import build_norm
 from dist_llm.models.positional_encoding import AlibiBias, RelativeBias, SinusoidalEncoding
 from dist_llm.models.rope import RotaryCosSin, compute_rotary_cos_sin
@@ -218,7 +219,8 @@ class Decoder(nn.Module):
         x_BSD = self.embed(inputs, positions_BS) if self.embed is not None and self.is_first_stage else inputs
         rotations = self._rotary_cos_sin(positions_BS)
         for layer, block in self._iter_blocks():
-            x_BSD = block(x_BSD, rotations[layer], masks[layer], cache, self._depth_scale(sample_hash_B, layer))
+            depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
+            x_BSD = block(x_BSD, LayerContext(masks[layer], rotations[layer], cache, depth_scale_BS1))
         if cache is not None:
             cache.length += shape_BS[1]
         return x_BSD if self.head is None else self._apply_head(x_BSD, targets_BS)

@@ -16,6 +16,7 @@ from dist_llm.models.attention_mask import CAUSAL, FULL, AttentionMask, EncoderI
 from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder, Embedding
 from dist_llm.models.kv_cache import KVCache
+from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.norm import build_norm
 from dist_llm.models.positional_encoding import AlibiBias, RelativeBias
 from dist_llm.param_spec import ParamSpec, norm_specs
@@ -96,7 +97,8 @@ class EncoderDecoder(Decoder):
         rotations = self._rotary_cos_sin(positions_BS)
         for layer, block in decoder_blocks:
             depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-            x_BSD = block(x_BSD, rotations[layer], masks[layer], cache, depth_scale_BS1, memory_BTD, memory_mask)
+            context = LayerContext(masks[layer], rotations[layer], cache, depth_scale_BS1, memory_mask)
+            x_BSD = block(x_BSD, context, memory_BTD)
         if cache is not None:
             cache.length += S
         if self.head is None:
@@ -120,8 +122,7 @@ class EncoderDecoder(Decoder):
             rotations = self._rotary_cos_sin(positions_BT)
             for layer, block in encoder_blocks:
                 depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-                # Positional arguments, because a pre-hook reads them.
-                x_BTD = block(x_BTD, rotations[layer], masks[layer], None, depth_scale_BS1)
+                x_BTD = block(x_BTD, LayerContext(masks[layer], rotations[layer], None, depth_scale_BS1))
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
     def _materialize_memory_mask(

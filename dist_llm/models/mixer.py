@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from dist_llm.config.mixer_names import load_mixer
 from dist_llm.config.model_section import ATTENTION, ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import Section
-from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
-from dist_llm.models.kv_cache import KVCache
-from dist_llm.models.rope import RotaryCosSin
+from dist_llm.models.layer_context import LayerContext
 from dist_llm.param_spec import ParamSpec
 
 
@@ -43,13 +41,11 @@ class Mixer(nn.Module):
         """The parsed model.mixer_options."""
         return self.Options.model_validate(self.config.mixer_options)
 
-    def forward(
-        self, x_BSD: Tensor, rotation: RotaryCosSin | None, mask: AttentionMask, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         """[B, S, D] -> [B, S, D].
 
-        `mask.documents_BT` are the document ids of the tokens; None: one document. With a cache, the tokens follow the
-        cached ones: the mixer keeps what it needs of them in `cache.states[self.layer]`.
+        `context.mask.documents_BT` are the document ids of the tokens; None: one document. With a cache, the tokens
+        follow the cached ones: the mixer keeps what it needs of them in `context.cache.states[self.layer]`.
         """
         raise NotImplementedError
 

@@ -66,10 +66,11 @@ class TensorParallelRegion:
 
     def shard_depth_scale(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook under sequence parallelism: pass the stochastic-depth scale of the tokens of this rank."""
-        x_BTD, rotation, mask, cache, depth_scale_BS1, *other_inputs = inputs
-        if depth_scale_BS1 is not None:
-            depth_scale_BS1 = self.local_tokens(depth_scale_BS1.expand(-1, x_BTD.shape[1] * self.tp_size, 1))
-        return x_BTD, rotation, mask, cache, depth_scale_BS1, *other_inputs
+        x_BTD, context, *other_inputs = inputs
+        if context.depth_scale_BS1 is not None:
+            num_tokens = x_BTD.shape[1] * self.tp_size
+            context = context.with_depth_scale(self.local_tokens(context.depth_scale_BS1.expand(-1, num_tokens, 1)))
+        return x_BTD, context, *other_inputs
 
     def all_gather_no_grad(self, x_BTD: Tensor) -> Tensor:
         """Compute `all_gather_sequence` without autograd."""

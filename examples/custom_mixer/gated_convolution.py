@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import Positive, Section, key
-from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
 from dist_llm.models.init import block_matrix_init
-from dist_llm.models.kv_cache import KVCache
+from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.mixer import Mixer
-from dist_llm.models.rope import RotaryCosSin
 from dist_llm.param_spec import InitRule, ParamSpec, linear_specs
 from dist_llm.sharded import to_local
 
@@ -40,10 +38,9 @@ class GatedConvolution(Mixer):
         self.taps = nn.Parameter(torch.empty(size, self.options.width))
         self.out = nn.Linear(size, size, bias=False)
 
-    def forward(
-        self, x_BSD: Tensor, rotation: RotaryCosSin | None, mask: AttentionMask, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
+        mask, cache = context.mask, context.cache
         values_BSC, taps_CW = self.value(x_BSD), to_local(self.taps)
         num_earlier = taps_CW.shape[1] - 1
         earlier = values_BSC.new_zeros(len(values_BSC), num_earlier, values_BSC.shape[2])

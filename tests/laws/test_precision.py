@@ -2,11 +2,13 @@
 
 import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from dist_llm.engines.native import NativeEngine
+from dist_llm.models import attention
 from dist_llm.optim.loss_scale import GROWTH_STEPS, LossScale
 from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config, merge_ranks, record_trace, trace_one_process
@@ -59,6 +61,27 @@ def test_half_precision_is_near_fp32(layout: Layout, precision: str) -> None:
             assert cosine > 0.99, f"{name}: cosine {cosine:.4f}"
     for name, parameter in expected.parameters[0].items():
         assert (actual.parameters[0][name] - parameter).abs().max() < 2e-2 * expected.grad_norms[0], name
+
+
+def record_rotation_dtypes(config: Any) -> set[torch.dtype]:
+    """Take a step; return the dtypes of the cosines and sines that rotate queries and keys."""
+    engine, dtypes = NativeEngine(config, torch.device("cpu")), set[torch.dtype]()
+    rotate = attention.apply_rotary
+
+    def record_and_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        dtypes.update((cos.dtype, sin.dtype))
+        return rotate(x, cos, sin)
+
+    with patch.object(attention, "apply_rotary", record_and_rotate):
+        train_step(engine, make_batches(config, engine, 0), lr=1.0)
+    return dtypes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:4:3], ids=str)
+def test_rotary_positions_stay_in_fp32(layout: Layout) -> None:
+    """FSDP casts the arguments of a block to bf16, and tensors inside tuples and dataclasses too."""
+    config = make_layout_config(layout, "bf16")
+    assert get_world(layout.ranks).run(record_rotation_dtypes, config) == [{torch.float32}] * layout.ranks
 
 
 def test_a_step_with_an_overflow_halves_the_loss_scale_and_changes_no_weight() -> None:
