@@ -255,12 +255,12 @@ def _capped_attention(
 
 
 def can_use_bands(mask: AttentionMask, S: int, T: int) -> bool:
-    """Return whether `banded_attention` computes this mask, in less time than attention to all keys.
+    """Return whether `banded_attention` computes this mask, in less time than attention with a dense mask.
 
-    It is faster for windows of at most a quarter of the sequence (benchmarks/window.py).
+    It is faster for windows of at most half of the sequence (benchmarks/window.py).
     """
     is_plain = mask.causal and mask.prefix_B is None and mask.query_positions_BS is None
-    return is_plain and S == T and 0 < 4 * mask.window <= T
+    return is_plain and S == T and 0 < 2 * mask.window <= T
 
 
 def banded_attention(
