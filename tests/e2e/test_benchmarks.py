@@ -20,7 +20,6 @@ CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
 TRAIN = REPOSITORY / "benchmarks" / "train.py"
 LOSS = REPOSITORY / "benchmarks" / "loss.py"
 ATTENTION = REPOSITORY / "benchmarks" / "attention.py"
-WINDOW = REPOSITORY / "benchmarks" / "window.py"
 OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
 LAYOUTS = REPOSITORY / "benchmarks" / "layouts.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
@@ -28,6 +27,7 @@ MEMORY = REPOSITORY / "benchmarks" / "memory.py"
 COLLECTIVES = REPOSITORY / "benchmarks" / "collectives.py"
 # Overrides that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
+WINDOW_PROGRAM = REPOSITORY / "benchmarks" / "window.py"
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
 
 def test_window_prints_a_line_per_case_and_marks_the_chosen_one() -> None:
     sizes = ("--seq-len", "64", "128", "--windows", "8", "S/2", "50", "100", "--rounds", "1")
-    completed = run_benchmark(WINDOW, *sizes, "--heads", "2", "--kv-heads", "1", "--head-dim", "8")
+    completed = run_benchmark(WINDOW_PROGRAM, *sizes, "--heads", "2", "--kv-heads", "1", "--head-dim", "8")
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
     for seq_len in (64, 128):
         causal, *window_rows = [row for row in rows if row["seq_len"] == seq_len]
