@@ -61,7 +61,7 @@ docs: install
 
 # Over a quarter of an hour on two cores. With --write, the programs store their rows in benchmarks/results.
 bench: install
-	for program in overhead train loss attention optimizer data checkpoint communication collectives layouts startup; do python benchmarks/$$program.py || exit 1; done
+	for program in overhead train loss attention window optimizer data checkpoint communication collectives layouts startup; do python benchmarks/$$program.py || exit 1; done
 
 # At most eight minutes on a GPU (docs/gpu.md). Installs nothing and needs no network.
 # DEVICE=cpu runs the same rows on the CPU at tiny sizes.

@@ -23,7 +23,7 @@ from dist_llm.param_spec import ParamSpec, linear_specs, norm_specs
 
 # Shape suffixes: B batch, S queries, T keys, D d_model, H query heads, K key-value heads, E head_dim.
 
-MIN_BLOCK = 64  # queries of a block in `banded_attention`, so that narrow windows do not make tiny products
+MIN_BLOCK = 32  # queries of a block in `banded_attention`, so that narrow windows do not make tiny products
 
 
 class Attention(Mixer):
@@ -229,12 +229,12 @@ def _capped_attention(
 
 
 def can_use_bands(mask: AttentionMask, S: int, T: int) -> bool:
-    """Return whether `banded_attention` computes this mask, in less time than attention to all keys.
+    """Return whether `banded_attention` computes this mask, in less time than attention with a dense mask.
 
-    It is faster for windows of at most a quarter of the sequence (benchmarks/window.py).
+    It is faster for windows of at most half of the sequence (benchmarks/window.py).
     """
     is_plain = mask.causal and mask.prefix_B is None and mask.query_positions_BS is None
-    return is_plain and S == T and 0 < 4 * mask.window <= T
+    return is_plain and S == T and 0 < 2 * mask.window <= T
 
 
 def banded_attention(
@@ -243,11 +243,12 @@ def banded_attention(
     """Causal attention with a window, in blocks of queries that attend only to the keys of their window.
 
     A block of b queries needs the b + window - 1 keys up to its last query. So time and memory grow with S * window
-    instead of S^2.
+    instead of S^2. Smaller blocks compute fewer masked scores, but store more copies of each key: about 1 + window / b.
+    With a quarter of the window, these are 1.25 window scores per query and 5 copies of each key.
     """
     B, H, S, _ = q_BHSE.shape
     window = mask.window
-    block = min(S, max(window, MIN_BLOCK))
+    block = min(S, max(-(-window // 4), MIN_BLOCK))
     num_blocks = -(-S // block)
     padding = num_blocks * block - S
     span = block + window - 1  # keys of a block

@@ -27,6 +27,7 @@ MEMORY_PROGRAM = REPOSITORY / "benchmarks" / "memory.py"
 COLLECTIVES_PROGRAM = REPOSITORY / "benchmarks" / "collectives.py"
 # Overrides that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
+WINDOW_PROGRAM = REPOSITORY / "benchmarks" / "window.py"
 
 
 @pytest.mark.slow
@@ -129,6 +130,25 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
     for mask, count in pairs.items():
         row = by_mask[mask]["math"]
         assert row["tflops"] * row["seconds"] * 1e12 == pytest.approx(14 * 16 * 2 * 2 * count, rel=1e-3)
+    assert "*: the choice of the model" in completed.stderr
+
+
+def test_window_prints_a_line_per_case_and_marks_the_chosen_one() -> None:
+    sizes = ("--seq-len", "64", "128", "--windows", "8", "S/2", "50", "100", "--rounds", "1")
+    completed = run_benchmark(WINDOW_PROGRAM, *sizes, "--heads", "2", "--kv-heads", "1", "--head-dim", "8")
+    rows = [json.loads(line) for line in completed.stdout.splitlines()]
+    for seq_len in (64, 128):
+        causal, *window_rows = [row for row in rows if row["seq_len"] == seq_len]
+        assert (causal["case"], causal["window"], causal["ratio"]) == ("causal", 0, 1)
+        windows = [8, 32, 50] if seq_len == 64 else [8, 50, 64, 100]
+        cases = [(kernel, window) for window in windows for kernel in ("dense", "bands")]
+        assert [(row["case"], row["window"]) for row in window_rows] == cases
+        for row in window_rows:
+            assert row["ratio"] == pytest.approx(row["seconds"] / causal["seconds"], rel=1e-3)
+            assert row["chosen"] == ((row["case"] == "bands") == (2 * row["window"] <= seq_len))
+        for dense, bands in zip(window_rows[::2], window_rows[1::2], strict=True):
+            assert dense["of_dense"] == 1
+            assert bands["of_dense"] == pytest.approx(bands["cpu_ratio"] / dense["cpu_ratio"], rel=1e-3)
     assert "*: the choice of the model" in completed.stderr
 
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dist_llm.models.attention import banded_attention, can_use_bands, materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL
@@ -33,7 +35,29 @@ def attend_densely(q, k, v, mask):
 def test_bands_equal_a_dense_mask(length, window, with_documents):
     documents = DOCUMENTS[:, :length] if with_documents else None
     mask = replace(CAUSAL, window=window, documents_BT=documents)
-    inputs = [draw((2, length, heads, 8), seed) for seed, heads in enumerate((4, 2, 2))]
+    assert_bands_equal_a_dense_mask([draw((2, length, heads, 8), seed) for seed, heads in enumerate((4, 2, 2))], mask)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_bands_equal_a_dense_mask_for_random_shapes(data):
+    """The window may exceed the sequence, and the documents of each row are random."""
+    length, batch = data.draw(st.integers(1, 150), "S"), data.draw(st.integers(1, 3), "B")
+    kv_heads, groups = data.draw(st.integers(1, 2), "K"), data.draw(st.integers(1, 3), "H / K")
+    window, documents = data.draw(st.integers(1, length + 5), "window"), None
+    if data.draw(st.booleans(), "has documents"):
+        starts = st.lists(st.integers(0, length - 1), max_size=4)
+        documents = torch.zeros(batch, length, dtype=torch.int64)
+        for row in documents:
+            for start in data.draw(starts, "starts of documents"):
+                row[start:] += 1
+    heads = (kv_heads * groups, kv_heads, kv_heads)
+    inputs = [draw((batch, length, num, 4), seed) for seed, num in enumerate(heads)]
+    assert_bands_equal_a_dense_mask(inputs, replace(CAUSAL, window=window, documents_BT=documents))
+
+
+def assert_bands_equal_a_dense_mask(inputs, mask):
+    """Compare outputs and gradients."""
     q, k, v = (tensor.transpose(1, 2) for tensor in inputs)
     actual = banded_attention(q, k, v, mask, 0.0, None).transpose(1, 2)
     expected = attend_densely(*inputs, mask)
@@ -48,7 +72,7 @@ def test_bands_equal_a_dense_mask(length, window, with_documents):
 
 
 def test_the_kernel_of_a_mask_is_chosen_by_its_size():
-    narrow, wide = replace(CAUSAL, window=50), replace(CAUSAL, window=51)
+    narrow, wide = replace(CAUSAL, window=100), replace(CAUSAL, window=101)
     assert can_use_bands(narrow, 200, 200)
     assert materialize_mask(narrow, (1, 200, 200), CPU, dense=False).materialized is None
     assert not can_use_bands(wide, 200, 200)
@@ -59,9 +83,9 @@ def test_the_kernel_of_a_mask_is_chosen_by_its_size():
     assert unlimited == CAUSAL, "no key is further away than the window, so the fast path of the kernels is used"
 
 
-@pytest.mark.parametrize("window", [30, 60, 120])
+@pytest.mark.parametrize("window", [60, 61, 120])
 def test_attention_equals_a_dense_mask_with_each_kernel(window):
-    """A window of 30 uses bands, 60 a boolean mask, and 120 no mask, because the sequence is shorter."""
+    """A window of 60 uses bands, 61 a boolean mask, and 120 no mask, because the sequence is not longer."""
     inputs = [draw((2, 120, 2, 8), seed) for seed in range(3)]
     mask = replace(CAUSAL, window=window)
     actual = scaled_dot_product(*inputs, materialize_mask(mask, (2, 120, 120), CPU, dense=False), 0.0)
