@@ -20,6 +20,7 @@ from dist_llm.convert.hf_family import (
     Value,
     build_kinds,
 )
+from dist_llm.convert.hf_rope import RopeFormat
 
 # Rows of fused and of otherwise ordered tensors.
 
@@ -121,6 +122,7 @@ RMS_EPS = Value("rms_norm_eps", "norm_eps", 1e-6)
 LAYER_NORM_EPS = Value("layer_norm_eps", "norm_eps", 1e-5)
 NO_BIAS = Constant("attention_bias", False)
 LLAMA_SIZES, LLAMA_ACTIVATION, LLAMA_ROPE = Sizes(), Activation(), Rope()
+HALF_ROTATED = Rope(RopeFormat(fraction=0.5))
 
 
 def _make_family(
@@ -329,7 +331,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *CAPS),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
-        rope=LayerTypes(_full_each(6), rope_by_type=True),
+        rope=LayerTypes(_full_each(6), RopeFormat(theta=1_000_000.0, sliding_theta=10_000.0)),
         tied=True,
         norm_order="sandwich",
         qk_norm=True,
@@ -348,13 +350,14 @@ DECODER_FAMILIES: dict[str, Family] = {
         "Olmo3ForCausalLM",
         *(RMS_EPS, NO_BIAS),
         names=REORDERED_NORMS,
-        rope=LayerTypes(_full_each(4), rope_by_type=True),
+        rope=LayerTypes(_full_each(4), RopeFormat(theta=500_000.0, sliding_theta=500_000.0)),
         norm_order="reordered",
         qk_norm="all",
     ),
     "smollm3": _make_family(
         "SmolLM3ForCausalLM",
         *(RMS_EPS, _AttentionBias(), Value("mlp_bias", "feedforward_bias", False), _SmolLM3Layers()),
+        rope=Rope(RopeFormat(theta=2_000_000.0)),
         tied=True,
     ),
     "granite": _make_family(
@@ -369,6 +372,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         "GlmForCausalLM",
         *(RMS_EPS, Value("attention_bias", "qkv_bias", False)),
         names={**PAIRED_ATTENTION_NAMES, **FUSED_GATE_UP},
+        rope=HALF_ROTATED,
     ),
     "glm4": _make_family(
         "Glm4ForCausalLM",
@@ -379,6 +383,7 @@ DECODER_FAMILIES: dict[str, Family] = {
             "norm_attention_out": "post_self_attn_layernorm",
             "norm_feedforward_out": "post_mlp_layernorm",
         },
+        rope=HALF_ROTATED,
         norm_order="sandwich",
     ),
     "phi": _make_family(
@@ -392,6 +397,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         other_names={**OTHER_NAMES, "head.norm": "model.final_layernorm"},
         sizes=Sizes(has_head_dim=False),
         activation=Activation(names=UNGATED),
+        rope=HALF_ROTATED,
         bias=True,
         norm="layernorm",
         parallel_residual="one_norm",
@@ -405,6 +411,7 @@ DECODER_FAMILIES: dict[str, Family] = {
             **FUSED_GATE_UP,
         },
         sizes=Sizes(has_head_dim=False),
+        rope=Rope(RopeFormat(fraction=1.0)),
     ),
     "gpt_neox": _make_family(
         "GPTNeoXForCausalLM",
@@ -423,6 +430,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         prefix="gpt_neox.layers.{}.",
         sizes=Sizes(n_kv_heads=None, has_head_dim=False),
         activation=Activation(names=UNGATED),
+        rope=Rope(RopeFormat(fraction=0.25, theta_field="rotary_emb_base")),
         bias=True,
         norm="layernorm",
     ),
@@ -453,6 +461,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(LAYER_NORM_EPS, _AttentionBias(), Constant("use_qk_norm", False), Value("logit_scale", "logit_scale", 1.0)),
         names=PAIRED_ATTENTION_NAMES,
         sizes=Sizes(has_head_dim=False),
+        rope=Rope(RopeFormat(theta=500_000.0)),
         norm="layernorm",
         parallel_residual="one_norm",
         tied=True,
@@ -470,6 +479,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         "NemotronForCausalLM",
         *(Value("norm_eps", "norm_eps", 1e-5), _AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
         activation=Activation(names=UNGATED),
+        rope=HALF_ROTATED,
         norm_weight="plus_one",
         **LAYER_NORM,
     ),
@@ -478,6 +488,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(LAYER_NORM_EPS, Value("use_qkv_bias", "qkv_bias", False), Constant("qk_layernorm", False)),
         _ParallelResidual("one_norm", False),
         sizes=Sizes(has_head_dim=False),
+        rope=Rope(RopeFormat(fraction=0.25)),
         **LAYER_NORM,
     ),
     "starcoder2": _make_family(

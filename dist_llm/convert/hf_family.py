@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config_fields import ConfigFields
-from dist_llm.convert.hf_rope import outer_rope_fields, read_rope, write_rope
+from dist_llm.convert.hf_rope import SECTIONS_OF_TYPES, RopeFormat, outer_rope_fields, read_rope, write_rope
 from dist_llm.convert.hf_tensor_mapping import TensorMapping
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_param_specs
@@ -156,25 +156,28 @@ class Activation:
 class Rope:
     """The rotary positions, which are the same for all layers."""
 
+    rope_format: RopeFormat = field(default_factory=RopeFormat)
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our keys of rotary positions."""
-        return read_rope(fields)
+        return read_rope(fields, self.rope_format)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the fields of rotary positions."""
-        return {"rope_parameters": write_rope(model), **outer_rope_fields(model)}
+        return {"rope_parameters": write_rope(model, self.rope_format), **outer_rope_fields(model, self.rope_format)}
 
 
 @dataclass(frozen=True)
 class LayerTypes:
     """Layers with a window and layers without, in the order of `layer_types`.
 
-    `read_types` returns the types of a config.json without layer_types. `rope_by_type`: rope_parameters has a section
-    for each type. `unrotated`: layers without a window have no rotation (Cohere 2).
+    `read_types` returns the types of a config.json without layer_types. `rope_by_type` is the format of rope_parameters
+    with a section for each type; None: the family has one section for all layers. `unrotated`: layers without a window
+    have no rotation (Cohere 2).
     """
 
     read_types: Callable[[ConfigFields], Sequence[str]]
-    rope_by_type: bool = False
+    rope_by_type: RopeFormat | None = None
     unrotated: bool = False
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
@@ -187,8 +190,9 @@ class LayerTypes:
         if "sliding_attention" in types and not window:
             raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is not set")
         overrides: dict[str, dict[str, Any]] = {"sliding_attention": {"window": window}, "full_attention": {}}
-        for layer_type in set(types) if self.rope_by_type else ():
-            overrides[layer_type] |= read_rope(fields, layer_type)
+        if self.rope_by_type is not None:
+            for layer_type in SECTIONS_OF_TYPES:
+                overrides[layer_type] |= read_rope(fields, self.rope_by_type, layer_type)
         if self.unrotated:
             overrides["full_attention"]["positions"] = "none"
         return build_kinds(types, overrides)
@@ -201,9 +205,10 @@ class LayerTypes:
             "layer_types": types,
             "sliding_window": next((layer.window for layer in layers if layer.window), None),
         }
-        if self.rope_by_type:
+        if self.rope_by_type is not None:
             fields["rope_parameters"] = {
-                layer_type: write_rope(layer) for layer_type, layer in zip(types, layers, strict=True)
+                layer_type: write_rope(layer, self.rope_by_type)
+                for layer_type, layer in zip(types, layers, strict=True)
             }
         return fields
 

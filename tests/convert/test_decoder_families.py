@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dist_llm.config.model_section import LayerKeys, ModelConfig
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_
 from dist_llm.param_spec import collect_param_specs
-from tests.convert.families import FAMILIES, VOCAB, build_models
+from tests.convert.families import FAMILIES, GROUPED, SMALL, VOCAB, build_models
 
 pytest.importorskip("transformers")
 
@@ -179,3 +180,50 @@ def test_each_setting_has_an_effect(name: str) -> None:
 
 def test_every_family_has_a_small_model() -> None:
     assert DECODER_FAMILIES.keys() <= FAMILIES.keys()
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+WINDOWS = {**GROUPED, "num_hidden_layers": 8, "sliding_window": 4}
+# Fields of rotary positions as versions of transformers before 5 wrote them.
+OLD_ROPE_FIELDS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {**GROUPED, "rope_theta": 500.0, "rope_scaling": LINEAR}),
+    ("gemma3_text", {**WINDOWS, "rope_theta": 5e5, "rope_local_base_freq": 5e3, "rope_scaling": LINEAR}),
+    ("olmo3", {**WINDOWS, "rope_theta": 5e5, "rope_scaling": LINEAR}),
+    ("gpt_neox", {**SMALL, "rotary_emb_base": 500, "rotary_pct": 0.5}),
+    ("phi", {**GROUPED, "rope_theta": 500.0, "partial_rotary_factor": 0.25}),
+    *((family, GROUPED) for family in ("glm", "nemotron", "stablelm", "smollm3", "cohere")),
+    ("gemma3_text", WINDOWS),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), OLD_ROPE_FIELDS)
+def test_old_and_absent_fields_of_rope_mean_the_same_as_in_transformers(family: str, fields: dict[str, Any]) -> None:
+    import transformers
+
+    content: dict[str, Any] = getattr(transformers, FAMILIES[family][0])(**fields).to_dict()
+    names = {name for name in content if name.startswith(("rope_", "rotary_")) or name == "partial_rotary_factor"}
+    unrelated = {name: value for name, value in content.items() if name not in names}
+    assert parse_hf_config({**unrelated, **fields}) == parse_hf_config(content)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_a_partial_rotation_that_transformers_ignores_is_refused(family: str) -> None:
+    _, _, config = build_models(family)
+    with pytest.raises(CheckpointError, match=r"partial_rotary_factor 0\.5 is not supported"):
+        parse_hf_config({**build_hf_config(config, family), "partial_rotary_factor": 0.5})
+    partial = config.model_copy(update={"rotary_fraction": 0.5})
+    with pytest.raises(CheckpointError, match=r"rotary_fraction 0.5 \(not 1.0\)"):
+        build_hf_config(partial, family)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+@pytest.mark.parametrize("family", ["glm", "phi", "gpt_neox", "nemotron", "stablelm"])
+@torch.no_grad()
+def test_any_part_of_a_head_can_rotate(family: str, fraction: float) -> None:
+    """Also if it is not the default of the family."""
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": fraction}
+    hf, native, config = build_models(family, rope_parameters=rope)
+    assert config.rotary_fraction == fraction
+    assert parse_hf_config(build_hf_config(config, family)).rotary_fraction == fraction
+    ids = make_ids()
+    assert relative_difference(native(ids), hf(input_ids=ids).logits) < MAX_DIFFERENCE
