@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.convert.hf_family import (
+    ANY_VALUE,
     UNGATED,
     Activation,
     Constant,
     Derived,
     Family,
+    FreeKeys,
     LayerTypes,
     ModuleName,
     Part,
@@ -152,6 +154,8 @@ def _make_family(
 class _QueryScale:
     """`query_pre_attn_scalar`: the scores are divided by its square root."""
 
+    free_keys: ClassVar[FreeKeys] = {"attention_scale": ANY_VALUE}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         return {"attention_scale": fields["query_pre_attn_scalar"] ** -0.5}
 
@@ -162,6 +166,8 @@ class _QueryScale:
 
 class _AttentionMultiplier:
     """`attention_multiplier`: factor of the scores."""
+
+    free_keys: ClassVar[FreeKeys] = {"attention_scale": ANY_VALUE}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         return {"attention_scale": float(fields.get("attention_multiplier", 1.0))}
@@ -183,6 +189,8 @@ def _invert(scale: float) -> float:
 class _AttentionBias:
     """`attention_bias` adds biases to all four projections of attention."""
 
+    free_keys: ClassVar[FreeKeys] = {"qkv_bias": ANY_VALUE, "out_bias": ANY_VALUE}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         bias = bool(fields.get("attention_bias", False))
         return {"qkv_bias": bias, "out_bias": bias}
@@ -202,6 +210,7 @@ class _QwenWindows:
     """The windows of Qwen, which need use_sliding_window."""
 
     types = LayerTypes(_qwen_types)
+    free_keys = types.free_keys
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         keys = self.types.read(fields)
@@ -228,6 +237,8 @@ def _full_each(period: int) -> Callable[[ConfigFields], list[str]]:
 
 class _SmolLM3Layers:
     """Layers without rotation (no_rope_layers: 0), and windows."""
+
+    free_keys: ClassVar[FreeKeys] = {"kinds.window": ANY_VALUE, "kinds.positions": ANY_VALUE}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         num_layers, interval = fields["num_hidden_layers"], fields.get("no_rope_layer_interval", 4)
@@ -264,6 +275,7 @@ class _ParallelResidual:
 
     def __init__(self, value: str, default: bool) -> None:
         self.value, self.default = value, default
+        self.free_keys: FreeKeys = {"parallel_residual": ("off", value)}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         return {"parallel_residual": self.value if fields.get("use_parallel_residual", self.default) else "off"}
@@ -274,6 +286,12 @@ class _ParallelResidual:
 
 class _FalconLayout:
     """The options of Falcon: key-value heads, norms and biases. The variants with ALiBi are not supported."""
+
+    free_keys: ClassVar[FreeKeys] = {
+        "n_kv_heads": ANY_VALUE,
+        "parallel_residual": ("one_norm", "two_norms"),
+        **dict.fromkeys(("qkv_bias", "out_bias", "feedforward_bias"), ANY_VALUE),
+    }
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         fields.require(alibi=False, parallel_attn=True)
@@ -304,7 +322,7 @@ class _FalconLayout:
 
 LAYER_NORM: dict[str, Any] = {"norm": "layernorm", "norm_bias": True}
 GEMMA: dict[str, Any] = {"norm_weight": "plus_one"}
-GEMMA_SCALE = Derived("embedding_scale", lambda fields: float(fields["hidden_size"]) ** 0.5)
+GEMMA_SCALE = Derived("embedding_scale", lambda fields: float(fields["hidden_size"]) ** 0.5, "sqrt(d_model)")
 CAPS = (
     Value("attn_logit_softcapping", "attention_cap", None),
     Value("final_logit_softcapping", "logit_cap", None),
@@ -524,7 +542,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         prefix="model.decoder.layers.{}.",
         sizes=Sizes(d_ff="ffn_dim", n_kv_heads=None, has_head_dim=False),
         activation=Activation("activation_function", UNGATED),
-        rope=Derived("positions", lambda fields: "learned"),
+        rope=Derived("positions", lambda fields: "learned", "learned"),
         tied=True,
         bias=True,
         norm="layernorm",

@@ -27,8 +27,17 @@ UNGATED = {
 }
 
 
+# {key of `model`: the values that it can have}; without values, it can have any. kinds.KEY can differ between layers.
+FreeKeys = Mapping[str, Sequence[str]]
+ANY_VALUE: Sequence[str] = ()
+
+
 class Codec(Protocol):
     """Reads some fields of config.json and writes them."""
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return our keys that the fields set."""
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return keys of our `model` section. Raises CheckpointError for an unsupported value."""
@@ -47,6 +56,11 @@ class Value:
     to_native: Callable[[Any], Any] = lambda value: value
     to_hf: Callable[[Any], Any] = lambda value: value
 
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the key."""
+        return {self.key: ANY_VALUE}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the key."""
         value = fields[self.name] if self.default is REQUIRED else fields.get(self.name, self.default)
@@ -64,6 +78,11 @@ class Constant:
     name: str
     value: Any
 
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return no key."""
+        return {}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Check the field."""
         fields.require(**{self.name: self.value})
@@ -80,6 +99,12 @@ class Derived:
 
     key: str
     compute: Callable[[ConfigFields], Any]
+    formula: str  # what `compute` computes, in our keys
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return no key, because the other fields decide the value."""
+        return {}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the key."""
@@ -101,6 +126,13 @@ class Sizes:
     n_kv_heads: str | None = "num_key_value_heads"
     has_head_dim: bool = True
     d_ff_factor: int | None = None
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys of the sizes."""
+        kv_heads = ("n_kv_heads",) if self.n_kv_heads else ()
+        head_dim = ("head_dim",) if self.has_head_dim else ()
+        return dict.fromkeys(("d_model", "n_layers", "n_heads", *kv_heads, *head_dim, "d_ff", "max_seq_len"), ANY_VALUE)
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the sizes. Raises CheckpointError if the heads do not divide the width."""
@@ -138,6 +170,11 @@ class Activation:
     name: str = "hidden_act"
     names: Mapping[str, str] = field(default_factory=lambda: GATED)
 
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the key with its values."""
+        return {"activation": tuple(dict.fromkeys(self.names.values()))}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the key. Raises CheckpointError for an unsupported activation."""
         if (value := fields[self.name]) not in self.names:
@@ -157,6 +194,13 @@ class Rope:
     """The rotary positions, which are the same for all layers."""
 
     rope_format: RopeFormat = field(default_factory=RopeFormat)
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys; rotary_fraction only if a part of a head can rotate."""
+        rotates_part = self.rope_format.fraction is not None
+        keys = ("rope_theta", "rope_scaling", *(("rotary_fraction",) if rotates_part else ()))
+        return dict.fromkeys(keys, ANY_VALUE)
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our keys of rotary positions."""
@@ -179,6 +223,13 @@ class LayerTypes:
     read_types: Callable[[ConfigFields], Sequence[str]]
     rope_by_type: RopeFormat | None = None
     unrotated: bool = False
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys, which can differ between layers."""
+        rope_keys = () if self.rope_by_type is None else ("kinds.rope_theta", "kinds.rope_scaling")
+        keys = ("kinds.window", *rope_keys, *(("kinds.positions",) if self.unrotated else ()))
+        return dict.fromkeys(keys, ANY_VALUE)
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our keys `layers` and `kinds`, or flat keys if all layers are of one type."""
@@ -260,6 +311,17 @@ class Family:
     block_names: Mapping[str, "ModuleName"]
     other_names: Mapping[str, "ModuleName"]
     tied_by_default: bool = False
+
+    @property
+    def shared_keys(self) -> dict[str, Any]:
+        """Return the keys that all models of the family share. The value of a derived key is its formula."""
+        return {**self.keys, **{codec.key: codec.formula for codec in self.codecs if isinstance(codec, Derived)}}
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys in which models of the family differ."""
+        keys = {key: values for codec in self.codecs for key, values in codec.free_keys.items()}
+        return {**keys, "tie_embeddings": ANY_VALUE}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our `model` section."""
