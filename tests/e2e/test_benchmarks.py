@@ -20,6 +20,7 @@ CHECKPOINT = REPOSITORY / "benchmarks" / "checkpoint.py"
 TRAIN = REPOSITORY / "benchmarks" / "train.py"
 LOSS = REPOSITORY / "benchmarks" / "loss.py"
 ATTENTION = REPOSITORY / "benchmarks" / "attention.py"
+WINDOW = REPOSITORY / "benchmarks" / "window.py"
 OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
 LAYOUTS = REPOSITORY / "benchmarks" / "layouts.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
@@ -128,6 +129,18 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
         row = by_mask[mask]["math"]
         assert row["tflops"] * row["seconds"] * 1e12 == pytest.approx(14 * 16 * 2 * 2 * count, rel=1e-3)
     assert "*: the choice of the model" in completed.stderr
+
+
+def test_window_prints_a_line_per_form_and_marks_the_chosen_one() -> None:
+    sizes = ("--seq-len", "64", "--window", "8", "32", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "16")
+    completed = run_benchmark(WINDOW, *sizes, "--rounds", "1")
+    rows = {(row["form"], row["window"]): row for row in map(json.loads, completed.stdout.splitlines())}
+    assert list(rows) == [("causal", None), ("dense", 8), ("bands", 8), ("dense", 32), ("bands", 32)]
+    for row in rows.values():
+        assert row["ratio"] == pytest.approx(rows["causal", None]["seconds"] / row["seconds"], rel=1e-3)
+    chosen = [case for case, row in rows.items() if row["chosen"]]
+    assert chosen == [("causal", None), ("bands", 8), ("dense", 32)], "bands up to a quarter of the sequence"
+    assert "window 32" in completed.stderr
 
 
 def test_optimizer_prints_a_line_per_variant_and_a_table() -> None:
