@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config import CLASSES, FREE_KEYS, SHARED_KEYS
 from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
 from dist_llm.convert.hf_family import FreeKeys
@@ -79,8 +80,9 @@ def list_families() -> list[FamilySummary]:
         family = DECODER_FAMILIES.get(name)
         shared_keys = dict(SHARED_KEYS[name] if family is None else family.shared_keys)
         free_keys = FREE_KEYS[name] if family is None else family.free_keys
-        # A size without a field of its own is derived.
-        shared_keys |= dict.fromkeys(key for key in ("n_kv_heads", "head_dim") if key not in free_keys)
+        # A size without a field of its own is derived, and an epsilon without a field is the default.
+        fixed = {"n_kv_heads": None, "head_dim": None, "norm_eps": ModelConfig.model_fields["norm_eps"].default}
+        shared_keys |= {key: value for key, value in fixed.items() if key not in free_keys}
         free_keys = {key: values for key, values in free_keys.items() if key not in shared_keys}
         families.append(FamilySummary(name, hf_class, shared_keys, free_keys))
     return families

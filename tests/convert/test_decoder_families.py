@@ -18,65 +18,21 @@ from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_
 from dist_llm.param_spec import collect_param_specs
-from tests.convert.families import FAMILIES, GROUPED, SMALL, VOCAB, build_models
+from tests.convert.families import (
+    FAMILIES,
+    GROUPED,
+    SMALL,
+    VARIANTS,
+    VOCAB,
+    build_models,
+    build_variant,
+)
 
 pytest.importorskip("transformers")
 
 SEQ_LEN = 24
 MAX_DIFFERENCE = 1e-5  # of logits in fp32, relative to the largest logit if that is above 1
 MIN_EFFECT = 1e-3  # of a setting on the logits, relative to the largest logit
-FULL, SLIDING = "full_attention", "sliding_attention"
-# Names of models: (family, changes of the fields of its small model).
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in DECODER_FAMILIES},
-    "llama 3.1": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 100.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
-    ),
-    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
-    "mistral 0.1": ("mistral", {"sliding_window": 4}),
-    "qwen2 with windows": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 4, "layer_types": [FULL, SLIDING, SLIDING]},
-    ),
-    "qwen3 yarn": (
-        "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 100.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 8,
-            }
-        },
-    ),
-    "smollm3 with windows": (
-        "smollm3",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 4,
-            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
-            "no_rope_layers": [1, 0, 0, 1, 1],
-        },
-    ),
-    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False}),
-    "falcon 7b": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": False}),
-    "falcon 11b": ("falcon", {"num_ln_in_parallel_attn": 1}),
-    "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
-    "cohere with biases": ("cohere", {"attention_bias": True}),
-    "starcoder2 without biases": ("starcoder2", {"use_bias": False}),
-    "nemotron with biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
-}
 # The values of a Llama, for each setting that a family may have.
 PLAIN: dict[str, Any] = {
     "rotary_fraction": 1.0,
@@ -105,11 +61,6 @@ NO_EFFECT = {
     ("olmo", "norm_weight"),  # new weights are 1
     ("starcoder2", "norm_bias"),  # `bias` adds these biases too
 }
-
-
-def build_variant(name: str) -> tuple[Any, Any, ModelConfig]:
-    family, changes = VARIANTS[name]
-    return build_models(family, **changes)  # type: ignore[no-any-return]
 
 
 def make_ids() -> Tensor:

@@ -1,15 +1,18 @@
 """The list of families says what a model of each family must and can have, and comes from the tables of conversion."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from dist_llm.config.compare import MODEL_ROLES
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.convert.hf_config import CLASSES, parse_hf_config
 from dist_llm.convert.hf_family_list import FamilySummary, describe_settings, list_families
-from tests.convert.families import FAMILIES, build_hf_model
-from tests.convert.test_decoder_families import VARIANTS
+from tests.convert.families import FAMILIES, VARIANTS, build_hf_model
 from tests.tools import command
 
+REPOSITORY = Path(__file__).parents[2]
 SUMMARIES = {family.model_type: family for family in list_families()}
 MODELS = VARIANTS | {family: (family, {}) for family in FAMILIES}
 
@@ -66,6 +69,20 @@ LLAMA = {
     "hidden_act": "silu",
     "vocab_size": 61,
 }
+
+
+def test_the_table_of_the_document_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells but the measured difference."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    program = importlib.import_module("families")
+    table = program.DOCUMENT.read_text().split(program.TABLE_BEGIN)[1].split(program.TABLE_END)[0]
+    assert table.startswith(program.HEADER)
+    lines = table.removeprefix(program.HEADER).splitlines()
+    for line, family in zip(lines, list_families(), strict=True):
+        num_models = sum(name == family.model_type for name, _ in VARIANTS.values()) or 1
+        expected = f"| {program.format_requirements(family)} | {num_models} | "
+        assert line.startswith(expected), "run: python benchmarks/families.py --write"
+        assert float(line.removeprefix(expected).removesuffix(" |")) < 1e-5
 
 
 def test_the_command_prints_each_family_with_its_settings(capsys: pytest.CaptureFixture[str]) -> None:

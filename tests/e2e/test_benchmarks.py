@@ -25,6 +25,7 @@ OPTIMIZER = REPOSITORY / "benchmarks" / "optimizer.py"
 LAYOUTS = REPOSITORY / "benchmarks" / "layouts.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
 MEMORY = REPOSITORY / "benchmarks" / "memory.py"
+FAMILIES = REPOSITORY / "benchmarks" / "families.py"
 COLLECTIVES = REPOSITORY / "benchmarks" / "collectives.py"
 # Overrides that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
@@ -141,6 +142,16 @@ def test_window_prints_a_line_per_form_and_marks_the_chosen_one() -> None:
     chosen = [case for case, row in rows.items() if row["chosen"]]
     assert chosen == [("causal", None), ("bands", 8), ("dense", 32)], "bands up to a quarter of the sequence"
     assert "window 32" in completed.stderr
+
+
+@pytest.mark.slow
+def test_families_prints_a_line_per_family_and_a_table_for_the_document() -> None:
+    pytest.importorskip("transformers")
+    completed = run_benchmark(FAMILIES)
+    rows = [json.loads(line) for line in completed.stdout.splitlines()]
+    assert len(rows) == 28
+    assert all(row["difference"] < 1e-5 for row in rows)
+    assert "| `gemma3_text` | `norm_order: sandwich`" in completed.stderr
 
 
 def test_optimizer_prints_a_line_per_variant_and_a_table() -> None:
