@@ -20,6 +20,7 @@ examples:
   dist-llm convert to-hf runs/demo hf/demo --check
   dist-llm convert from-hf hf/demo checkpoints/demo --check
   dist-llm convert inspect runs/demo
+  dist-llm convert list-families
 
 Exit code 0: success. 1: diff found a difference. 2: a user error, or inspect or verify found a damaged checkpoint.
 """
@@ -50,7 +51,7 @@ def _add_huggingface(add_action: AddAction) -> None:
     action = add_action(
         "to-hf", "convert_hf", "write a directory for from_pretrained, with the tokenizer", "checkpoint", "out"
     )
-    action.add_argument("--family", default="", help="architecture of Hugging Face; default: the first that fits")
+    action.add_argument("--family", default="", help="one of list-families; default: the first that fits")
     action.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     action.add_argument("--no-tokenizer", action="store_true", help="write the weights and config.json only")
     action.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="size limit of a file; default: 5")
@@ -59,7 +60,7 @@ def _add_huggingface(add_action: AddAction) -> None:
     action = add_action(
         "from-hf",
         "convert_hf",
-        "read safetensors or pytorch_model.bin of Llama, GPT-2, Mistral, Qwen2, Qwen3, BERT, T5 v1.1 or BART",
+        "read safetensors or pytorch_model.bin of a family that list-families prints",
         "directory",
         "out",
     )
@@ -71,6 +72,7 @@ def _add_huggingface(add_action: AddAction) -> None:
         metavar="NAME",
         help="an unknown field of config.json that does not change what the model computes; repeatable",
     )
+    add_action("list-families", "list_families", "list the families of Hugging Face that to-hf and from-hf support")
 
 
 def _add_other_formats(add_action: AddAction) -> None:

@@ -15,6 +15,7 @@ from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import MAX_LAYERS
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_family import ANY_VALUE, FreeKeys
 from dist_llm.errors import CheckpointError
 
 # Fields with a number of layers.
@@ -87,7 +88,7 @@ def _read_gpt2(fields: ConfigFields) -> dict[str, Any]:
         **_native_sizes(
             fields["n_embd"], fields["n_layer"], fields["n_head"], fields.get("n_inner") or 4 * fields["n_embd"]
         ),
-        **LAYERNORM_FIELDS,
+        **SHARED_KEYS["gpt2"],
         "max_seq_len": fields["n_positions"],
         "norm_eps": fields.get("layer_norm_epsilon", 1e-5),
         "activation": _native_activation(fields.get("activation_function", "gelu_new")),
@@ -117,15 +118,10 @@ def _read_bert(fields: ConfigFields) -> dict[str, Any]:
             fields["num_attention_heads"],
             fields["intermediate_size"],
         ),
-        **LAYERNORM_FIELDS,
-        "architecture": "encoder",
-        "norm_order": "post",
-        "norm_embedding": True,
-        "head": "mlm",
+        **SHARED_KEYS["bert"],
         "max_seq_len": fields["max_position_embeddings"],
         "norm_eps": fields.get("layer_norm_eps", 1e-12),
         "activation": _native_activation(fields["hidden_act"]),
-        "tie_embeddings": True,
     }
 
 
@@ -153,16 +149,12 @@ def _read_t5(fields: ConfigFields) -> dict[str, Any]:
             fields["d_ff"],
             fields["d_kv"],
         ),
-        "architecture": "encoder_decoder",
+        **SHARED_KEYS["t5"],
         "n_encoder_layers": fields["num_layers"],
         "max_seq_len": fields.get("n_positions", 512),
-        "positions": "relative",
         "relative_buckets": fields["relative_attention_num_buckets"],
         "relative_distance": fields.get("relative_attention_max_distance", 128),
-        "attention_scale": 1.0,
         "norm_eps": fields["layer_norm_epsilon"],
-        "activation": "geglu_tanh",
-        "tie_embeddings": False,
     }
 
 
@@ -196,14 +188,10 @@ def _read_bart(fields: ConfigFields) -> dict[str, Any]:
         **_native_sizes(
             fields["d_model"], fields["decoder_layers"], fields["decoder_attention_heads"], fields["decoder_ffn_dim"]
         ),
-        **LAYERNORM_FIELDS,
-        "architecture": "encoder_decoder",
+        **SHARED_KEYS["bart"],
         "n_encoder_layers": fields["encoder_layers"],
-        "norm_order": "post",
-        "norm_embedding": True,
         "max_seq_len": fields["max_position_embeddings"],
         "activation": _native_activation(fields["activation_function"]),
-        "tie_embeddings": True,
     }
 
 
@@ -223,7 +211,31 @@ def _write_bart(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-LAYERNORM_FIELDS = {"positions": "learned", "norm": "layernorm", "bias": True}
+_RELATIVE = ("relative_buckets", "relative_distance")
+_LEARNED_POSITIONS = {"positions": "learned", "norm": "layernorm", "bias": True}
+_POST_NORM = {**_LEARNED_POSITIONS, "norm_order": "post", "norm_embedding": True, "tie_embeddings": True}
+# The keys of `model` that all models of these families share.
+SHARED_KEYS: dict[str, Mapping[str, Any]] = {
+    "gpt2": _LEARNED_POSITIONS,
+    "bert": {"architecture": "encoder", **_POST_NORM, "head": "mlm"},
+    "t5": {
+        "architecture": "encoder_decoder",
+        "positions": "relative",
+        "attention_scale": 1.0,
+        "activation": "geglu_tanh",
+        "tie_embeddings": False,
+    },
+    "bart": {"architecture": "encoder_decoder", **_POST_NORM},
+}
+_SIZES = dict.fromkeys(("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "norm_eps"), ANY_VALUE)
+_UNGATED = {**_SIZES, "activation": tuple(ACTIVATIONS)}
+# The keys of `model` in which models of these families differ.
+FREE_KEYS: dict[str, FreeKeys] = {
+    "gpt2": {**_UNGATED, "tie_embeddings": ANY_VALUE},
+    "bert": _UNGATED,
+    "t5": {**_SIZES, **dict.fromkeys(("n_encoder_layers", "head_dim", *_RELATIVE), ANY_VALUE)},
+    "bart": {**{key: values for key, values in _UNGATED.items() if key != "norm_eps"}, "n_encoder_layers": ANY_VALUE},
+}
 READERS: dict[str, Callable[[ConfigFields], dict[str, Any]]] = {
     "gpt2": _read_gpt2,
     **{name: family.read for name, family in DECODER_FAMILIES.items()},

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.convert.hf_family import (
+    ANY_VALUE,
     UNGATED,
     Activation,
     Constant,
     Derived,
     Family,
+    FreeKeys,
     LayerTypes,
     ModuleName,
     Part,
@@ -20,6 +22,7 @@ from dist_llm.convert.hf_family import (
     Value,
     build_kinds,
 )
+from dist_llm.convert.hf_rope import RopeFormat
 
 # Rows of fused and of otherwise ordered tensors.
 
@@ -121,6 +124,7 @@ RMS_EPS = Value("rms_norm_eps", "norm_eps", 1e-6)
 LAYER_NORM_EPS = Value("layer_norm_eps", "norm_eps", 1e-5)
 NO_BIAS = Constant("attention_bias", False)
 LLAMA_SIZES, LLAMA_ACTIVATION, LLAMA_ROPE = Sizes(), Activation(), Rope()
+HALF_ROTATED = Rope(RopeFormat(fraction=0.5))
 
 
 def _make_family(
@@ -150,6 +154,8 @@ def _make_family(
 class _QueryScale:
     """`query_pre_attn_scalar`: the scores are divided by its square root."""
 
+    free_keys: ClassVar[FreeKeys] = {"attention_scale": ANY_VALUE}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         return {"attention_scale": fields["query_pre_attn_scalar"] ** -0.5}
 
@@ -160,6 +166,8 @@ class _QueryScale:
 
 class _AttentionMultiplier:
     """`attention_multiplier`: factor of the scores."""
+
+    free_keys: ClassVar[FreeKeys] = {"attention_scale": ANY_VALUE}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         return {"attention_scale": float(fields.get("attention_multiplier", 1.0))}
@@ -181,6 +189,8 @@ def _invert(scale: float) -> float:
 class _AttentionBias:
     """`attention_bias` adds biases to all four projections of attention."""
 
+    free_keys: ClassVar[FreeKeys] = {"qkv_bias": ANY_VALUE, "out_bias": ANY_VALUE}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         bias = bool(fields.get("attention_bias", False))
         return {"qkv_bias": bias, "out_bias": bias}
@@ -200,6 +210,7 @@ class _QwenWindows:
     """The windows of Qwen, which need use_sliding_window."""
 
     types = LayerTypes(_qwen_types)
+    free_keys = types.free_keys
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         keys = self.types.read(fields)
@@ -226,6 +237,8 @@ def _full_each(period: int) -> Callable[[ConfigFields], list[str]]:
 
 class _SmolLM3Layers:
     """Layers without rotation (no_rope_layers: 0), and windows."""
+
+    free_keys: ClassVar[FreeKeys] = {"kinds.window": ANY_VALUE, "kinds.positions": ANY_VALUE}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         num_layers, interval = fields["num_hidden_layers"], fields.get("no_rope_layer_interval", 4)
@@ -262,6 +275,7 @@ class _ParallelResidual:
 
     def __init__(self, value: str, default: bool) -> None:
         self.value, self.default = value, default
+        self.free_keys: FreeKeys = {"parallel_residual": ("off", value)}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         return {"parallel_residual": self.value if fields.get("use_parallel_residual", self.default) else "off"}
@@ -299,6 +313,12 @@ class _BloomSizes:
 class _FalconLayout:
     """The options of Falcon: key-value heads, norms and biases. The variants with ALiBi are not supported."""
 
+    free_keys: ClassVar[FreeKeys] = {
+        "n_kv_heads": ANY_VALUE,
+        "parallel_residual": ("one_norm", "two_norms"),
+        **dict.fromkeys(("qkv_bias", "out_bias", "feedforward_bias"), ANY_VALUE),
+    }
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         fields.require(alibi=False, parallel_attn=True)
         is_new, n_heads = fields.get("new_decoder_architecture", False), fields["num_attention_heads"]
@@ -328,7 +348,7 @@ class _FalconLayout:
 
 LAYER_NORM: dict[str, Any] = {"norm": "layernorm", "norm_bias": True}
 GEMMA: dict[str, Any] = {"norm_weight": "plus_one"}
-GEMMA_SCALE = Derived("embedding_scale", lambda fields: float(fields["hidden_size"]) ** 0.5)
+GEMMA_SCALE = Derived("embedding_scale", lambda fields: float(fields["hidden_size"]) ** 0.5, "sqrt(d_model)")
 CAPS = (
     Value("attn_logit_softcapping", "attention_cap", None),
     Value("final_logit_softcapping", "logit_cap", None),
@@ -355,7 +375,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *CAPS),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
-        rope=LayerTypes(_full_each(6), rope_by_type=True),
+        rope=LayerTypes(_full_each(6), RopeFormat(theta=1_000_000.0, sliding_theta=10_000.0)),
         tied=True,
         norm_order="sandwich",
         qk_norm=True,
@@ -374,13 +394,14 @@ DECODER_FAMILIES: dict[str, Family] = {
         "Olmo3ForCausalLM",
         *(RMS_EPS, NO_BIAS),
         names=REORDERED_NORMS,
-        rope=LayerTypes(_full_each(4), rope_by_type=True),
+        rope=LayerTypes(_full_each(4), RopeFormat(theta=500_000.0, sliding_theta=500_000.0)),
         norm_order="reordered",
         qk_norm="all",
     ),
     "smollm3": _make_family(
         "SmolLM3ForCausalLM",
         *(RMS_EPS, _AttentionBias(), Value("mlp_bias", "feedforward_bias", False), _SmolLM3Layers()),
+        rope=Rope(RopeFormat(theta=2_000_000.0)),
         tied=True,
     ),
     "granite": _make_family(
@@ -395,6 +416,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         "GlmForCausalLM",
         *(RMS_EPS, Value("attention_bias", "qkv_bias", False)),
         names={**PAIRED_ATTENTION_NAMES, **FUSED_GATE_UP},
+        rope=HALF_ROTATED,
     ),
     "glm4": _make_family(
         "Glm4ForCausalLM",
@@ -405,6 +427,7 @@ DECODER_FAMILIES: dict[str, Family] = {
             "norm_attention_out": "post_self_attn_layernorm",
             "norm_feedforward_out": "post_mlp_layernorm",
         },
+        rope=HALF_ROTATED,
         norm_order="sandwich",
     ),
     "phi": _make_family(
@@ -418,6 +441,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         other_names={**OTHER_NAMES, "head.norm": "model.final_layernorm"},
         sizes=Sizes(has_head_dim=False),
         activation=Activation(names=UNGATED),
+        rope=HALF_ROTATED,
         bias=True,
         norm="layernorm",
         parallel_residual="one_norm",
@@ -431,6 +455,7 @@ DECODER_FAMILIES: dict[str, Family] = {
             **FUSED_GATE_UP,
         },
         sizes=Sizes(has_head_dim=False),
+        rope=Rope(RopeFormat(fraction=1.0)),
     ),
     "gpt_neox": _make_family(
         "GPTNeoXForCausalLM",
@@ -449,6 +474,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         prefix="gpt_neox.layers.{}.",
         sizes=Sizes(n_kv_heads=None, has_head_dim=False),
         activation=Activation(names=UNGATED),
+        rope=Rope(RopeFormat(fraction=0.25, theta_field="rotary_emb_base")),
         bias=True,
         norm="layernorm",
     ),
@@ -479,6 +505,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(LAYER_NORM_EPS, _AttentionBias(), Constant("use_qk_norm", False), Value("logit_scale", "logit_scale", 1.0)),
         names=PAIRED_ATTENTION_NAMES,
         sizes=Sizes(has_head_dim=False),
+        rope=Rope(RopeFormat(theta=500_000.0)),
         norm="layernorm",
         parallel_residual="one_norm",
         tied=True,
@@ -496,6 +523,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         "NemotronForCausalLM",
         *(Value("norm_eps", "norm_eps", 1e-5), _AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
         activation=Activation(names=UNGATED),
+        rope=HALF_ROTATED,
         norm_weight="plus_one",
         **LAYER_NORM,
     ),
@@ -504,6 +532,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(LAYER_NORM_EPS, Value("use_qkv_bias", "qkv_bias", False), Constant("qk_layernorm", False)),
         _ParallelResidual("one_norm", False),
         sizes=Sizes(has_head_dim=False),
+        rope=Rope(RopeFormat(fraction=0.25)),
         **LAYER_NORM,
     ),
     "starcoder2": _make_family(
@@ -539,7 +568,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         prefix="model.decoder.layers.{}.",
         sizes=Sizes(d_ff="ffn_dim", n_kv_heads=None, has_head_dim=False),
         activation=Activation("activation_function", UNGATED),
-        rope=Derived("positions", lambda fields: "learned"),
+        rope=Derived("positions", lambda fields: "learned", "learned"),
         tied=True,
         bias=True,
         norm="layernorm",

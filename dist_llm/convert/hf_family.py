@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config_fields import ConfigFields
-from dist_llm.convert.hf_rope import outer_rope_fields, read_rope, write_rope
+from dist_llm.convert.hf_rope import SECTIONS_OF_TYPES, RopeFormat, outer_rope_fields, read_rope, write_rope
 from dist_llm.convert.hf_tensor_mapping import TensorMapping
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_param_specs
@@ -27,8 +27,17 @@ UNGATED = {
 }
 
 
+# {key of `model`: the values that it can have}; without values, it can have any. kinds.KEY can differ between layers.
+FreeKeys = Mapping[str, Sequence[str]]
+ANY_VALUE: Sequence[str] = ()
+
+
 class Codec(Protocol):
     """Reads some fields of config.json and writes them."""
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return our keys that the fields set."""
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return keys of our `model` section. Raises CheckpointError for an unsupported value."""
@@ -47,6 +56,11 @@ class Value:
     to_native: Callable[[Any], Any] = lambda value: value
     to_hf: Callable[[Any], Any] = lambda value: value
 
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the key."""
+        return {self.key: ANY_VALUE}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the key."""
         value = fields[self.name] if self.default is REQUIRED else fields.get(self.name, self.default)
@@ -64,6 +78,11 @@ class Constant:
     name: str
     value: Any
 
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return no key."""
+        return {}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Check the field."""
         fields.require(**{self.name: self.value})
@@ -80,6 +99,12 @@ class Derived:
 
     key: str
     compute: Callable[[ConfigFields], Any]
+    formula: str  # what `compute` computes, in our keys
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return no key, because the other fields decide the value."""
+        return {}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the key."""
@@ -101,6 +126,13 @@ class Sizes:
     n_kv_heads: str | None = "num_key_value_heads"
     has_head_dim: bool = True
     d_ff_factor: int | None = None
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys of the sizes."""
+        kv_heads = ("n_kv_heads",) if self.n_kv_heads else ()
+        head_dim = ("head_dim",) if self.has_head_dim else ()
+        return dict.fromkeys(("d_model", "n_layers", "n_heads", *kv_heads, *head_dim, "d_ff", "max_seq_len"), ANY_VALUE)
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the sizes. Raises CheckpointError if the heads do not divide the width."""
@@ -138,6 +170,11 @@ class Activation:
     name: str = "hidden_act"
     names: Mapping[str, str] = field(default_factory=lambda: GATED)
 
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the key with its values."""
+        return {"activation": tuple(dict.fromkeys(self.names.values()))}
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the key. Raises CheckpointError for an unsupported activation."""
         if (value := fields[self.name]) not in self.names:
@@ -156,26 +193,43 @@ class Activation:
 class Rope:
     """The rotary positions, which are the same for all layers."""
 
+    rope_format: RopeFormat = field(default_factory=RopeFormat)
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys; rotary_fraction only if a part of a head can rotate."""
+        rotates_part = self.rope_format.fraction is not None
+        keys = ("rope_theta", "rope_scaling", *(("rotary_fraction",) if rotates_part else ()))
+        return dict.fromkeys(keys, ANY_VALUE)
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our keys of rotary positions."""
-        return read_rope(fields)
+        return read_rope(fields, self.rope_format)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the fields of rotary positions."""
-        return {"rope_parameters": write_rope(model), **outer_rope_fields(model)}
+        return {"rope_parameters": write_rope(model, self.rope_format), **outer_rope_fields(model, self.rope_format)}
 
 
 @dataclass(frozen=True)
 class LayerTypes:
     """Layers with a window and layers without, in the order of `layer_types`.
 
-    `read_types` returns the types of a config.json without layer_types. `rope_by_type`: rope_parameters has a section
-    for each type. `unrotated`: layers without a window have no rotation (Cohere 2).
+    `read_types` returns the types of a config.json without layer_types. `rope_by_type` is the format of rope_parameters
+    with a section for each type; None: the family has one section for all layers. `unrotated`: layers without a window
+    have no rotation (Cohere 2).
     """
 
     read_types: Callable[[ConfigFields], Sequence[str]]
-    rope_by_type: bool = False
+    rope_by_type: RopeFormat | None = None
     unrotated: bool = False
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys, which can differ between layers."""
+        rope_keys = () if self.rope_by_type is None else ("kinds.rope_theta", "kinds.rope_scaling")
+        keys = ("kinds.window", *rope_keys, *(("kinds.positions",) if self.unrotated else ()))
+        return dict.fromkeys(keys, ANY_VALUE)
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our keys `layers` and `kinds`, or flat keys if all layers are of one type."""
@@ -187,8 +241,9 @@ class LayerTypes:
         if "sliding_attention" in types and not window:
             raise CheckpointError("config.json: layer_types has sliding_attention, but sliding_window is not set")
         overrides: dict[str, dict[str, Any]] = {"sliding_attention": {"window": window}, "full_attention": {}}
-        for layer_type in set(types) if self.rope_by_type else ():
-            overrides[layer_type] |= read_rope(fields, layer_type)
+        if self.rope_by_type is not None:
+            for layer_type in SECTIONS_OF_TYPES:
+                overrides[layer_type] |= read_rope(fields, self.rope_by_type, layer_type)
         if self.unrotated:
             overrides["full_attention"]["positions"] = "none"
         return build_kinds(types, overrides)
@@ -201,9 +256,10 @@ class LayerTypes:
             "layer_types": types,
             "sliding_window": next((layer.window for layer in layers if layer.window), None),
         }
-        if self.rope_by_type:
+        if self.rope_by_type is not None:
             fields["rope_parameters"] = {
-                layer_type: write_rope(layer) for layer_type, layer in zip(types, layers, strict=True)
+                layer_type: write_rope(layer, self.rope_by_type)
+                for layer_type, layer in zip(types, layers, strict=True)
             }
         return fields
 
@@ -255,6 +311,17 @@ class Family:
     block_names: Mapping[str, "ModuleName"]
     other_names: Mapping[str, "ModuleName"]
     tied_by_default: bool = False
+
+    @property
+    def shared_keys(self) -> dict[str, Any]:
+        """Return the keys that all models of the family share. The value of a derived key is its formula."""
+        return {**self.keys, **{codec.key: codec.formula for codec in self.codecs if isinstance(codec, Derived)}}
+
+    @property
+    def free_keys(self) -> FreeKeys:
+        """Return the keys in which models of the family differ."""
+        keys = {key: values for codec in self.codecs for key, values in codec.free_keys.items()}
+        return {**keys, "tie_embeddings": ANY_VALUE}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our `model` section."""

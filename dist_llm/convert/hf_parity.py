@@ -39,7 +39,7 @@ def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch
     hf_model = hf_class.from_pretrained(hf_folder, dtype=torch.float32, attn_implementation="eager").eval()
     num_tokens = min(ROW_TOKENS, config.model.max_seq_len)
     ids = torch.randint(config.model.vocab_size, (NUM_ROWS, num_tokens), generator=torch.Generator().manual_seed(0))
-    difference = _logit_difference(native_model, hf_model, ids, config.model.architecture)
+    difference = compute_logit_difference(native_model, hf_model, ids, config.model.architecture)
     native_model, hf_model = native_model.double(), hf_model.double()
     for module in hf_model.modules():
         # The RMSNorm of Hugging Face computes in fp32. Those with other weights (Gemma) stay: their rounding is below
@@ -65,7 +65,8 @@ def _logits(native_model: nn.Module, hf_model: nn.Module, ids: Tensor, architect
     return native_model(ids, mask=AttentionMask(architecture == "decoder")), hf_model(input_ids=ids).logits
 
 
-def _logit_difference(native_model: nn.Module, hf_model: nn.Module, ids: Tensor, architecture: str) -> float:
+def compute_logit_difference(native_model: nn.Module, hf_model: nn.Module, ids: Tensor, architecture: str) -> float:
+    """Return the largest difference of the logits, relative to the largest logit if that is above 1."""
     actual, expected = _logits(native_model, hf_model, ids, architecture)
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
 

@@ -1,11 +1,13 @@
 """Convert rotary positions between our keys and the fields of a Hugging Face config.json.
 
-Old files have rope_theta, rope_scaling and partial_rotary_factor (or rotary_pct). Newer files have rope_parameters: the
-parameters of all layers, or of each type of layer.
+Old files have rope_theta, rope_scaling and partial_rotary_factor (GPT-NeoX: rotary_emb_base and rotary_pct). Newer
+files have rope_parameters: the parameters of all layers, or of each type of layer. In an old file of a family with
+types, rope_scaling belongs to the layers with full attention, and rope_local_base_freq is the base of the others.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dist_llm.config.model_section import ModelConfig
@@ -42,7 +44,17 @@ SCALING_FIELDS: dict[str, dict[str, str]] = {
 SECTIONS_OF_TYPES = ("sliding_attention", "full_attention")
 
 
-def read_rope(fields: ConfigFields, layer_type: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RopeFormat:
+    """How a family writes rotary positions, and the values of absent fields."""
+
+    theta: float = 10_000.0
+    fraction: float | None = None  # None: all dimensions of a head rotate, and a field that says otherwise is an error
+    sliding_theta: float | None = None  # of layers with a window, if rope_parameters has a section for each type
+    theta_field: str = "rope_theta"  # name outside of rope_parameters
+
+
+def read_rope(fields: ConfigFields, rope_format: RopeFormat, layer_type: str | None = None) -> dict[str, Any]:
     """Return our keys rope_theta, rotary_fraction and rope_scaling of all layers, or of the layers of `layer_type`.
 
     Raises CheckpointError for an unsupported scaling or an unknown parameter.
@@ -50,22 +62,34 @@ def read_rope(fields: ConfigFields, layer_type: str | None = None) -> dict[str, 
     new, old = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
     if layer_type is not None and layer_type in new:
         new = new[layer_type] or {}
+    if layer_type == "sliding_attention":
+        old = {}
     parameters = {**old, **{key: value for key, value in new.items() if key not in SECTIONS_OF_TYPES}}
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
-    outer_theta, inner_theta = fields.get("rope_theta"), parameters.pop("rope_theta", None)
+    outer_theta, inner_theta = fields.get(rope_format.theta_field), parameters.pop("rope_theta", None)
+    default_theta = rope_format.theta
+    if layer_type is not None:
+        sliding_theta = fields.get("rope_local_base_freq", rope_format.sliding_theta)
+        if layer_type == "sliding_attention":
+            outer_theta, default_theta = sliding_theta, sliding_theta
     if None not in (outer_theta, inner_theta) and outer_theta != inner_theta and layer_type is None:
         raise CheckpointError(
             f"config.json: rope_theta is {outer_theta}, but {inner_theta} in rope_parameters; make them equal"
         )
-    fractions = (
+    fraction = _first_set(
         parameters.pop("partial_rotary_factor", None),
         fields.get("partial_rotary_factor"),
         fields.get("rotary_pct"),
+        rope_format.fraction or 1.0,
     )
+    if rope_format.fraction is None and fraction != 1:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor {fraction} is not supported for model_type {fields['model_type']}"
+        )
     keys: dict[str, Any] = {
-        "rope_theta": float(next((theta for theta in (inner_theta, outer_theta) if theta is not None), 10_000.0)),
-        "rotary_fraction": float(next((fraction for fraction in fractions if fraction is not None), 1.0)),
+        "rope_theta": float(_first_set(inner_theta, outer_theta, default_theta)),
+        "rotary_fraction": float(fraction),
         "rope_scaling": None,
     }
     if rope_type not in ("default", *SCALING_FIELDS):
@@ -78,6 +102,11 @@ def read_rope(fields: ConfigFields, layer_type: str | None = None) -> dict[str, 
         if value is not None:
             raise CheckpointError(f"config.json: {name} {value} of rope is not supported")
     return keys
+
+
+def _first_set(*values: Any) -> Any:
+    """Return the first value that is not None."""
+    return next((value for value in values if value is not None), None)
 
 
 def _read_scaling(rope_type: str, parameters: dict[str, Any], fields: ConfigFields) -> dict[str, Any]:
@@ -119,10 +148,10 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def write_rope(model: ModelConfig) -> dict[str, Any]:
+def write_rope(model: ModelConfig, rope_format: RopeFormat) -> dict[str, Any]:
     """Return the parameters of one layer, for rope_parameters."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if model.rotary_fraction != 1:
+    if rope_format.fraction is not None:
         parameters["partial_rotary_factor"] = model.rotary_fraction
     scaling = model.rope_scaling
     if scaling is None:
@@ -136,8 +165,8 @@ def write_rope(model: ModelConfig) -> dict[str, Any]:
     return parameters
 
 
-def outer_rope_fields(model: ModelConfig) -> Mapping[str, Any]:
+def outer_rope_fields(model: ModelConfig, rope_format: RopeFormat) -> Mapping[str, Any]:
     """Return the fields of rotary positions outside of rope_parameters, which old versions of transformers read."""
     if isinstance(model.rope_scaling, LongropeScaling):
         return {"original_max_position_embeddings": model.rope_scaling.original_max_seq_len}
-    return {"rope_theta": model.rope_theta}
+    return {rope_format.theta_field: model.rope_theta}

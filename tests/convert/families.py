@@ -6,6 +6,7 @@ import torch
 
 from dist_llm.convert.hf_config import parse_hf_config
 from dist_llm.convert.hf_convert import from_huggingface
+from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
 from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build_model import build_model
 
@@ -160,6 +161,58 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Names of models: (family, changes of the fields of its small model).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in DECODER_FAMILIES},
+    "llama 3.1": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
+    "mistral 0.1": ("mistral", {"sliding_window": 4}),
+    "qwen2 with windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 4, "layer_types": [FULL, SLIDING, SLIDING]},
+    ),
+    "qwen3 yarn": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+            }
+        },
+    ),
+    "smollm3 with windows": (
+        "smollm3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
+            "no_rope_layers": [1, 0, 0, 1, 1],
+        },
+    ),
+    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "falcon 7b": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": False}),
+    "falcon 11b": ("falcon", {"num_ln_in_parallel_attn": 1}),
+    "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
+    "cohere with biases": ("cohere", {"attention_bias": True}),
+    "starcoder2 without biases": ("starcoder2", {"use_bias": False}),
+    "nemotron with biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+}
 SINGLE_STACKS = [family for family in FAMILIES if family not in ("t5", "bart")]
 ENCODER_DECODERS = ["t5", "bart"]
 
@@ -195,3 +248,9 @@ def build_models(family: str, **changes: Any) -> tuple[Any, Any, Any]:
         for name, parameter in native_model.named_parameters():
             parameter.copy_(view.read(f"model.{name}"))
     return hf_model, native_model, config
+
+
+def build_variant(name: str) -> tuple[Any, Any, Any]:
+    """Build the models of one of VARIANTS: (Hugging Face model, native model, native config)."""
+    family, changes = VARIANTS[name]
+    return build_models(family, **changes)

@@ -14,68 +14,25 @@ from torch import Tensor, nn
 from dist_llm.config.model_section import LayerKeys, ModelConfig
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_
 from dist_llm.param_spec import collect_param_specs
-from tests.convert.families import FAMILIES, VOCAB, build_models
+from tests.convert.families import (
+    FAMILIES,
+    GROUPED,
+    SMALL,
+    VARIANTS,
+    VOCAB,
+    build_models,
+    build_variant,
+)
 
 pytest.importorskip("transformers")
 
 SEQ_LEN = 24
 MAX_DIFFERENCE = 1e-5  # of logits in fp32, relative to the largest logit if that is above 1
 MIN_EFFECT = 1e-3  # of a setting on the logits, relative to the largest logit
-FULL, SLIDING = "full_attention", "sliding_attention"
-# Names of models: (family, changes of the fields of its small model).
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in DECODER_FAMILIES},
-    "llama 3.1": (
-        "llama",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 100.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
-    ),
-    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}),
-    "mistral 0.1": ("mistral", {"sliding_window": 4}),
-    "qwen2 with windows": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 4, "layer_types": [FULL, SLIDING, SLIDING]},
-    ),
-    "qwen3 yarn": (
-        "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 100.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 8,
-            }
-        },
-    ),
-    "smollm3 with windows": (
-        "smollm3",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 4,
-            "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL],
-            "no_rope_layers": [1, 0, 0, 1, 1],
-        },
-    ),
-    "gpt_neox sequential": ("gpt_neox", {"use_parallel_residual": False}),
-    "falcon 7b": ("falcon", {"new_decoder_architecture": False, "multi_query": True, "bias": False}),
-    "falcon 11b": ("falcon", {"num_ln_in_parallel_attn": 1}),
-    "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
-    "cohere with biases": ("cohere", {"attention_bias": True}),
-    "starcoder2 without biases": ("starcoder2", {"use_bias": False}),
-    "nemotron with biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
-}
 # The values of a Llama, for each setting that a family may have.
 PLAIN: dict[str, Any] = {
     "rotary_fraction": 1.0,
@@ -104,11 +61,6 @@ NO_EFFECT = {
     ("olmo", "norm_weight"),  # new weights are 1
     ("starcoder2", "norm_bias"),  # `bias` adds these biases too
 }
-
-
-def build_variant(name: str) -> tuple[Any, Any, ModelConfig]:
-    family, changes = VARIANTS[name]
-    return build_models(family, **changes)  # type: ignore[no-any-return]
 
 
 def make_ids() -> Tensor:
@@ -179,3 +131,50 @@ def test_each_setting_has_an_effect(name: str) -> None:
 
 def test_every_family_has_a_small_model() -> None:
     assert DECODER_FAMILIES.keys() <= FAMILIES.keys()
+
+
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+WINDOWS = {**GROUPED, "num_hidden_layers": 8, "sliding_window": 4}
+# Fields of rotary positions as versions of transformers before 5 wrote them.
+OLD_ROPE_FIELDS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {**GROUPED, "rope_theta": 500.0, "rope_scaling": LINEAR}),
+    ("gemma3_text", {**WINDOWS, "rope_theta": 5e5, "rope_local_base_freq": 5e3, "rope_scaling": LINEAR}),
+    ("olmo3", {**WINDOWS, "rope_theta": 5e5, "rope_scaling": LINEAR}),
+    ("gpt_neox", {**SMALL, "rotary_emb_base": 500, "rotary_pct": 0.5}),
+    ("phi", {**GROUPED, "rope_theta": 500.0, "partial_rotary_factor": 0.25}),
+    *((family, GROUPED) for family in ("glm", "nemotron", "stablelm", "smollm3", "cohere")),
+    ("gemma3_text", WINDOWS),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), OLD_ROPE_FIELDS)
+def test_old_and_absent_fields_of_rope_mean_the_same_as_in_transformers(family: str, fields: dict[str, Any]) -> None:
+    import transformers
+
+    content: dict[str, Any] = getattr(transformers, FAMILIES[family][0])(**fields).to_dict()
+    names = {name for name in content if name.startswith(("rope_", "rotary_")) or name == "partial_rotary_factor"}
+    unrelated = {name: value for name, value in content.items() if name not in names}
+    assert parse_hf_config({**unrelated, **fields}) == parse_hf_config(content)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_a_partial_rotation_that_transformers_ignores_is_refused(family: str) -> None:
+    _, _, config = build_models(family)
+    with pytest.raises(CheckpointError, match=r"partial_rotary_factor 0\.5 is not supported"):
+        parse_hf_config({**build_hf_config(config, family), "partial_rotary_factor": 0.5})
+    partial = config.model_copy(update={"rotary_fraction": 0.5})
+    with pytest.raises(CheckpointError, match=r"rotary_fraction 0.5 \(not 1.0\)"):
+        build_hf_config(partial, family)
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+@pytest.mark.parametrize("family", ["glm", "phi", "gpt_neox", "nemotron", "stablelm"])
+@torch.no_grad()
+def test_any_part_of_a_head_can_rotate(family: str, fraction: float) -> None:
+    """Also if it is not the default of the family."""
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": fraction}
+    hf, native, config = build_models(family, rope_parameters=rope)
+    assert config.rotary_fraction == fraction
+    assert parse_hf_config(build_hf_config(config, family)).rotary_fraction == fraction
+    ids = make_ids()
+    assert relative_difference(native(ids), hf(input_ids=ids).logits) < MAX_DIFFERENCE

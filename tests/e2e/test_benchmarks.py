@@ -25,6 +25,7 @@ LAYOUTS_PROGRAM = REPOSITORY / "benchmarks" / "layouts.py"
 STARTUP_PROGRAM = REPOSITORY / "benchmarks" / "startup.py"
 MEMORY_PROGRAM = REPOSITORY / "benchmarks" / "memory.py"
 COLLECTIVES_PROGRAM = REPOSITORY / "benchmarks" / "collectives.py"
+FAMILIES_PROGRAM = REPOSITORY / "benchmarks" / "families.py"
 # Overrides that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 WINDOW_PROGRAM = REPOSITORY / "benchmarks" / "window.py"
@@ -150,6 +151,16 @@ def test_window_prints_a_line_per_case_and_marks_the_chosen_one() -> None:
             assert dense["of_dense"] == 1
             assert bands["of_dense"] == pytest.approx(bands["cpu_ratio"] / dense["cpu_ratio"], rel=1e-3)
     assert "*: the choice of the model" in completed.stderr
+
+
+@pytest.mark.slow
+def test_families_prints_a_line_per_family_and_a_table_for_the_document() -> None:
+    pytest.importorskip("transformers")
+    completed = run_benchmark(FAMILIES_PROGRAM)
+    rows = [json.loads(line) for line in completed.stdout.splitlines()]
+    assert len(rows) == 28
+    assert all(row["difference"] < 1e-5 for row in rows)
+    assert "| `gemma3_text` | `norm_order: sandwich`" in completed.stderr
 
 
 def test_optimizer_prints_a_line_per_variant_and_a_table() -> None:
