@@ -287,6 +287,11 @@ class _ParallelResidual:
 class _BloomSizes:
     """The sizes of BLOOM. Its positions have no limit; ours record seq_length, the length of the training."""
 
+    free_keys: ClassVar[FreeKeys] = {
+        **dict.fromkeys(("d_model", "n_layers", "n_heads", "max_seq_len"), ANY_VALUE),
+        "d_ff": ANY_VALUE,
+    }
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         d_model, n_heads = fields["hidden_size"], fields.get("n_head") or fields["num_attention_heads"]
         fields.get("num_attention_heads")
@@ -590,8 +595,8 @@ DECODER_FAMILIES: dict[str, Family] = {
         },
         prefix="transformer.h.{}.",
         sizes=_BloomSizes(),
-        activation=Derived("activation", lambda fields: "gelu_tanh"),
-        rope=Derived("positions", lambda fields: "alibi"),
+        activation=Derived("activation", lambda fields: "gelu_tanh", "gelu_tanh"),
+        rope=Derived("positions", lambda fields: "alibi", "alibi"),
         tied=True,
         bias=True,
         norm="layernorm",

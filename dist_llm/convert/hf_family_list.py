@@ -31,6 +31,7 @@ SETTINGS: dict[tuple[str, Any] | str, str] = {
     ("architecture", "encoder_decoder"): "encoder-decoder",
     ("positions", "learned"): "learned positions",
     ("positions", "relative"): "relative positions",
+    ("positions", "alibi"): "ALiBi",
     "rotary_fraction": "partial rotation",
     "window": "windows",
     "kinds.window": "windows by layer",

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.models import rope
-from dist_llm.models.attention import KVCache
 from dist_llm.models.block import Block
+from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.norm import LayerNorm, RMSNorm
 
 S = 12
@@ -220,9 +220,9 @@ def outputs_are_scaled_twice():
 
 @contextmanager
 def the_feedforward_reads_the_updated_residual_stream():
-    def forward(self, x_BSD, rotation, mask, cache=None, depth_scale_BS1=None):
+    def forward(self, x_BSD, context):
         scale = self.config.residual_scale
-        x_BSD = x_BSD + scale * self.attention(self.norm_attention(x_BSD), rotation, mask, cache)
+        x_BSD = x_BSD + scale * self.attention(self.norm_attention(x_BSD), context)
         norm = self.norm_feedforward or self.norm_attention
         return x_BSD + scale * self.feedforward(norm(x_BSD))
 
