@@ -63,7 +63,7 @@ def test_random_faults_change_no_result(
         finally:
             calm_job.close()
         expected = commands.read_metrics(calm_job.run)
-        assert commands.get_column(actual, "step") == list(range(1, len(actual) + 1)), "each step once"
+        assert commands.get_column(actual, "step") == list(range(1, len(actual) + 1)), "a step is missing or repeated"
         for name in ("step", "loss", "grad_norm", "lr", "tokens"):
             assert commands.get_column(actual, name) == commands.get_column(expected, name), name
         assert_same_weights(run, calm_job.run)
@@ -98,20 +98,22 @@ def run_with_faults(
             assert job.wait(30) == [1, 1], job.read_log_tails()
             monitor.check()
             marker = json.loads((job.run / "stopped.json").read_text())
-            assert marker == {"signal": "SIGTERM", "step": monitor.step}, "all ranks stop after the agreed step"
+            assert marker == {"signal": "SIGTERM", "step": monitor.step}, (
+                "the marker does not have the signal, or the last step of all ranks"
+            )
             assert monitor.saved_step == monitor.step
             job.overrides = (*job.overrides, f"run.steps={monitor.step + STEPS_AFTER_STOP}")
             job.start(*NODES)
             assert job.wait(120) == [0, 0], job.read_log_tails()
             monitor.check()
         injector.check()
-        assert job.wait_for_exit(*NODES) == [], "no process remains"
+        assert job.wait_for_exit(*NODES) == [], "processes remain"
     finally:
         job.close()
     for kind, message in MESSAGES.items():
         assert kind not in kinds or job.count_in_logs(message), f"{kind}: no rank logged it"
     assert len(monitor.list_verified_steps()) == len(list(checkpoints.iterdir())) == CHECKPOINTS_KEPT, (
-        "the newest checkpoints remain, and no other files"
+        "newest checkpoints are missing, or other files remain"
     )
     return job.run, {
         "seed": seed,

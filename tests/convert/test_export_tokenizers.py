@@ -374,7 +374,7 @@ def test_a_tokenizer_like_llama3s_is_imported(bpe, eos, tmp_path):
     equal_bpe = try_convert_to_bpe(imported.content, imported.eot)
     assert (equal_bpe.ranks, equal_bpe.special_tokens, equal_bpe.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
     assert imported.first_ids == (599,)
-    assert not imported.equal_bpe, "a corpus would have other ids"
+    assert not imported.equal_bpe, "equal_bpe is true, but BPE gives a corpus other ids"
 
 
 def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
@@ -386,7 +386,9 @@ def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
     imported = import_tokenizer(tmp_path)
     assert isinstance(imported, HFTokenizer)
     assert (imported.eot, imported.first_ids, imported.vocab_size) == (599, (), 602)
-    assert try_convert_to_bpe(imported.content, imported.eot) is None, "an ordinary added token is matched in text"
+    assert try_convert_to_bpe(imported.content, imported.eot) is None, (
+        "BPE is used, but it does not match an ordinary added token in text"
+    )
     assert imported.encode("a<think>b<|im_end|>").tolist()[:3] == [*bpe.encode("a"), 601, *bpe.encode("b")]
     assert 600 not in imported.encode("a<think>b<|im_end|>")
 

@@ -84,7 +84,7 @@ def test_another_objective_starts_from_trained_weights(
         run = commands.train(directory, corpus, *keys, *start)
         losses[name] = commands.get_column(commands.read_metrics(run), "loss")
         assert commands.get_column(commands.read_metrics(run), "step") == [1, 2, 3]
-    assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "the trained weights help from the first step"
+    assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "the trained weights do not lower the first loss"
     sharded = commands.train(tmp_path, corpus, *keys, *adapted, "parallel.dp_shard=2", ranks=2)
     assert commands.get_column(commands.read_metrics(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
 

@@ -20,7 +20,7 @@ def test_a_run_writes_its_files(uninterrupted_run: Callable[[Layout], Path], cor
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["run"]["steps"] == 20
     assert config["data"]["path"] == str(corpus)
-    assert config["model"]["vocab_size"] == 512, "the stored config is the resolved one"
+    assert config["model"]["vocab_size"] == 512, "the stored config is not the resolved one"
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert (run / "logs" / "rank_00000.log").stat().st_size > 0
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000020"]
@@ -34,7 +34,7 @@ def test_metrics_have_each_step_once_with_the_documented_keys(uninterrupted_run:
     assert commands.get_column(rows, "tokens") == [16 * 128 * step for step in range(1, 21)]
     for row in rows:
         assert set(row) >= DOCUMENTED_KEYS
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5, "the loss falls"
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5, "the loss does not fall"
 
 
 def test_a_run_logs_its_progress(uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path) -> None:

@@ -29,8 +29,10 @@ def test_a_run_killed_twice_ends_with_equal_results(
             return len((run / "metrics.jsonl").read_text().splitlines()) >= step + 2
 
         commands.kill_when(is_two_steps_later, arguments, layout.ranks, tmp_path)
-        assert commands.find_latest_checkpoint(run) == checkpoint, "the kill came after the next checkpoint"
-        assert len(commands.read_metrics(run)) > step, "some steps are computed again"
+        assert commands.find_latest_checkpoint(run) == checkpoint, (
+            "the process was killed after the next checkpoint, so it tests nothing"
+        )
+        assert len(commands.read_metrics(run)) > step, "no step will be computed again, so the kill tests nothing"
     resumed = commands.run(*commands.make_train_arguments(corpus, *layout.overrides), ranks=layout.ranks, cwd=tmp_path)
     assert "resumed from run/checkpoints/step_00000013" in resumed.stderr
 
@@ -43,7 +45,7 @@ def test_a_run_killed_twice_ends_with_equal_results(
     assert commands.read_progress(commands.find_latest_checkpoint(run)) == commands.read_progress(
         commands.find_latest_checkpoint(expected)
     )
-    assert read_tensorboard_steps(run) == list(range(1, 21)), "the TensorBoard curve has each step once"
+    assert read_tensorboard_steps(run) == list(range(1, 21)), "a step is missing or repeated in the TensorBoard curve"
 
 
 def test_an_incomplete_checkpoint_is_ignored_and_removed(corpus: Path, tmp_path: Path) -> None:

@@ -38,6 +38,6 @@ def test_every_engine_logs_the_same_terms(engine: str, corpus: Path, tmp_path: P
         names = ("loss", "cross_entropy", "label_smoothing", "z_loss", "heldout_loss")
         values_of_run.append([row[name] for row in commands.read_rows(run) for name in names if name in row])
     engine_values, native_values = values_of_run
-    assert len(engine_values) == 9, "four values of each of two steps, and the held-out loss"
+    assert len(engine_values) == 9, "the metrics do not have four values for each of two steps and a held-out loss"
     # The label-smoothing term is 1e-3 of a loss of 6.6 in fp32, so it has few digits.
     assert engine_values == pytest.approx(native_values, rel=1e-5, abs=5e-6)

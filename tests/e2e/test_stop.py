@@ -74,11 +74,11 @@ def test_one_process_saves_after_the_step_and_resumes_with_equal_results(
     exit_code, output, remaining = wait_for_end(process, 60)
     assert (exit_code, remaining) == (code, []), output
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
-    assert step in (7, 8), "within one step"
+    assert step in (7, 8), "the run did not stop within one step"
     assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
     assert f"stopped by SIG{fault.upper()} after step {step}, saved" in output
     commands.run(*commands.make_train_arguments(corpus), cwd=tmp_path)
-    assert not (tmp_path / "run" / "stopped.json").exists(), "the run has resumed"
+    assert not (tmp_path / "run" / "stopped.json").exists(), "the stop marker remains after the resume"
     expected = uninterrupted_run(ONE)
     assert commands.get_column(commands.read_metrics(tmp_path / "run"), "loss") == commands.get_column(
         commands.read_metrics(expected), "loss"
@@ -206,9 +206,9 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, message: str, c
     log = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
     assert "has made no progress for" in log
     assert "waiting in gloo:" in log
-    assert "train_step" in log, "the log has the stack"
+    assert "train_step" in log, "the log lacks the stack"
     if fault == "sleep":
-        assert "time.sleep(3600)" in output, "the output has the location"
+        assert "time.sleep(3600)" in output, "the output lacks the location"
     assert time.monotonic() - start_time < 90
 
 

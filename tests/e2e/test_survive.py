@@ -140,9 +140,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_until_space_is_freed(
     assert "No space left on device" in common_error(tmp_path / "run")
     saved = sorted(small_disk.glob("step_*"))
     assert saved
-    assert all((path / "COMMITTED").exists() for path in saved), (
-        "older checkpoints are complete, and the failed one is removed"
-    )
+    assert all((path / "COMMITTED").exists() for path in saved), "an incomplete checkpoint remains"
 
     assert run_mount("-o", "remount,size=400m", small_disk) == 0
     resumed = commands.run(*arguments, ranks=2, cwd=tmp_path)

@@ -35,7 +35,7 @@ def test_the_best_of_the_first_measurements_is_cached(next_rates: list[float], t
         1.8e11,
         1.8e11,
     ]
-    assert get_matmul_rate(CPU, torch.float32, file) == 1.8e11, "without another measurement"
+    assert get_matmul_rate(CPU, torch.float32, file) == 1.8e11, "the cached rate is not the best one"
     assert [path.name for path in file.parent.iterdir()] == ["rates.json"]
 
 

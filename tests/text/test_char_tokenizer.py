@@ -113,7 +113,7 @@ def test_a_corpus_of_nanogpt_keeps_its_ids(tmp_path):
     assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary differs from that of nanoGPT"
     assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
     assert corpus.manifest.count_text_bytes("train") == len(TEXT.encode())
-    assert not corpus.manifest.has_document_bounds, "nanoGPT files have no document boundaries"
+    assert not corpus.manifest.has_document_bounds, "the corpus has document boundaries, which nanoGPT files lack"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

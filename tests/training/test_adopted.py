@@ -77,10 +77,12 @@ def test_megatron_files_train_like_our_own_corpus(
         corpus = Corpus(corpora["megatron"], split)
         row = corpus.compute_document_ids(np.array([0]), corpus.num_tokens)[0]
         expected = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-        assert np.array_equal(row, expected), "document ids change where documents start"
+        assert np.array_equal(row, expected), "document ids do not change where documents start"
         assert corpus.read(np.array([0]), corpus.num_tokens)[0].tolist() == np.concatenate(documents).tolist()
     inspect = command("data")
-    assert inspect("verify", *corpora.values()) == int(not end_tokens), "our corpus without end tokens does not verify"
+    assert inspect("verify", *corpora.values()) == int(not end_tokens), (
+        "the result is wrong for our corpus, which needs end tokens to verify"
+    )
     assert inspect("verify", corpora["megatron"]) == 0
 
     config = tmp_path / "config.yaml"
@@ -116,4 +118,4 @@ def test_megatron_files_train_like_our_own_corpus(
     assert train(read_config(config, keys, 1), World()) == 0
     log = (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text()
     assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to continue" in log
-    assert log.count(note) == 1, "the note is logged only once"
+    assert log.count(note) == 1, "the note was logged again"
