@@ -373,7 +373,7 @@ def test_a_tokenizer_like_llama3s_is_imported(bpe, eos, tmp_path):
     imported = import_tokenizer(tmp_path)
     equal_bpe = try_convert_to_bpe(imported.content, imported.eot)
     assert (equal_bpe.ranks, equal_bpe.special_tokens, equal_bpe.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
-    assert imported.first_ids == (599,)
+    assert imported.prefix_ids == (599,)
     assert not imported.equal_bpe, "equal_bpe is true, but BPE gives a corpus other ids"
 
 
@@ -385,7 +385,7 @@ def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
     write_files(tmp_path, content, eos_token="<|im_end|>")
     imported = import_tokenizer(tmp_path)
     assert isinstance(imported, HFTokenizer)
-    assert (imported.eot, imported.first_ids, imported.vocab_size) == (599, (), 602)
+    assert (imported.eot, imported.prefix_ids, imported.vocab_size) == (599, (), 602)
     assert try_convert_to_bpe(imported.content, imported.eot) is None, (
         "BPE is used, but it does not match an ordinary added token in text"
     )

@@ -52,7 +52,7 @@ def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
     text_backend = Reference.from_file(str(folders[kind] / "tokenizer.json"))
     text_backend.encode_special_tokens = True
     bos, eos = reference.token_to_id("<s>"), reference.token_to_id("</s>")
-    assert (tokenizer.first_ids, tokenizer.eot) == ((bos,), eos)
+    assert (tokenizer.prefix_ids, tokenizer.eot) == ((bos,), eos)
     for text in TEXTS:
         ids = text_backend.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text).tolist() == ids, text
@@ -174,7 +174,7 @@ def test_prepare_writes_special_and_added_tokens(folders, workers, tmp_path):
     ids = np.fromfile(out / "train-00000.bin", "<u2")
     starts, completions = np.fromfile(out / "train-00000.offsets", "<u8").astype(int).reshape(-1, 2).T
     assert len(starts) == 9
-    assert (ids[starts] == tokenizer.first_ids[0]).all()
+    assert (ids[starts] == tokenizer.prefix_ids[0]).all()
     assert (ids[[*(starts[1:] - 1), -1]] == tokenizer.eot).all()
     assert np.count_nonzero(ids == tokenizer.eot) == 9, "the string </s> in a text became the end token"
     reference = Reference.from_file(str(folder / "tokenizer.json"))
