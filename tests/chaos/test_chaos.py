@@ -55,14 +55,14 @@ def test_random_faults_change_no_result(
     print(f"CHAOS_SEED={seed}")
     with running_network(len(NODES)) as net, small_disk(tmp_path / "disk") as disk:
         run, report = run_with_faults(net, disk, corpus, tmp_path / "faults", 60 * minutes, seed, kinds)
-        actual = commands.read_metrics(run)
+        actual = commands.read_step_rows(run)
         calm_job = Job(net, corpus, tmp_path / "calm", NUM_SLOW_CALM_STEPS, f"run.steps={len(actual)}")
         try:
             calm_job.start(*NODES)
             assert calm_job.wait(60 + len(actual)) == [0, 0], calm_job.read_log_tails()
         finally:
             calm_job.close()
-        expected = commands.read_metrics(calm_job.run)
+        expected = commands.read_step_rows(calm_job.run)
         assert commands.get_column(actual, "step") == list(range(1, len(actual) + 1)), "a step is missing or repeated"
         for name in ("step", "loss", "grad_norm", "lr", "tokens"):
             assert commands.get_column(actual, name) == commands.get_column(expected, name), name

@@ -58,7 +58,7 @@ def inspect(*arguments: object, succeed: bool = True) -> str:
 
 
 def test_metrics_have_loss_and_tokens_of_each_source(mixed_run: Path) -> None:
-    rows = commands.read_metrics(mixed_run)
+    rows = commands.read_step_rows(mixed_run)
     for row in rows[:5]:
         assert {"loss_code", "tokens_code", "tokens_qa"} <= row.keys()
     assert all("loss_code" not in row for row in rows[7:]), "the last stage, whose weight of code is 0, read code"
@@ -70,7 +70,7 @@ def test_metrics_have_loss_and_tokens_of_each_source(mixed_run: Path) -> None:
         )
         assert row["loss"] == pytest.approx(mean, rel=1e-5)
         assert tokens_by_source["qa"] == 0 or tokens_by_source["qa"] % 128, "prompts are scored"
-    (heldout_row,) = [row for row in commands.read_rows(mixed_run) if "heldout_loss" in row]
+    (heldout_row,) = [row for row in commands.read_all_rows(mixed_run) if "heldout_loss" in row]
     assert {"heldout_loss_code", "heldout_loss_qa"} <= heldout_row.keys()
     assert "heldout_bits_per_byte" not in heldout_row, "bits per byte are reported, although prompts are not scored"
     assert commands.read_progress(commands.find_latest_checkpoint(mixed_run))["samples"] == STEPS * 12 + 6, (
@@ -87,7 +87,7 @@ def test_a_resume_on_other_world_sizes_reads_the_same_samples(
     for ranks, steps in ((4, 4), (3, 8), (2, 12)):
         run = commands.train(tmp_path, corpus, *overrides, f"run.steps={steps}", ranks=ranks)
     for name in ("loss", "tokens_code", "tokens_qa", "tokens"):
-        expected, actual = (commands.get_column(commands.read_metrics(run_dir), name) for run_dir in (mixed_run, run))
+        expected, actual = (commands.get_column(commands.read_step_rows(run_dir), name) for run_dir in (mixed_run, run))
         assert actual == pytest.approx(expected, rel=1e-5)
     assert (run / "data.json").read_bytes() == (mixed_run / "data.json").read_bytes(), (
         "another world size changed the data history"

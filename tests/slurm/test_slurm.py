@@ -46,8 +46,8 @@ def train_uninterrupted(corpus: Path, directory: Path, steps: int, ranks: int) -
 
 
 def assert_same_results(run: Path, expected: Path) -> None:
-    assert commands.get_column(commands.read_metrics(run), "loss") == commands.get_column(
-        commands.read_metrics(expected), "loss"
+    assert commands.get_column(commands.read_step_rows(run), "loss") == commands.get_column(
+        commands.read_step_rows(expected), "loss"
     )
     assert_same_weights(run, expected)
 
@@ -161,7 +161,7 @@ def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster
         logs = [path.read_text() for path in cluster.work_dir.glob(f"slurm-{job}_*.log")]
         assert time.monotonic() < deadline, logs
         time.sleep(0.3)
-    assert [commands.read_metrics(run)[-1]["lr"] for run in runs] != [commands.read_metrics(runs[0])[-1]["lr"]] * 2
+    assert [commands.read_step_rows(run)[-1]["lr"] for run in runs] != [commands.read_step_rows(runs[0])[-1]["lr"]] * 2
 
 
 @pytest.mark.slow
