@@ -18,22 +18,23 @@ from typing import Any
 import pytest
 
 from tests.chaos.checkpoint_monitor import CheckpointMonitor
-from tests.chaos.fault_injector import DISK_FULL_MESSAGE, KINDS, FaultInjector, summarize_by_kind
+from tests.chaos.fault_injector import DISK_FULL_MESSAGE, FAULT_KINDS, FaultInjector, summarize_by_kind
 from tests.chaos.job import CHECKPOINT_EVERY, CHECKPOINTS_KEPT, NODES, Job
 from tests.e2e import commands
 from tests.e2e.test_kill import assert_same_weights
 from tests.netns.network import Network, find_obstacle, running_network
 
-UNLIMITED_STEPS = 10**9
+UNLIMITED_STEPS = 10**9  # the run with faults is stopped by a signal
 STEPS_AFTER_STOP = 5
-NUM_SLOW_CALM_STEPS = 60  # steps of the calm run that are as slow as those of the run with faults
+NUM_PACED_CALM_STEPS = 60  # steps of the calm run that are paced, as all steps of the run with faults are
 
-# The log message that each kind of fault must cause. The effects of the other kinds are checked elsewhere.
-MESSAGES = {
-    "stop": "has made no progress for",
-    "full": DISK_FULL_MESSAGE,
-    "flip": "skipping it; an older checkpoint",
-    "nan": "rewound to step",
+# {kind of fault: the log message that it must cause}. Other kinds need no message: the monitor and the injector check
+# their effects.
+LOG_MESSAGE_BY_KIND = {
+    "stopped_rank": "has made no progress for",
+    "full_disk": DISK_FULL_MESSAGE,
+    "bit_flip": "skipping it; an older checkpoint",
+    "nan_weights": "rewound to step",
 }
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "no obstacle")]
@@ -43,9 +44,14 @@ pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reaso
     ("minutes", "kinds"),
     [
         # The recovery from a stopped rank takes as long as all others together; tests/e2e/test_stop.py tests it.
-        pytest.param(0, [kind for kind in KINDS if kind != "stop"], marks=pytest.mark.timeout(600), id="one of each"),
-        pytest.param(3, KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(600)], id="3 minutes"),
-        pytest.param(30, KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)], id="30 minutes"),
+        pytest.param(
+            0,
+            [kind for kind in FAULT_KINDS if kind != "stopped_rank"],
+            marks=pytest.mark.timeout(600),
+            id="one of each",
+        ),
+        pytest.param(3, FAULT_KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(600)], id="3 minutes"),
+        pytest.param(30, FAULT_KINDS, marks=[pytest.mark.slow, pytest.mark.timeout(3600)], id="30 minutes"),
     ],
 )
 def test_random_faults_change_no_result(
@@ -56,7 +62,7 @@ def test_random_faults_change_no_result(
     with running_network(len(NODES)) as net, small_disk(tmp_path / "disk") as disk:
         run, report = run_with_faults(net, disk, corpus, tmp_path / "faults", 60 * minutes, seed, kinds)
         actual = commands.read_step_rows(run)
-        calm_job = Job(net, corpus, tmp_path / "calm", NUM_SLOW_CALM_STEPS, f"run.steps={len(actual)}")
+        calm_job = Job(net, corpus, tmp_path / "calm", f"run.steps={len(actual)}", num_paced_steps=NUM_PACED_CALM_STEPS)
         try:
             calm_job.start(*NODES)
             assert calm_job.wait(60 + len(actual)) == [0, 0], calm_job.read_log_tails()
@@ -67,7 +73,7 @@ def test_random_faults_change_no_result(
         for name in ("step", "loss", "grad_norm", "lr", "tokens"):
             assert commands.get_column(actual, name) == commands.get_column(expected, name), name
         assert_same_weights(run, calm_job.run)
-    step_seconds = median(commands.get_column(expected[:NUM_SLOW_CALM_STEPS], "step_seconds"))
+    step_seconds = median(commands.get_column(expected[:NUM_PACED_CALM_STEPS], "step_seconds"))
     report |= {"step_seconds": step_seconds, "goodput": round(report["steps"] * step_seconds / report["seconds"], 3)}
     (tmp_path / "chaos.json").write_text(json.dumps(report, indent=1) + "\n")
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
@@ -83,7 +89,7 @@ def run_with_faults(
     """
     checkpoints = disk / "checkpoints"
     overrides = (f"checkpoint.dir={checkpoints}", f"run.steps={UNLIMITED_STEPS}")
-    job = Job(net, corpus, directory, UNLIMITED_STEPS, *overrides)
+    job = Job(net, corpus, directory, *overrides, num_paced_steps=UNLIMITED_STEPS)
     monitor = CheckpointMonitor(job, checkpoints)
     injector = FaultInjector(seed, job, monitor, net, disk, kinds)
     try:
@@ -92,9 +98,9 @@ def run_with_faults(
             injector.wait(lambda: monitor.step > 2 * CHECKPOINT_EVERY, "the first steps")
             injector.inject_faults(seconds)
             with monitor.lock:
-                job.should_restart, elapsed_seconds, step = False, injector.elapsed_seconds, monitor.step
+                job.should_restart, elapsed_seconds, step_at_stop = False, injector.elapsed_seconds, monitor.step
             job.send_signal(signal.SIGTERM)
-            # The exit code of torchrun does not depend on those of the ranks.
+            # torchrun exits with 1 after a signal, whatever the exit codes of its ranks are.
             assert job.wait(30) == [1, 1], job.read_log_tails()
             monitor.check()
             marker = json.loads((job.run / "stopped.json").read_text())
@@ -110,7 +116,7 @@ def run_with_faults(
         assert job.wait_for_exit(*NODES) == [], "processes remain"
     finally:
         job.close()
-    for kind, message in MESSAGES.items():
+    for kind, message in LOG_MESSAGE_BY_KIND.items():
         assert kind not in kinds or job.count_in_logs(message), f"{kind}: no rank logged it"
     assert len(monitor.list_verified_steps()) == len(list(checkpoints.iterdir())) == CHECKPOINTS_KEPT, (
         "newest checkpoints are missing, or other files remain"
@@ -118,7 +124,7 @@ def run_with_faults(
     return job.run, {
         "seed": seed,
         "seconds": round(elapsed_seconds, 1),
-        "steps": step,
+        "steps": step_at_stop,
         "num_repeated_steps": monitor.num_repeated_steps,
         "starts_of_torchrun": job.num_starts,
         "faults": summarize_by_kind(injector.faults),
