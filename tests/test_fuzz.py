@@ -164,7 +164,10 @@ def make_adopt_and_read(kind: str, name: str = "x.bin", **options: Any) -> Calla
     def read(directory: Path) -> None:
         out = directory / "out"
         files = str(directory / name)
-        adopt(AdoptOptions(kind, (files,), "byte", out, heldout=(files,), **options), io.StringIO())
+        adopt(
+            AdoptOptions(format=kind, data=(files,), tokenizer="byte", out=out, heldout=(files,), **options),
+            io.StringIO(),
+        )
         read_corpus(out)
 
     return read
@@ -352,7 +355,7 @@ def write_tiktoken(directory: Path) -> None:
 
 
 def make_read_tokenizer(name: str) -> Callable[[Path], object]:
-    return lambda directory: build_tokenizer(str(directory / name), None, lambda: ()).encode("some text")
+    return lambda directory: build_tokenizer(str(directory / name)).encode("some text")
 
 
 def write_report(directory: Path) -> None:

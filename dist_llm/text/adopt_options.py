@@ -34,7 +34,7 @@ examples:
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdoptOptions:
     """The token files, their format and tokenizer, and the corpus to build from them."""
 

@@ -63,9 +63,11 @@ def build_native(name):
     if name == "published gpt2":
         if GPT2 is None:
             pytest.skip("GPT2_VOCABULARY names no folder with the published files")
-        return build_tokenizer(f"{GPT2}/gpt2_vocab.json,{GPT2}/gpt2_merges.txt", None, training_texts)
+        return build_tokenizer(f"{GPT2}/gpt2_vocab.json,{GPT2}/gpt2_merges.txt", training_texts=training_texts)
     spec, _, pattern = name.partition(" ")
-    trained = build_tokenizer(spec, pattern.replace("cl100k", "llama3") or None, training_texts)
+    trained = build_tokenizer(
+        spec, split_pattern=pattern.replace("cl100k", "llama3") or None, training_texts=training_texts
+    )
     return BPETokenizer(name, SPLIT_PATTERNS[pattern or "gpt2"], trained.ranks, trained.special_tokens)
 
 
@@ -341,7 +343,7 @@ def test_a_tokenizer_like_gpt2s_is_imported(tmp_path):
     equal_bpe = try_convert_to_bpe(two_files.content, two_files.eot)
     assert (equal_bpe.ranks, equal_bpe.special_tokens) == (bpe.ranks, bpe.special_tokens)
     assert hash_tokenizer_ids(two_files.to_json_bytes()) == hash_tokenizer_ids(
-        build_tokenizer(str(tmp_path), None, training_texts).to_json_bytes()
+        build_tokenizer(str(tmp_path), training_texts=training_texts).to_json_bytes()
     )
     hf_content = read_hf_content(
         bpe, pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, model={"merges": lines, "ignore_merges": False}

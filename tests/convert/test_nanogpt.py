@@ -152,7 +152,9 @@ def write_bin_files(directory: Path) -> dict[str, np.ndarray]:
 def adopt_bin_files(directory: Path) -> Path:
     out = directory / "corpus"
     data, heldout = (str(directory / "train.bin"),), (str(directory / "val.bin"),)
-    adopt(AdoptOptions("bin", data, "byte", out, heldout, dtype="uint16"), io.StringIO())
+    adopt(
+        AdoptOptions(format="bin", data=data, tokenizer="byte", out=out, heldout=heldout, dtype="uint16"), io.StringIO()
+    )
     return out
 
 

@@ -76,10 +76,10 @@ def write_corpus(kind, separators, directory):
     if kind == "megatron":  # its index has the document offsets
         eot_position = None
     options = AdoptOptions(
-        kind,
-        tuple(files),
-        "byte",
-        directory / "out",
+        format=kind,
+        data=tuple(files),
+        tokenizer="byte",
+        out=directory / "out",
         dtype="uint16" if kind == "bin" else None,
         eot_position=eot_position,
     )

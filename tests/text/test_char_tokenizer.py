@@ -35,10 +35,6 @@ def write_meta(path, meta=META, protocol=4):
     return path
 
 
-def build_from_file(path):
-    return build_tokenizer(str(path), split_pattern=None, training_texts=lambda: ())
-
-
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_every_pickle_protocol_is_read(protocol, tmp_path):
     tokenizer = read_nanogpt_meta(write_meta(tmp_path / "meta.pkl", protocol=protocol))
@@ -93,7 +89,7 @@ def test_an_invalid_file_is_an_error_and_runs_no_code(fault, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = write_meta(tmp_path / "meta.pkl", INVALID_META[fault])
     with pytest.raises(DataError) as excinfo:
-        build_from_file(path)
+        build_tokenizer(str(path))
     assert str(excinfo.value).startswith(str(path))
     assert not (tmp_path / "run").exists(), "the pickle ran its command"
 
@@ -117,7 +113,7 @@ def test_a_corpus_of_nanogpt_keeps_its_ids(tmp_path):
     )
     adopt(options, io.StringIO())
     corpus, tokenizer = Corpus(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
-    assert tokenizer == build_from_file(tmp_path), "the folder of the file gives another tokenizer"
+    assert tokenizer == build_tokenizer(str(tmp_path)), "the folder of the file gives another tokenizer"
     assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary differs from that of nanoGPT"
     assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
     assert corpus.manifest.count_text_bytes("train") == len(TEXT.encode())

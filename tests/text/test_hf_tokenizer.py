@@ -24,7 +24,7 @@ GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_voc
 
 
 def build_from_folder(folder):
-    return build_tokenizer(str(folder), None, lambda: ())
+    return build_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_folder_names_and_other_files_do_not_affect_the_identity(folders, tmp_pa
 
 
 def test_identity_depends_on_the_pattern_but_not_on_the_name(tmp_path):
-    bpe = build_tokenizer("bpe:300", None, lambda: iter(PROSE))
+    bpe = build_tokenizer("bpe:300", training_texts=lambda: iter(PROSE))
     fields = json.loads(bpe.to_json_bytes())
     renamed = json.dumps({**fields, "name": "other"}).encode()
     assert hash_tokenizer_ids(bpe.to_json_bytes()) == hash_tokenizer_ids(renamed)
@@ -169,7 +169,9 @@ def test_prepare_writes_special_and_added_tokens(folders, workers, tmp_path):
     out = tmp_path / "out"
     folder = folders["byte_level"]
     options = {"heldout_fraction": 0.0, "workers": workers, "prompt_key": "q", "text_key": "t"}
-    prepare(PrepareOptions((str(tmp_path / "rows.jsonl"),), str(folder), out, **options), io.StringIO())
+    prepare(
+        PrepareOptions(source=(str(tmp_path / "rows.jsonl"),), tokenizer=str(folder), out=out, **options), io.StringIO()
+    )
     tokenizer = Tokenizer.load(out)
     ids = np.fromfile(out / "train-00000.bin", "<u2")
     starts, completions = np.fromfile(out / "train-00000.offsets", "<u8").astype(int).reshape(-1, 2).T

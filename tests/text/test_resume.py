@@ -152,9 +152,9 @@ def test_earlier_work_is_reused_only_while_it_is_valid(
 
 def test_another_tokenizer_with_the_same_name_starts_over(frequent_resume_points, tmp_path, monkeypatch):
     def retrain(tmp_path):
-        build_tokenizer("bpe:300", None, lambda: make_random_texts(100)).save(tmp_path)
+        build_tokenizer("bpe:300", training_texts=lambda: make_random_texts(100)).save(tmp_path)
 
-    build_tokenizer("byte", None, list).save(tmp_path)
+    build_tokenizer("byte").save(tmp_path)
     assert interrupt_and_resume(tmp_path, monkeypatch, retrain, tokenizer=str(tmp_path)) == ALL_FILES
 
 

@@ -38,9 +38,15 @@ def write_megatron_corpus(directory: Path, end_tokens: bool) -> Path:
         (directory / f"{split}.idx").write_bytes(
             build_megatron_index([len(document) for document in documents], bounds)
         )
-    files = (str(directory / "train.bin"),), "byte", directory / "adopted", (str(directory / "heldout"),)
-    adopt(AdoptOptions("megatron", *files), io.StringIO())
-    return directory / "adopted"
+    options = AdoptOptions(
+        format="megatron",
+        data=(str(directory / "train.bin"),),
+        tokenizer="byte",
+        out=directory / "adopted",
+        heldout=(str(directory / "heldout"),),
+    )
+    adopt(options, io.StringIO())
+    return options.out
 
 
 def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
@@ -53,7 +59,7 @@ def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
             for ids in make_documents(split, end_tokens):
                 writer.add(ids, len(ids) - end_tokens)
             shards[split] = writer.close()
-    tokenizer = build_tokenizer("byte", None, lambda: ())
+    tokenizer = build_tokenizer("byte")
     tokenizer.save(out)
     Manifest("uint16", 257, tokenizer.sha256, ("x",), shards).save(out)
     return out
