@@ -225,7 +225,9 @@ def read_checkpoint(directory: Path) -> None:
 def make_write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         config = make_config(**model)
-        hf_convert.export_hf(make_weights(config), config, None, directory / "hf", family, shard_bytes=3000)
+        hf_convert.export_hf(
+            make_weights(config), config, tokenizer=None, directory=directory / "hf", family=family, shard_bytes=3000
+        )
         for file in (directory / "hf").iterdir():
             file.rename(directory / file.name)
         (directory / "hf").rmdir()

@@ -253,7 +253,7 @@ def test_a_fault_in_the_written_content_is_detected(bpe, fault, monkeypatch, tmp
 
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
 def test_comparing_both_libraries_detects_faults(bpe, fault):
-    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, mask=None)))
     check_same_ids(bpe, content)
     CONTENT_FAULTS[fault](content)
     with pytest.raises(CheckpointError, match="differ on"):
@@ -313,7 +313,7 @@ def test_patterns_are_rewritten_only_where_engines_differ():
 
 def read_hf_content(bpe, **changes):
     """Return the content of a published tokenizer.json: that of `bpe` with changes."""
-    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, mask=None)))
     content["model"].update(changes.pop("model", {}))
     return content | changes
 

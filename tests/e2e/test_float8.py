@@ -23,7 +23,7 @@ def test_a_float8_run_is_resumed_and_evaluated_in_bf16(
     assert load_saved(commands.find_latest_checkpoint(run)).fp8
     with monkeypatch.context() as patch_context:
         patch_context.setattr(parallelize, "use_float8_linears", lambda model: pytest.fail("a model in float8"))
-        result = evaluate_checkpoint(str(run), None, "heldout", EvaluationOptions(), World())
+        result = evaluate_checkpoint(str(run), data=None, split="heldout", options=EvaluationOptions(), world=World())
     (heldout,) = [row["heldout_loss"] for row in commands.read_all_rows(run) if "heldout_loss" in row]
     assert result.loss == pytest.approx(heldout, rel=5e-3)  # the rounding of float8 after six steps
     assert result.loss != heldout

@@ -29,7 +29,7 @@ from dist_llm.losses import fused_linear_cross_entropy  # noqa: E402
 from gpu_cases import CASES, BenchmarkCase  # noqa: E402
 from gpu_context import CaseContext  # noqa: E402
 
-CPU = CaseContext("cpu", True, Path("unused"))
+CPU = CaseContext("cpu", tiny=True, folder=Path("unused"))
 # Packages that a machine with a GPU may lack; no case may need them.
 ABSENT_PACKAGES = ("datasets", "datasketch", "hypothesis", "deepspeed", "zstandard")
 HIDE_ABSENT_PACKAGES = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PACKAGES})); "

@@ -31,7 +31,16 @@ def make_healthy_reports() -> list[NodeReport]:
     links = [40, 40, 30, 31, 41, 42, math.nan, math.nan]
     return [
         NodeReport(
-            rank, f"node{rank // 2}", dict(VERSIONS), 0.02 * rank, 900.0, True, rates[rank], 31.5, 180, links[rank]
+            rank,
+            f"node{rank // 2}",
+            versions=dict(VERSIONS),
+            clock_offset_seconds=0.02 * rank,
+            free_gib=900.0,
+            sees_shared_file=True,
+            matmul_tflops=rates[rank],
+            all_reduce_us=31.5,
+            all_reduce_gb_per_second=180,
+            neighbour_gb_per_second=links[rank],
         )
         for rank in range(8)
     ]
@@ -43,7 +52,17 @@ def make_changed_reports(*ranks: int, **values: object) -> list[NodeReport]:
 
 def test_healthy_nodes_have_no_problems():
     assert diagnose_nodes(make_healthy_reports()) == []
-    assert diagnose_nodes([NodeReport(0, "alone", VERSIONS, 0.0, 1.0, True, 0.1, 10.0)]) == []
+    single_report = NodeReport(
+        0,
+        "alone",
+        versions=VERSIONS,
+        clock_offset_seconds=0.0,
+        free_gib=1.0,
+        sees_shared_file=True,
+        matmul_tflops=0.1,
+        all_reduce_us=10.0,
+    )
+    assert diagnose_nodes([single_report]) == []
     assert diagnose_nodes([NodeReport(rank, f"node{rank}") for rank in range(3)]) == [], (
         "reports without measurements have problems"
     )

@@ -34,8 +34,8 @@ def test_stochastic_depth_skips_layers_only_in_training(build):
     )  # fmt: skip
     hidden = model.embed(tokens, torch.arange(6))
     logits = model(tokens, sample_hash_B=draws)
-    assert torch.equal(logits[0], model._apply_head(hidden, None)[0])
-    assert not torch.allclose(logits[1], model._apply_head(hidden, None)[1])
+    assert torch.equal(logits[0], model._apply_head(hidden, targets_BS=None)[0])
+    assert not torch.allclose(logits[1], model._apply_head(hidden, targets_BS=None)[1])
     assert torch.equal(model.eval()(tokens, sample_hash_B=draws), model(tokens))
 
 

@@ -64,7 +64,7 @@ def test_causal_prediction_depends_only_on_previous_tokens(positions, norm_order
 def test_full_mask_attends_to_later_tokens(build):
     model = build()
     tokens = distinct_tokens(5)
-    (gradient,) = torch.autograd.grad(model(tokens, None, FULL)[0, 0].square().sum(), model.embed.tokens.weight)
+    (gradient,) = torch.autograd.grad(model(tokens, mask=FULL)[0, 0].square().sum(), model.embed.tokens.weight)
     assert (gradient[tokens[0]].abs().sum(-1) > 0).all()
 
 
@@ -85,7 +85,7 @@ def test_cached_forward_equals_the_full_forward(kind, chunk_lengths, build):
     tokens = torch.stack([distinct_tokens(9)[0], distinct_tokens(9)[0].flip(0)])
     cache, chunk_logits = KVCache(), []
     for chunk in tokens.split(chunk_lengths, dim=1):
-        chunk_logits.append(model(chunk, None, CAUSAL, cache))
+        chunk_logits.append(model(chunk, cache=cache))
     assert cache.length == 9
     torch.testing.assert_close(torch.cat(chunk_logits, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
 

@@ -108,7 +108,7 @@ def test_megatron_files_train_like_our_own_corpus(
     # Both corpora give the same loss, which includes the document mask.
     run = str(tmp_path / "runs" / "megatron")
     masked = [
-        evaluate_checkpoint(run, str(corpus), "heldout", EvaluationOptions(), World()).loss
+        evaluate_checkpoint(run, data=str(corpus), split="heldout", options=EvaluationOptions(), world=World()).loss
         for corpus in corpora.values()
     ]
     assert (
