@@ -139,7 +139,7 @@ class Loop:
     def __init__(self, model: nn.Module, optim: OptimConfig, precision: str, device: torch.device) -> None:
         self.model = model
         self.autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        assert optim.name != "sgd", "this loop always uses AdamW"
+        assert optim.name != "sgd", "the config has SGD, but this loop always uses AdamW"
         groups = [
             {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": optim.weight_decay},
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},

@@ -274,4 +274,4 @@ def check_host_syncs(context: CaseContext, overrides: Sequence[str], documents: 
     return comparison.make_result(syncs=len(lines), lines=lines)
 
 
-assert TINY_VOCAB_SIZE > 20, "`check_generation` uses token ids up to 19"
+assert TINY_VOCAB_SIZE > 20, "the vocabulary is too small for `check_generation`, which uses token ids up to 19"

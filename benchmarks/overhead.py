@@ -79,7 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
 def prepare_config_and_corpus(options: argparse.Namespace, scratch: Path) -> Config:
     """Prepare a corpus of bytes in `scratch` and read the config; model.vocab_size is 4096 if the config has none."""
     prepare_log = (scratch / "prepare.txt").open("w")
-    prepare(PrepareOptions(("python-stdlib",), "byte", scratch / "corpus", heldout_fraction=0.0), prepare_log)
+    prepare(
+        PrepareOptions(source=("python-stdlib",), tokenizer="byte", out=scratch / "corpus", heldout_fraction=0.0),
+        prepare_log,
+    )
     file_config, _ = load_config(options.config)
     vocab_size = file_config.model.vocab_size if file_config and file_config.model.vocab_size else 4096
     overrides = [

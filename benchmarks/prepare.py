@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 def measure_case(case: str, options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, object]]:
     """Measure one case pair by pair; print and yield the row of each pair."""
     tokenizer = build_tokenizer(
-        options.tokenizer, None, lambda: iter_texts(options.text, TOKENIZER_TRAINING_CHARS, FILE_CHARS)
+        options.tokenizer, training_texts=lambda: iter_texts(options.text, TOKENIZER_TRAINING_CHARS, FILE_CHARS)
     )
     if not isinstance(tokenizer, BPETokenizer):
         raise SystemExit(
@@ -141,7 +141,9 @@ def make_prepare_run(source: Path, scratch: Path, workers: int) -> Callable[[], 
     """Return a function that prepares the corpus; its attribute `clean` removes the corpus after the measurement."""
 
     def run_once() -> None:
-        options = PrepareOptions((str(source),), str(scratch / "tokenizer"), scratch / "corpus", workers=workers)
+        options = PrepareOptions(
+            source=(str(source),), tokenizer=str(scratch / "tokenizer"), out=scratch / "corpus", workers=workers
+        )
         prepare(options, io.StringIO())
 
     def clean() -> None:

@@ -1,24 +1,27 @@
 """Measure how long a run takes to its first step, and which stages take that time.
 
-Each round runs `train` twice on a small corpus for one step, in new processes. The first process is the command, timed
-from its start to its exit (`command`). The second is a short program that imports in a fixed order and prints the time
-at the end of each stage:
+Each round runs `train` twice on a small corpus for one step, in new processes. One process is the command, timed from
+its start to its exit (`command_seconds`). The other is a short program that imports in a fixed order and prints the
+time at the end of each stage:
 
   interpreter    until the first line of Python runs
   torch          import torch
-  imports        all other imports of training: dist_llm and its dependencies
+  imports        import dist_llm and its other dependencies
   config         read, check and resolve the command line and the YAML file
-  data           devices, corpus, data history, log files
-  model          the engine: model, initial values, optimizer
-  loader         the loader and the trainer: metrics, TensorBoard, the matrix product rate for MFU
+  data           open the devices, the corpus, the data history and the log files
+  model          build the engine: model, initial values, optimizer
+  loader         build the loader and the trainer: metrics, TensorBoard, the matmul rate for MFU
   first_step     batch, forward, backward, update
-  end            the checkpoint; the corpus has no held-out text
+  checkpoint     save the checkpoint; the corpus has no held-out text to evaluate
   exit           until the process has ended
 
-Before the rounds, one process runs with -X importtime, which reports the time of each module and slightly increases it.
-`late` is the time of modules that a stage after `imports` imports. `dist_llm_import_seconds` is the time of the modules
-of dist_llm. `dist_llm_seconds` is the time of our own code until the first step: these modules, and the stages from
-config to loader without late imports.
+Before the rounds, one process runs with -X importtime. Python then reports the time of each module, and takes slightly
+longer. The results have these times:
+
+  late_import_seconds       modules that a stage after `imports` imports
+  dist_llm_import_seconds   all modules of dist_llm
+  dist_llm_seconds          our own code until the first step: the modules of dist_llm, and the stages from `config` to
+                            `loader` without their late imports
 
 Prints one JSON line per stage (medians over the rounds), and one per package and per module of dist_llm that takes
 longest to import. The goal: the first step within 8 seconds, of which our own code takes less than 1 second.
@@ -35,6 +38,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,31 +64,41 @@ from dist_llm.training import run, settings
 mark("imports")
 
 
-def mark_calls(owner, name, before="", after=""):
+def mark_calls(owner, name, stage_ended_before="", stage_ended_after=""):
     function = getattr(owner, name)
 
     def marked(*args, **kwargs):
-        if before:
-            mark(before)
+        if stage_ended_before:
+            mark(stage_ended_before)
         result = function(*args, **kwargs)
-        if after:
-            mark(after)
+        if stage_ended_after:
+            mark(stage_ended_after)
         return result
 
     setattr(owner, name, marked)
 
 
-mark_calls(settings, "read_config", after="config")
+mark_calls(settings, "read_config", stage_ended_after="config")
 
-mark_calls(run, "build_engine", before="data", after="model")
+mark_calls(run, "build_engine", stage_ended_before="data", stage_ended_after="model")
 
-mark_calls(run.Trainer, "take_step", before="loader", after="first_step")
+mark_calls(run.Trainer, "take_step", stage_ended_before="loader", stage_ended_after="first_step")
 
-mark_calls(run.Trainer, "run", after="end")
+mark_calls(run.Trainer, "run", stage_ended_after="checkpoint")
 cli.run()
 """
-STAGES = ("interpreter", "torch", "imports", "config", "data", "model", "loader", "first_step", "end", "exit")
+IMPORT_STAGES = ("interpreter", "torch", "imports")
+STAGES = (*IMPORT_STAGES, "config", "data", "model", "loader", "first_step", "checkpoint", "exit")
 DIST_LLM_STAGES = ("config", "data", "model", "loader")
+
+
+@dataclass
+class ImportSeconds:
+    """The seconds of imports: by package, by module of dist_llm, and late imports by stage."""
+
+    by_package: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    by_dist_llm_module: dict[str, float] = field(default_factory=dict)
+    late_by_stage: dict[str, float] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -99,15 +113,16 @@ def main() -> None:
         for round_index in range(options.rounds):
             stage_seconds, _ = measure_stages(folder, options, f"stages-{round_index}", python_flags=[])
             command_seconds = measure_command(folder, options, f"command-{round_index}")
-            rounds.append({**stage_seconds, "command": command_seconds})
+            rounds.append({**stage_seconds, "command_seconds": command_seconds})
     medians = {name: statistics.median(seconds[name] for seconds in rounds) for name in rounds[0]}
     import_seconds = sum_imports(import_lines)
     summary = summarize(medians, import_seconds)
     for stage in STAGES:
-        results.add({"stage": stage, "seconds": medians[stage], "late": import_seconds["late"].get(stage, 0.0)})
-    for package, seconds in sorted(import_seconds["packages"].items(), key=lambda item: -item[1])[: options.top]:
+        late_import_seconds = import_seconds.late_by_stage.get(stage, 0.0)
+        results.add({"stage": stage, "seconds": medians[stage], "late_import_seconds": late_import_seconds})
+    for package, seconds in sorted(import_seconds.by_package.items(), key=lambda item: -item[1])[: options.top]:
         results.add({"package": package, "seconds": seconds})
-    for module, seconds in sorted(import_seconds["modules"].items(), key=lambda item: -item[1])[: options.top]:
+    for module, seconds in sorted(import_seconds.by_dist_llm_module.items(), key=lambda item: -item[1])[: options.top]:
         results.add({"module": module, "seconds": seconds})
     results.add(summary)
     results.finish(make_report(results, summary), options.write)
@@ -189,42 +204,41 @@ def measure_stages(
     return stage_seconds, lines
 
 
-def sum_imports(lines: list[str]) -> dict[str, dict[str, float]]:
-    """Sum up the seconds of imports by package, by module of dist_llm, and by stage for late imports.
+def sum_imports(lines: list[str]) -> ImportSeconds:
+    """Sum up the seconds of the imports that -X importtime reports in these lines.
 
     A line is `import time: microseconds of the module | cumulative | name`, with the name indented by its depth.
     """
-    seconds_by_package: dict[str, float] = defaultdict(float)
-    seconds_by_module: dict[str, float] = {}
-    late_seconds_by_stage: dict[str, float] = {}
+    import_seconds = ImportSeconds()
     seconds_in_stage = 0.0
     for line in lines:
         if line.startswith(STAGE_PREFIX):
             stage = line.removeprefix(STAGE_PREFIX).split()[0]
-            if stage not in STAGES[:3]:
-                late_seconds_by_stage[stage] = seconds_in_stage
+            if stage not in IMPORT_STAGES:
+                import_seconds.late_by_stage[stage] = seconds_in_stage
             seconds_in_stage = 0.0
         elif line.startswith("import time:") and "self [us]" not in line:
             module_micros, _, name = (field.strip() for field in line.removeprefix("import time:").split("|"))
             seconds = int(module_micros) / 1e6
             seconds_in_stage += seconds
-            seconds_by_package[name.partition(".")[0]] += seconds
+            import_seconds.by_package[name.partition(".")[0]] += seconds
             if name.startswith("dist_llm"):
-                seconds_by_module[name] = seconds
-    return {"packages": dict(seconds_by_package), "modules": seconds_by_module, "late": late_seconds_by_stage}
+                import_seconds.by_dist_llm_module[name] = seconds
+    return import_seconds
 
 
-def summarize(medians: dict[str, float], import_seconds: dict[str, dict[str, float]]) -> dict[str, Any]:
+def summarize(medians: dict[str, float], import_seconds: ImportSeconds) -> dict[str, Any]:
     """Sum up the seconds until the first step ends, and those of our own code; see the docstring of the module."""
-    to_first_step = sum(medians[stage] for stage in STAGES[: STAGES.index("first_step") + 1])
-    dist_llm_import_seconds = import_seconds["packages"].get("dist_llm", 0.0)
-    late_seconds = import_seconds["late"]
-    stage_seconds = sum(max(0.0, medians[stage] - late_seconds.get(stage, 0.0)) for stage in DIST_LLM_STAGES)
+    to_first_step_seconds = sum(medians[stage] for stage in STAGES[: STAGES.index("first_step") + 1])
+    dist_llm_import_seconds = import_seconds.by_package.get("dist_llm", 0.0)
+    stage_seconds = sum(
+        max(0.0, medians[stage] - import_seconds.late_by_stage.get(stage, 0.0)) for stage in DIST_LLM_STAGES
+    )
     return {
-        "to_first_step": to_first_step,
+        "to_first_step_seconds": to_first_step_seconds,
         "dist_llm_seconds": dist_llm_import_seconds + stage_seconds,
         "dist_llm_import_seconds": dist_llm_import_seconds,
-        "command": medians["command"],
+        "command_seconds": medians["command_seconds"],
     }
 
 
@@ -234,15 +248,15 @@ def make_report(results: Results, summary: dict[str, Any]) -> str:
     for kind in ("stage", "package", "module"):
         rows = [row for row in results.rows if kind in row]
         if kind == "stage":
-            cells = [[row[kind], f"{row['seconds']:.3f}", f"{row['late']:.3f}"] for row in rows]
+            cells = [[row[kind], f"{row['seconds']:.3f}", f"{row['late_import_seconds']:.3f}"] for row in rows]
             sections.append(format_table([kind, "seconds", "late imports"], cells))
         else:
             cells = [[row[kind], f"{row['seconds']:.3f}"] for row in rows]
             sections.append(format_table([kind, "seconds"], cells))
     sections.append(
-        f"to the first step: {summary['to_first_step']:.2f} s (the goal: {GOAL_SECONDS}), of which our own code "
-        f"{summary['dist_llm_seconds']:.2f} s (the goal: {GOAL_DIST_LLM_SECONDS}); "
-        f"the command, to its exit: {summary['command']:.2f} s"
+        f"to the first step: {summary['to_first_step_seconds']:.2f} s (the goal: {GOAL_SECONDS}), of which our own "
+        f"code {summary['dist_llm_seconds']:.2f} s (the goal: {GOAL_DIST_LLM_SECONDS}); "
+        f"the command, to its exit: {summary['command_seconds']:.2f} s"
     )
     return "\n\n".join(sections)
 

@@ -78,7 +78,10 @@ def main() -> None:
     evaluations = []
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus"
-        prepare(PrepareOptions(("python-stdlib",), "bpe:1024", corpus, heldout_fraction=0.05), sys.stderr)
+        prepare(
+            PrepareOptions(source=("python-stdlib",), tokenizer="bpe:1024", out=corpus, heldout_fraction=0.05),
+            sys.stderr,
+        )
         for run in RUNS:
             evaluations.append(train_run(run, Path(scratch), corpus, options.overrides))
             print(json.dumps({"run": run.name, **evaluations[-1][-1]}), flush=True)

@@ -46,7 +46,9 @@ def prepare(
         raise DataError(
             f"{unknown_options[0]}: unknown option; there are {', '.join(PrepareOptions.__dataclass_fields__)}"
         )
-    return prepare_corpus(PrepareOptions(tuple(map(str, sources)), str(tokenizer), Path(out), **options))
+    return prepare_corpus(
+        PrepareOptions(source=tuple(map(str, sources)), tokenizer=str(tokenizer), out=Path(out), **options)
+    )
 
 
 def read_config(config: str | Path | Mapping[str, Any], *overrides: str) -> Config:

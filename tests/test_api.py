@@ -38,7 +38,7 @@ def test_the_commands_work_as_functions(corpus: Path, tmp_path: Path) -> None:
     assert dist_llm.read_config(config, "optim.lr=0.1").optim.lr == 0.1
     run = dist_llm.train(config, "optim.lr=0.1")
     assert run == tmp_path / "run"
-    assert config["run"]["steps"] == STEPS, "the mapping is not changed"
+    assert config["run"]["steps"] == STEPS, "the mapping was changed"
     first = dist_llm.evaluate(run)
     assert 0 < first.loss < 6
     text = dist_llm.generate(run, "The number ", max_tokens=5, temperature=0)
@@ -48,7 +48,9 @@ def test_the_commands_work_as_functions(corpus: Path, tmp_path: Path) -> None:
         logits_BSV = model(torch.tensor([tokenizer.encode("The number 7").tolist()]))
     assert logits_BSV.shape[-1] >= loaded.model.vocab_size == 300
 
-    assert dist_llm.train(config, "optim.lr=0.1", f"run.steps={2 * STEPS}") == run, "a second run resumes in-process"
+    assert dist_llm.train(config, "optim.lr=0.1", f"run.steps={2 * STEPS}") == run, (
+        "a second run in the process did not resume"
+    )
     assert dist_llm.evaluate(run, split="train").tokens > first.tokens
 
 

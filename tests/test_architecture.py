@@ -29,7 +29,7 @@ def test_the_picture_is_up_to_date(tool: ModuleType, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["draw_architecture.py", "--write", str(tmp_path / "new.svg")])
     assert tool.main() == 0
     new, old = (file.read_text() for file in (tmp_path / "new.svg", REPOSITORY / "docs" / "architecture.svg"))
-    assert new == old, "run: python tools/draw_architecture.py --write docs/architecture.svg"
+    assert new == old, "the drawing is outdated; run: python tools/draw_architecture.py --write docs/architecture.svg"
 
 
 def test_every_package_of_the_layers_is_a_box_with_a_description(tool: ModuleType) -> None:

@@ -44,7 +44,7 @@ def test_help_is_fast_and_has_examples():
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert completed.returncode == 0, completed.stderr
     for command in ("prepare", "train", "evaluate", "generate", "convert"):
-        assert f"dist-llm {command} " in completed.stdout, "the help has an example of each command"
+        assert f"dist-llm {command} " in completed.stdout, "the help lacks an example of the command"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -74,7 +74,7 @@ def test_help_config_searches_names_and_descriptions(capsys):
     assert out.startswith("optim: optimizer\n  optim.muon_momentum\n      float; default: 0.95\n      muon: Nesterov")
     assert "optim.lr" not in out
     assert cli.main(["train", "--help-config", "sources"]) == 0
-    assert "  data.sources.*.weight\n" in capsys.readouterr().out, "keys of the entries of a list"
+    assert "  data.sources.*.weight\n" in capsys.readouterr().out, "the keys of the entries of a list are missing"
     assert cli.main(["train", "--help-config", "no such key"]) == 2
     assert "no key contains 'no such key'" in capsys.readouterr().err
 

@@ -164,7 +164,10 @@ def make_adopt_and_read(kind: str, name: str = "x.bin", **options: Any) -> Calla
     def read(directory: Path) -> None:
         out = directory / "out"
         files = str(directory / name)
-        adopt(AdoptOptions(kind, (files,), "byte", out, heldout=(files,), **options), io.StringIO())
+        adopt(
+            AdoptOptions(format=kind, data=(files,), tokenizer="byte", out=out, heldout=(files,), **options),
+            io.StringIO(),
+        )
         read_corpus(out)
 
     return read
@@ -222,7 +225,9 @@ def read_checkpoint(directory: Path) -> None:
 def make_write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         config = make_config(**model)
-        hf_convert.export_hf(make_weights(config), config, None, directory / "hf", family, shard_bytes=3000)
+        hf_convert.export_hf(
+            make_weights(config), config, tokenizer=None, directory=directory / "hf", family=family, shard_bytes=3000
+        )
         for file in (directory / "hf").iterdir():
             file.rename(directory / file.name)
         (directory / "hf").rmdir()
@@ -352,7 +357,7 @@ def write_tiktoken(directory: Path) -> None:
 
 
 def make_read_tokenizer(name: str) -> Callable[[Path], object]:
-    return lambda directory: build_tokenizer(str(directory / name), None, lambda: ()).encode("some text")
+    return lambda directory: build_tokenizer(str(directory / name)).encode("some text")
 
 
 def write_report(directory: Path) -> None:

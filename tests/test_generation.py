@@ -291,8 +291,12 @@ def test_yielded_characters_are_complete(word):
 
 def test_incomplete_character_becomes_a_replacement_character():
     word = "a漢".encode()
-    assert generate_with_scripted_model(word, max_tokens=3)[1] == ["a", "�"], "max_tokens ends inside a character"
-    assert generate_with_scripted_model([*word[:2], EOT])[1] == ["a", "�"], "the document ends inside a character"
+    assert generate_with_scripted_model(word, max_tokens=3)[1] == ["a", "�"], (
+        "the text is wrong where max_tokens ends inside a character"
+    )
+    assert generate_with_scripted_model([*word[:2], EOT])[1] == ["a", "�"], (
+        "the text is wrong where the document ends inside a character"
+    )
 
 
 def test_invalid_bytes_become_replacement_characters():

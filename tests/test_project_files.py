@@ -72,5 +72,5 @@ def test_the_config_reference_is_up_to_date() -> None:
         [sys.executable, "tools/config_reference.py"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert completed.stdout == (REPOSITORY / "docs/config.md").read_text(), (
-        "run: python tools/config_reference.py --write"
+        "docs/config.md is outdated; run: python tools/config_reference.py --write"
     )

@@ -26,7 +26,7 @@ from dist_llm.text.build_tokenizer import build_tokenizer
 def from_nanogpt(file: str, out: str, tokenizer: str | None = None) -> None:
     """Convert a ckpt.pt to a checkpoint. Raises CheckpointError if nanoGPT did not write the file."""
     model, nanogpt_weights = nanogpt.from_nanogpt(load_torch(Path(file)), file)
-    built = build_tokenizer(tokenizer, None, lambda: ()) if tokenizer else None
+    built = build_tokenizer(tokenizer) if tokenizer else None
     weights = hf_convert.from_huggingface(nanogpt_weights, model, "nanogpt")
     write_checkpoint(Path(out), weights, build_checkpoint_files(model, built, Path(file)))
 

@@ -38,11 +38,17 @@ def run(options: argparse.Namespace) -> None:
     sbatch_options = [
         f"--{name}={value}" for name in ("time", "gpus-per-node") if (value := vars(options)[name.replace("-", "_")])
     ]
-    sizes = options.nodes, options.tasks_per_node
-    if min(sizes) < 1:
-        raise ConfigError(f"--nodes {sizes[0]}, --tasks-per-node {sizes[1]}: both must be at least 1")
+    if min(options.nodes, options.tasks_per_node) < 1:
+        raise ConfigError(
+            f"--nodes {options.nodes}, --tasks-per-node {options.tasks_per_node}: both must be at least 1"
+        )
     job = SlurmJob(
-        options.config, tuple(options.rest), *sizes, (*sbatch_options, *options.sbatch), parse_sweep(options.sweep)
+        options.config,
+        overrides=tuple(options.rest),
+        nodes=options.nodes,
+        tasks_per_node=options.tasks_per_node,
+        sbatch_options=(*sbatch_options, *options.sbatch),
+        sweep=parse_sweep(options.sweep),
     )
     configs = [read_config(job.config, overrides, job.num_ranks) for overrides in job.overrides_by_run]
     run_dirs = list_run_directories(job, configs[0].run.dir)

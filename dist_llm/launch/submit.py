@@ -1,4 +1,4 @@
-"""`dist-llm submit`: check the config, then write a Slurm batch script and pass it to sbatch."""
+"""The functions of `dist-llm submit`: render the batch script of a run or a sweep, and pass it to sbatch."""
 
 import shlex
 import shutil
@@ -12,9 +12,9 @@ from dist_llm.errors import ConfigError
 
 SCRIPT_FILE = Path(__file__).parent / "slurm" / "train.sbatch"
 # Text in SCRIPT_FILE that `render_batch_script` searches for.
-OPTION = "#SBATCH "
-FIRST_COMMAND = "set -uo pipefail\n"
-ARGUMENTS = '"$@"'
+SBATCH_PREFIX = "#SBATCH "
+FIRST_COMMAND_LINE = "set -uo pipefail\n"
+ARGUMENTS_PLACEHOLDER = '"$@"'
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SlurmJob:
     overrides: tuple[str, ...] = ()
     nodes: int = 1
     tasks_per_node: int = 1
-    options: tuple[str, ...] = ()  # options of sbatch
+    sbatch_options: tuple[str, ...] = ()
     sweep: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
 
     @property
@@ -37,63 +37,66 @@ class SlurmJob:
         """The overrides `key=value` of each run."""
         if not self.sweep:
             return [self.overrides]
-        runs = []
+        overrides_by_run = []
         for values in product(*(values for _, values in self.sweep)):
             assignments = [f"{key}={value}" for (key, _), value in zip(self.sweep, values, strict=True)]
-            runs.append((*self.overrides, *assignments))
-        return runs
+            overrides_by_run.append((*self.overrides, *assignments))
+        return overrides_by_run
 
 
-def render_batch_script(job: SlurmJob, directories: Sequence[str]) -> str:
-    """Return the batch script of a job. `directories` are the run directories, one per run."""
-    options = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.tasks_per_node}", *job.options]
-    runs = [
-        (str(job.config), *run, f"run.dir={directory}")
-        for run, directory in zip(job.overrides_by_run, directories, strict=True)
+def render_batch_script(job: SlurmJob, run_dirs: Sequence[str]) -> str:
+    """Return the batch script of a job. `run_dirs` has the run directory of each run."""
+    options = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.tasks_per_node}", *job.sbatch_options]
+    arguments_by_run = [
+        (str(job.config), *overrides, f"run.dir={run_dir}")
+        for overrides, run_dir in zip(job.overrides_by_run, run_dirs, strict=True)
     ]
-    if len(runs) > 1:
-        options += [f"--array=0-{len(runs) - 1}", "--output=slurm-%A_%a.log"]
-    lines = SCRIPT_FILE.read_text().replace(ARGUMENTS, '"${arguments[@]}"').splitlines(keepends=True)
-    # sbatch reads only options before the first command. If an option is given twice, the last value counts.
-    header_end = max(index for index, line in enumerate(lines) if line.startswith(OPTION)) + 1
-    first_command = lines.index(FIRST_COMMAND)
-    arrays = [f"run_{index}=({' '.join(map(shlex.quote, run))})\n" for index, run in enumerate(runs)]
+    if len(arguments_by_run) > 1:
+        options += [f"--array=0-{len(arguments_by_run) - 1}", "--output=slurm-%A_%a.log"]
+    lines = SCRIPT_FILE.read_text().replace(ARGUMENTS_PLACEHOLDER, '"${arguments[@]}"').splitlines(keepends=True)
+    # sbatch reads only options before the first command, and the last of two values of an option counts. So the options
+    # of the job go after those of the template and before any command.
+    header_end = max(index for index, line in enumerate(lines) if line.startswith(SBATCH_PREFIX)) + 1
+    first_command = lines.index(FIRST_COMMAND_LINE)
+    run_assignments = [
+        f"run_{index}=({' '.join(map(shlex.quote, arguments))})\n" for index, arguments in enumerate(arguments_by_run)
+    ]
     select_run = 'declare -n arguments="run_${SLURM_ARRAY_TASK_ID:-0}"\n'
-    option_lines = [f"{OPTION}{option}\n" for option in options]
+    option_lines = [f"{SBATCH_PREFIX}{option}\n" for option in options]
     return "".join(
         [
             *lines[:header_end],
             *option_lines,
             *lines[header_end:first_command],
-            *arrays,
+            *run_assignments,
             select_run,
             *lines[first_command:],
         ]
     )
 
 
-def list_run_directories(job: SlurmJob, base: str) -> list[str]:
-    """Return the directory of each run: `base`, or in a sweep a subdirectory named after the values of the run."""
+def list_run_directories(job: SlurmJob, run_dir: str) -> list[str]:
+    """Return the directory of each run: `run_dir`, or in a sweep a subdirectory named after the values of the run."""
     if not job.sweep:
-        return [base]
-    assignments_by_run = [run[len(job.overrides) :] for run in job.overrides_by_run]
-    return [f"{base}/{'_'.join(map(_shorten, assignments))}" for assignments in assignments_by_run]
+        return [run_dir]
+    assignments_by_run = [overrides[len(job.overrides) :] for overrides in job.overrides_by_run]
+    return [f"{run_dir}/{'_'.join(map(_shorten_override, assignments))}" for assignments in assignments_by_run]
 
 
-def _shorten(override: str) -> str:
+def _shorten_override(override: str) -> str:
     """Shorten an override for use in a file name: `optim.lr=1e-3` becomes `lr=1e-3`."""
     key, _, value = override.partition("=")
     return f"{key.rpartition('.')[2]}={value.replace('/', '-')}"
 
 
-def parse_sweep(options: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Parse --sweep options such as `optim.lr=1e-3,3e-4`. Raises ConfigError if one is not a key with values."""
+def parse_sweep(sweep_arguments: Sequence[str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Parse arguments of --sweep such as `optim.lr=1e-3,3e-4`. Raises ConfigError if one is not a key with values."""
     sweep = []
-    for option in options:
-        key, _, values = option.partition("=")
+    for argument in sweep_arguments:
+        key, _, values = argument.partition("=")
         choices = tuple(filter(None, values.split(",")))
         if not key or not choices:
-            raise ConfigError(f"--sweep {option}: give a key and its values, as in --sweep optim.lr=1e-3,3e-4")
+            raise ConfigError(f"--sweep {argument}: give a key and its values, as in --sweep optim.lr=1e-3,3e-4")
         sweep.append((key, choices))
     return tuple(sweep)
 

@@ -20,20 +20,21 @@ log = logging.getLogger("dist_llm")
 
 CACHE_FILE = Path(CACHE) / "matmul_rates.json"
 NUM_MEASUREMENTS = 5
+COUNT_KEY = "starts"  # of an entry of the cache: the number of calls that have measured
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # rows of square matrices, by device type
 MEASURE_SECONDS = 0.6  # time for all sizes together
 
 
-def get_matmul_rate(device: torch.device, dtype: torch.dtype, file: Path | None = None) -> float:
-    """Return the best FLOP/s that this call or an earlier one measured on this machine. `file` is the cache."""
-    file = (file or CACHE_FILE).expanduser()
+def get_matmul_rate(device: torch.device, dtype: torch.dtype, cache_file: Path | None = None) -> float:
+    """Return the best FLOP/s that this call or an earlier one measured on this machine, and store it."""
+    cache_file = (cache_file or CACHE_FILE).expanduser()
     key = " | ".join((platform.node(), _device_name(device), str(dtype), f"{torch.get_num_threads()} threads"))
-    cache = _read_cache(file)
-    entry = cache.get(key, {"rate": 0.0, "starts": 0})
-    if entry["starts"] >= NUM_MEASUREMENTS:
+    cache = _read_cache(cache_file)
+    entry = cache.get(key, {"rate": 0.0, COUNT_KEY: 0})
+    if entry[COUNT_KEY] >= NUM_MEASUREMENTS:
         return float(entry["rate"])
     rate = max(measure_matmul_rate(device, dtype), float(entry["rate"]))
-    _write_cache(file, {**cache, key: {"rate": rate, "starts": entry["starts"] + 1}})
+    _write_cache(cache_file, {**cache, key: {"rate": rate, COUNT_KEY: entry[COUNT_KEY] + 1}})
     return rate
 
 
@@ -72,18 +73,18 @@ def _device_name(device: torch.device) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
-def _read_cache(file: Path) -> dict[str, Any]:
+def _read_cache(cache_file: Path) -> dict[str, Any]:
     try:
-        cache = json.loads(file.read_text())
-        return {key: entry for key, entry in cache.items() if isinstance(entry["rate"], float) and entry["starts"] > 0}
+        cache = json.loads(cache_file.read_text())
+        return {key: entry for key, entry in cache.items() if isinstance(entry["rate"], float) and entry[COUNT_KEY] > 0}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # there is no cache yet, or it is damaged: measure again
 
 
-def _write_cache(file: Path, cache: dict[str, Any]) -> None:
+def _write_cache(cache_file: Path, cache: dict[str, Any]) -> None:
     """Replace the cache file atomically. If several processes write, the last one wins."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(file, json.dumps(cache, indent=1).encode() + b"\n", shared=True)
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(cache_file, json.dumps(cache, indent=1).encode() + b"\n", shared=True)
     except OSError as error:
         log.debug("cannot cache the matmul rate: %s", error)

@@ -31,7 +31,7 @@ def learning_rate(optim: OptimKeys, schedule: ScheduleConfig, step: int) -> floa
     if isinstance(schedule, InverseSqrtConfig):
         return max(floor, peak * math.sqrt(max(warmup, 1) / step))
     decay_end = schedule.decay_steps
-    assert decay_end, "resolve_schedule sets decay_steps"
+    assert decay_end, "decay_steps is not set: resolve_schedule has not run"
     match schedule:
         case WSDConfig():
             decay_start = max(warmup, decay_end - round(schedule.decay_fraction * decay_end))

@@ -37,7 +37,7 @@ def adopt(options: AdoptOptions, log_stream: TextIO | None = None) -> Manifest:
     Raises DataError for each error that the user can fix: options, files, ids, tokenizer, `OUT`, a full disk.
     """
     _check_options(options)
-    tokenizer = build_tokenizer(options.tokenizer, options.split_pattern, lambda: ())
+    tokenizer = build_tokenizer(options.tokenizer, options.split_pattern)
     out = Path(os.path.realpath(options.out))
     try:
         with ProgressMeter(log_stream or sys.stderr, _sum_file_bytes(options), activity="checking") as meter:

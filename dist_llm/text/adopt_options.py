@@ -30,11 +30,11 @@ examples:
   dist-llm adopt --format llmc --data fineweb_train_*.bin --heldout fineweb_val_*.bin --tokenizer gpt2 --out data/fw
 
   # remote files: read once now, and fetched again when training needs them
-  dist-llm adopt --format npy --data s3://bucket/part-000.npy --tokenizer data/owt --out data/far
+  dist-llm adopt --format npy --data s3://bucket/part-000.npy --tokenizer data/owt --out data/remote
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdoptOptions:
     """The token files, their format and tokenizer, and the corpus to build from them."""
 

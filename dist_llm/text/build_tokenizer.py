@@ -39,7 +39,7 @@ NUM_CHECKED_TEXTS, MAX_CHECKED_CHARS = 256, 8192  # training texts on which both
 TextFactory = Callable[[], Iterable[str]]
 
 
-def build_tokenizer(spec: str, split_pattern: str | None, training_texts: TextFactory) -> Tokenizer:
+def build_tokenizer(spec: str, split_pattern: str | None = None, training_texts: TextFactory = tuple) -> Tokenizer:
     """Build the tokenizer of `spec`, a value of `--tokenizer`. `training_texts` is called only for `bpe:N`.
 
     Raises DataError if the spec is unknown, its files are missing or malformed, a download fails, or the training texts

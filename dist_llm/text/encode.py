@@ -56,7 +56,7 @@ class DocumentEncoderSpec:
 class EncodedChunk:
     """The documents that passed the filters, as a few arrays, which are cheap to send between processes.
 
-    `ids` concatenates the documents. A document begins with the `first_ids` of the tokenizer and ends with its `eot`.
+    `ids` concatenates the documents. A document begins with the `prefix_ids` of the tokenizer and ends with its `eot`.
     The other arrays have one row per document.
     """
 
@@ -75,7 +75,7 @@ class DocumentEncoder:
     def __init__(self, tokenizer: Tokenizer, spec: DocumentEncoderSpec) -> None:
         self.tokenizer, self.spec = tokenizer, spec
         self.dtype = np.dtype(select_token_dtype(tokenizer.vocab_size))
-        self._prefix_ids = np.array(tokenizer.first_ids, dtype=np.uint32)
+        self._prefix_ids = np.array(tokenizer.prefix_ids, dtype=np.uint32)
         self._eot_ids = np.array([] if tokenizer.eot is None else [tokenizer.eot], dtype=np.uint32)
         self._filters = FilterChain(spec.filters)
 

@@ -64,14 +64,14 @@ def _build_hf_tokenizer(
     backend = build_backend(files)
     vocab = backend.get_vocab(with_added_tokens=True)
     end_id = vocab[_find_end_token(settings, vocab)]
-    first_ids = _find_first_ids(backend)
+    prefix_ids = _find_prefix_ids(backend)
     return HFTokenizer(
         files=files,
         num_ids=max(vocab.values()) + 1,
         end_token=end_id,
-        first_tokens=first_ids,
+        first_tokens=prefix_ids,
         token_ids=_find_token_ids(settings, vocab, model_config),
-        equal_bpe=compute_bpe_identity(content, end_id, first_ids),
+        equal_bpe=compute_bpe_identity(content, end_id, prefix_ids),
     )
 
 
@@ -83,7 +83,7 @@ def _read_own_export(
     has_chat_template = "chat_template" in settings or any(name.startswith("chat_template") for name in files)
     if has_ordinary_added_token or has_chat_template or content.get("normalizer") is not None:
         return None
-    if _find_first_ids(build_backend(files)):
+    if _find_prefix_ids(build_backend(files)):
         return None
     try:
         tokenizer = convert_bpe(content, ENDOFTEXT, exported, "huggingface")
@@ -93,7 +93,7 @@ def _read_own_export(
     return tokenizer
 
 
-def _find_first_ids(backend: Any) -> tuple[int, ...]:
+def _find_prefix_ids(backend: Any) -> tuple[int, ...]:
     """Return the ids that the tokenizer adds before a text."""
     text = "a"
     text_ids = backend.encode(text, add_special_tokens=False).ids

@@ -61,7 +61,7 @@ class HFTokenizer(Tokenizer):
         return self.end_token
 
     @property
-    def first_ids(self) -> tuple[int, ...]:
+    def prefix_ids(self) -> tuple[int, ...]:
         return self.first_tokens
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
@@ -73,7 +73,7 @@ class HFTokenizer(Tokenizer):
     def encode_prompt(self, text: str) -> list[int]:
         """Encode a prompt in which the string of a special token becomes that token, as chat templates need."""
         backend = self._build_backend()
-        return [*self.first_ids, *backend.encode(to_well_formed(text), add_special_tokens=False).ids]
+        return [*self.prefix_ids, *backend.encode(to_well_formed(text), add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         segments: list[str] = []
@@ -276,9 +276,9 @@ def try_convert_to_bpe(content: Mapping[str, Any], eot: int) -> BPETokenizer | N
         return None
 
 
-def compute_bpe_identity(content: Mapping[str, Any], eot: int, first_ids: Sequence[int]) -> str:
+def compute_bpe_identity(content: Mapping[str, Any], eot: int, prefix_ids: Sequence[int]) -> str:
     """Return the identity of the BPETokenizer that yields the same corpus; empty if there is none."""
-    bpe = None if content.get("normalizer") is not None or first_ids else try_convert_to_bpe(content, eot)
+    bpe = None if content.get("normalizer") is not None or prefix_ids else try_convert_to_bpe(content, eot)
     return hash_bpe_ids(json.loads(bpe.to_json_bytes())) if bpe is not None else ""
 
 

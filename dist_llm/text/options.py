@@ -56,7 +56,7 @@ FILTER_NAMES = ("gopher", "c4")
 DEDUP_KINDS = ("exact", "near")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
     """The source, the tokenizer, the filters and the output of prepare."""
 

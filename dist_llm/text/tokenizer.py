@@ -60,20 +60,20 @@ class Tokenizer(ABC):
         """The end-of-document id. None: no id ends documents; only the document offsets of a corpus separate them."""
 
     @property
-    def first_ids(self) -> tuple[int, ...]:
+    def prefix_ids(self) -> tuple[int, ...]:
         """The ids that begin each document and each prompt, such as BOS."""
         return ()
 
     @abstractmethod
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """Encode text, without `first_ids`. The string of a special token is encoded as ordinary text.
+        """Encode text, without `prefix_ids`. The string of a special token is encoded as ordinary text.
 
         A lone surrogate becomes U+FFFD. Raises DataError for a character without an id.
         """
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Encode a prompt for generation: `first_ids`, then the ids of the text."""
-        return [*self.first_ids, *self.encode(text).tolist()]
+        """Encode a prompt for generation: `prefix_ids`, then the ids of the text."""
+        return [*self.prefix_ids, *self.encode(text).tolist()]
 
     @abstractmethod
     def decode(self, ids: Ids) -> str:

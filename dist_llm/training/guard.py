@@ -58,7 +58,7 @@ class Guard:
         self.checks_norm = engine.loss_scale is None
         self.can_skip = "skip" in (config.not_finite, config.spike)
         self.can_rewind = "rewind" in (config.not_finite, config.spike, config.corrupt)
-        self.checked: dict[int, Anomaly | None] = {}  # steps that `should_apply` has checked
+        self.anomaly_by_step: dict[int, Anomaly | None] = {}  # of the steps that `should_apply` has checked
         self.last_warned_step = 0
 
     def should_apply(self, step: int, loss: Tensor, norm: Tensor) -> bool:
@@ -67,7 +67,7 @@ class Guard:
         Called only if `can_skip`, because it waits for the device and all ranks.
         """
         anomaly = self._all_gather_anomaly(self._find_anomaly(*torch.stack((loss.float(), norm.float())).tolist()))
-        self.checked[step] = anomaly
+        self.anomaly_by_step[step] = anomaly
         return anomaly is None or self._policy(anomaly) != "skip"
 
     def check_metrics(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
@@ -76,14 +76,14 @@ class Guard:
         Raises on all ranks: DivergedError if the run has to end, RewindRequest if it has to rewind.
         """
         # DeepSpeed's partitioned optimizers do not call `should_apply`.
-        unchecked = [row for row in rows if row["step"] not in self.checked]
+        unchecked = [row for row in rows if row["step"] not in self.anomaly_by_step]
         anomalies = {row["step"]: self._find_anomaly(row["loss"], row["grad_norm"]) for row in unchecked}
         if anomalies and any(self.all_gather(int(any(anomalies.values())))):
-            self.checked |= {step: self._all_gather_anomaly(anomaly) for step, anomaly in anomalies.items()}
-        checked, self.checked = self.checked, {}
+            self.anomaly_by_step |= {step: self._all_gather_anomaly(anomaly) for step, anomaly in anomalies.items()}
+        anomaly_by_step, self.anomaly_by_step = self.anomaly_by_step, {}
         return [
             event
-            for step, anomaly in sorted(checked.items())
+            for step, anomaly in sorted(anomaly_by_step.items())
             if anomaly
             for event in self._handle(step, anomaly, self._policy(anomaly))
         ]

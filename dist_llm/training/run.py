@@ -208,7 +208,7 @@ class RunContext:
         trainer.loader.close()
         self.store.finish()
         checkpoint = self.store.latest_verified()
-        assert checkpoint is not None, "a run that can rewind saves before its first step"
+        assert checkpoint is not None, "the run has no checkpoint to rewind to, although it saves before its first step"
         progress, loader, guard_state = read_progress(checkpoint), trainer.loader, trainer.progress.guard
         num_steps = request.step - progress.step
         num_skipped = self.config.guard.skip_steps if request.skips_samples else 0

@@ -16,4 +16,4 @@ def test_bf16_is_skipped_if_its_matrix_products_are_slow(bf16, precisions, monke
     monkeypatch.setattr(measure, "measure_matmul_rate", lambda device, precision, size, tries: rates[precision])
     assert measure.choose_precisions(None, CPU) == precisions
     assert ("bf16 is left out" in capsys.readouterr().err) == (precisions == ["fp32"])
-    assert measure.choose_precisions(["bf16"], CPU) == ["bf16"], "an explicit choice is kept"
+    assert measure.choose_precisions(["bf16"], CPU) == ["bf16"], "an explicit choice is changed"

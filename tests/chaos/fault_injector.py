@@ -28,7 +28,7 @@ OVERLAPPING_FRACTION = 0.3  # of the later faults do not wait for the recovery f
 MAX_PAUSE_SECONDS = 3.0  # between a recovery and the next fault
 MAX_OVERLAP_PAUSE_SECONDS = 12.0  # before a fault that may happen during a recovery
 EFFECT_SECONDS = 3 * CHECK_INTERVAL_SECONDS  # a fault takes effect within this time
-KINDS = ("rank", "node", "stop", "cut", "full", "nan", "flip")
+FAULT_KINDS = ("killed_rank", "killed_node", "stopped_rank", "cut_link", "full_disk", "nan_weights", "bit_flip")
 DISK_FULL_MESSAGE = "No space left on device"
 
 
@@ -117,27 +117,27 @@ class FaultInjector:
 
     # The faults. Each method is named for its kind and returns a description.
 
-    def inject_rank(self) -> str:
+    def inject_killed_rank(self) -> str:
         """Kill a rank."""
         node, pid = self.choose_rank()
         kill([pid])
         return f"kill -9 of the rank on n{node}"
 
-    def inject_node(self) -> str:
+    def inject_killed_node(self) -> str:
         """Kill all processes of a node."""
         node = self.rng.choice(NODES)
         with self.monitor.lock:
             kill(self.net.list_processes(node))
         return f"kill -9 of all processes on n{node}"
 
-    def inject_stop(self) -> str:
+    def inject_stopped_rank(self) -> str:
         """Stop a rank, which never continues."""
         node, pid = self.choose_rank()
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
         return f"SIGSTOP of the rank on n{node}"
 
-    def inject_cut(self) -> str:
+    def inject_cut_link(self) -> str:
         """Disconnect a node for some seconds, in which the run can compute no step."""
         node, seconds = self.rng.choice(NODES), self.rng.uniform(1, 3 * HANG_SECONDS)
         self.net.set_link(node, up=False)
@@ -152,7 +152,7 @@ class FaultInjector:
             self.net.set_link(node, up=True)
         return f"the link of n{node} cut for {seconds:.1f} s"
 
-    def inject_full(self) -> str:
+    def inject_full_disk(self) -> str:
         """Fill the disk of the checkpoints until a checkpoint cannot be written."""
         num_messages, start_seconds = self.job.count_in_logs(DISK_FULL_MESSAGE), self.elapsed_seconds
         end_seconds = start_seconds + 4 * HANG_SECONDS
@@ -167,7 +167,7 @@ class FaultInjector:
         filler.unlink()
         return f"the disk full for {self.elapsed_seconds - start_seconds:.1f} s"
 
-    def inject_nan(self) -> str:
+    def inject_nan_weights(self) -> str:
         """Request that a rank sets a weight to NaN."""
         node = self.rng.choice(NODES)
         request = get_nan_request_path(self.job.directory, f"n{node}")
@@ -175,7 +175,7 @@ class FaultInjector:
         self.wait(lambda: not request.exists(), "a rank to take a NaN")
         return f"a NaN into a weight on n{node}"
 
-    def inject_flip(self) -> str:
+    def inject_bit_flip(self) -> str:
         """Flip a bit in the newest checkpoint and kill the ranks; the run must resume from the checkpoint before it."""
         self.wait(lambda: len(self.monitor.list_verified_steps()) > 1, "two checkpoints")
         kill(self.job.list_ranks(*NODES))  # so that no rank verifies the checkpoint before the damage
@@ -192,7 +192,7 @@ class FaultInjector:
 def summarize_by_kind(faults: list[Fault]) -> dict[str, dict[str, object]]:
     """Return the number of faults of each kind, and their recovery seconds."""
     summary: dict[str, dict[str, object]] = {}
-    for kind in KINDS:
+    for kind in FAULT_KINDS:
         faults_of_kind = [fault for fault in faults if fault.kind == kind]
         seconds = [round(fault.recovery_seconds, 1) for fault in faults_of_kind if fault.recovery_seconds]
         summary[kind] = {

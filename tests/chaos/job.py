@@ -40,14 +40,14 @@ ENVIRONMENT = {
 class Job:
     """A job with one torchrun and one rank on each node.
 
-    `directory` contains the run and a log for each node. The first `num_slow_steps` steps are slow (rank.py). A thread
-    of CheckpointMonitor calls `restart_failed` repeatedly, which restarts nodes as long as `should_restart` is true.
-    `violations` lists processes that outlived their torchrun.
+    `directory` contains the run and a log for each node. The first `num_paced_steps` steps are paced by a
+    sleep (rank.py). A thread of CheckpointMonitor calls `restart_failed` repeatedly, which restarts nodes as long as
+    `should_restart` is true. `violations` lists processes that outlived their torchrun.
     """
 
-    def __init__(self, net: Network, corpus: Path, directory: Path, num_slow_steps: int, *overrides: object) -> None:
+    def __init__(self, net: Network, corpus: Path, directory: Path, *overrides: object, num_paced_steps: int) -> None:
         self.net, self.corpus, self.directory, self.overrides = net, corpus, directory, overrides
-        self.num_slow_steps, self.run = num_slow_steps, directory / "run"
+        self.num_paced_steps, self.run = num_paced_steps, directory / "run"
         self.torchruns: dict[int, subprocess.Popen[bytes]] = {}
         self.num_starts, self.should_restart, self.violations = 0, True, list[str]()
         directory.mkdir()
@@ -58,7 +58,7 @@ class Job:
             launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(NODES)}", "--nproc-per-node=1"]
             launcher += ["--max-restarts=1000", "--monitor-interval=0.2", "--rdzv-backend=c10d", "--rdzv-id=chaos"]
             launcher += [f"--rdzv-endpoint=n1:{PORT}", f"--rdzv-conf={RENDEZVOUS}"]
-            arguments = ["-m", "tests.chaos.rank", str(self.directory), str(self.num_slow_steps)]
+            arguments = ["-m", "tests.chaos.rank", str(self.directory), str(self.num_paced_steps)]
             arguments += map(str, commands.make_train_arguments(self.corpus, *OVERRIDES, *self.overrides))
             with (self.directory / f"node{node}.txt").open("a") as output:
                 self.torchruns[node] = subprocess.Popen(

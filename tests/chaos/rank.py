@@ -1,6 +1,6 @@
-"""Run `dist-llm` with two additions to each step: `python -m tests.chaos.rank DIRECTORY NUM_SLOW_STEPS train ...`.
+"""Run `dist-llm` with two additions to each step: `python -m tests.chaos.rank DIRECTORY NUM_PACED_STEPS train ...`.
 
-The first NUM_SLOW_STEPS steps take 0.15 s longer. If DIRECTORY contains the file `nan_HOST`, a rank on that host
+The first NUM_PACED_STEPS steps sleep 0.15 s first. If DIRECTORY contains the file `nan_HOST`, a rank on that host
 removes the file and sets one of its weights to NaN.
 """
 
@@ -26,11 +26,11 @@ def get_nan_request_path(directory: Path, host: str) -> Path:
 
 def run() -> int:
     """Run the command of the command line; return its exit code."""
-    directory, num_slow_steps, *arguments = sys.argv[1:]
+    directory, num_paced_steps, *arguments = sys.argv[1:]
     request, original_step = get_nan_request_path(Path(directory), socket.gethostname()), Trainer.take_step
 
     def step_with_fault(self: Trainer) -> None:
-        if self.progress.step < int(num_slow_steps):
+        if self.progress.step < int(num_paced_steps):
             time.sleep(PACE_SECONDS)
         if request.exists():
             request.unlink()

@@ -85,7 +85,7 @@ def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[d
     for number in (2, 3):
         step(engine, number)
         checkpoints.poll()
-        assert checkpoints.current_write is not None, "the write is still in progress"
+        assert checkpoints.current_write is not None, "the write has ended before its gate opened"
     write_gate.set()
     checkpoints.finish()
     assert not are_states_equal(copy_state(engine), expected)
@@ -277,7 +277,9 @@ def test_a_save_needs_at_most_1_5_shards_of_extra_memory(tmp_path: Path) -> None
         [sys.executable, "-c", MEMORY_SCRIPT, tmp_path], capture_output=True, text=True, check=True
     )
     extra_bytes, shard_bytes = json.loads(completed.stdout)
-    assert 0.5 * shard_bytes < extra_bytes < 1.5 * shard_bytes, "a save needs the staging buffers and little else"
+    assert 0.5 * shard_bytes < extra_bytes < 1.5 * shard_bytes, (
+        "the memory of a save is not about the size of its staging buffers"
+    )
 
 
 def test_writeback_of_a_large_file_is_advised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_boxes_cover_the_range_exactly(shape: list[int], data: st.DataObject) ->
     full = torch.full(shape, -1)
     for offset, chunk in local_chunks(FlatShard.from_flat(tuple(shape), flat, start)):
         box = tuple(slice(first, first + size) for first, size in zip(offset, chunk.shape, strict=True))
-        assert (full[box] == -1).all(), "each element occurs once"
+        assert (full[box] == -1).all(), "an element occurs twice"
         full[box] = chunk
     expected = np.full(prod(shape), -1)
     expected[start:stop] = np.arange(start, stop)

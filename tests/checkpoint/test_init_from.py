@@ -42,7 +42,7 @@ def old_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: int) -> dict[str, torch.Tensor]:
     engine = NativeEngine(resolved, CPU)
-    init_from_checkpoint(path, engine.state, keep_optimizer, num_known, TABLES)
+    init_from_checkpoint(path, engine.state, with_moments=keep_optimizer, num_known_ids=num_known, vocab_params=TABLES)
     return {
         name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
     }
@@ -79,4 +79,4 @@ def test_another_model_is_refused(old_checkpoint: tuple) -> None:
     path, _ = old_checkpoint
     engine = NativeEngine(make_config(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
-        init_from_checkpoint(path, engine.state, False, OLD, TABLES)
+        init_from_checkpoint(path, engine.state, with_moments=False, num_known_ids=OLD, vocab_params=TABLES)

@@ -178,7 +178,9 @@ def test_pruning_keeps_the_configured_checkpoints(tmp_path: Path) -> None:
     for step, loss in losses.items():
         save_checkpoint(checkpoints, engine, Progress(step, heldout_loss=loss), FILES)
     names = [int(folder.name.removeprefix("step_")) for folder in checkpoints.list_committed()]
-    assert names == [2, 3, 4, 6, 7], "the best two, the multiples of three, the newest two"
+    assert names == [2, 3, 4, 6, 7], (
+        "the kept checkpoints are not the best two, the multiples of three and the newest two"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in names]
 
 

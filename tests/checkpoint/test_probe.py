@@ -58,7 +58,7 @@ def test_the_layerwise_probe_equals_that_of_the_engine(model: str) -> None:
     assert compare_probes(expected, actual, "x").startswith("the probe's loss was")
     loss = torch.log_softmax(torch.tensor(actual.logits), 0)
     assert torch.isfinite(loss).all()
-    assert engine.model_parts[0].head.loss.z_loss == 1e-2, "training continues with the configured loss"
+    assert engine.model_parts[0].head.loss.z_loss == 1e-2, "training continues without the configured loss"
 
 
 LAYOUTS = [

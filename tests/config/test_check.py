@@ -44,7 +44,7 @@ def test_sizes_that_the_objective_implies_are_derived():
     assert config.model.n_encoder_layers == config.model.n_layers == 2
     assert config.model.max_seq_len == 64
     assert resolve_config(make_config(), 1, TOKENIZER_SIZE).model.vocab_size == TOKENIZER_SIZE, (
-        "causal needs no additional ids"
+        "causal got additional ids"
     )
     assert resolve_config(make_config(), 1, TOKENIZER_SIZE).model.n_encoder_layers == 0
 

@@ -110,9 +110,11 @@ def test_layers_repeat_the_names_and_inherit_derived_sizes():
     model = resolve_config(config, 1, TOKENIZER_SIZE).model
     layers = [model.layer_config(layer) for layer in range(5)]
     assert [layer.n_heads for layer in layers] == [4, 4, 8, 4, 4]
-    assert {layer.head_dim for layer in layers} == {8}, "derived from the keys of model"
-    assert {layer.n_kv_heads for layer in layers} == {4}, "null means the size of model"
-    assert [layer.attention_scale for layer in layers] == [0.5, 0.5, None, 0.5, 0.5], "null means the default formula"
+    assert {layer.head_dim for layer in layers} == {8}, "head_dim is not derived from the keys of model"
+    assert {layer.n_kv_heads for layer in layers} == {4}, "null does not give the size of model"
+    assert [layer.attention_scale for layer in layers] == [0.5, 0.5, None, 0.5, 0.5], (
+        "null does not give the default formula"
+    )
 
 
 def test_a_dumped_config_has_only_the_keys_that_a_kind_sets():

@@ -92,11 +92,11 @@ def make_config_pair(key: str) -> tuple[Config, Config]:
 
 
 def test_every_key_has_a_role() -> None:
-    assert set(MODEL_ROLES) == set(ModelConfig.model_fields), "classify the new key of ModelConfig"
+    assert set(MODEL_ROLES) == set(ModelConfig.model_fields), "a key of ModelConfig has no role: add it to MODEL_ROLES"
     of_other_packages = {"mixer", "mixer_options"}
-    assert set(MODEL_ROLES) - of_other_packages == set(OTHER_VALUES), "give another value of the new key"
+    assert set(MODEL_ROLES) - of_other_packages == set(OTHER_VALUES), "a key has no other value: add it to OTHER_VALUES"
     objective_keys = {key for member in get_union_members(ObjectiveConfig).values() for key in member.model_fields}
-    assert set(OBJECTIVE_ROLES) == objective_keys, "classify the new key of the objectives"
+    assert set(OBJECTIVE_ROLES) == objective_keys, "a key of the objectives has no role: add it to OBJECTIVE_ROLES"
     assert set(REQUESTABLE) >= PARAMETER_KEYS
 
 
@@ -159,7 +159,9 @@ def test_objectives_are_compared_by_their_effect_on_the_function() -> None:
     for key, value in (("name", "prefix"), ("mode", "X"), ("see_prefix", False)):
         changed = previous.model_copy(update={"objective": previous.objective.model_copy(update={key: value})})
         assert [difference.key for difference in find_function_differences(previous, changed)] == ["objective"]
-        assert find_resume_differences(previous, changed) == [], "the data history handles changed objectives"
+        assert find_resume_differences(previous, changed) == [], (
+            "changed objectives, which the data history handles, are a difference"
+        )
 
 
 def test_a_resume_cannot_change_vocabulary_padding_or_the_mask() -> None:

@@ -198,7 +198,7 @@ def test_a_run_reads_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def write_corpus(directory: Path) -> None:
-    tokenizer = build_tokenizer("byte", None, list)
+    tokenizer = build_tokenizer("byte")
     tokenizer.save(directory)
     text = "to be or not to be, that is the question: " * 20
     shards = {}

@@ -63,9 +63,11 @@ def build_native(name):
     if name == "published gpt2":
         if GPT2 is None:
             pytest.skip("GPT2_VOCABULARY names no folder with the published files")
-        return build_tokenizer(f"{GPT2}/gpt2_vocab.json,{GPT2}/gpt2_merges.txt", None, training_texts)
+        return build_tokenizer(f"{GPT2}/gpt2_vocab.json,{GPT2}/gpt2_merges.txt", training_texts=training_texts)
     spec, _, pattern = name.partition(" ")
-    trained = build_tokenizer(spec, pattern.replace("cl100k", "llama3") or None, training_texts)
+    trained = build_tokenizer(
+        spec, split_pattern=pattern.replace("cl100k", "llama3") or None, training_texts=training_texts
+    )
     return BPETokenizer(name, SPLIT_PATTERNS[pattern or "gpt2"], trained.ranks, trained.special_tokens)
 
 
@@ -251,7 +253,7 @@ def test_a_fault_in_the_written_content_is_detected(bpe, fault, monkeypatch, tmp
 
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
 def test_comparing_both_libraries_detects_faults(bpe, fault):
-    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, mask=None)))
     check_same_ids(bpe, content)
     CONTENT_FAULTS[fault](content)
     with pytest.raises(CheckpointError, match="differ on"):
@@ -311,7 +313,7 @@ def test_patterns_are_rewritten_only_where_engines_differ():
 
 def read_hf_content(bpe, **changes):
     """Return the content of a published tokenizer.json: that of `bpe` with changes."""
-    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, None)))
+    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, mask=None)))
     content["model"].update(changes.pop("model", {}))
     return content | changes
 
@@ -341,7 +343,7 @@ def test_a_tokenizer_like_gpt2s_is_imported(tmp_path):
     equal_bpe = try_convert_to_bpe(two_files.content, two_files.eot)
     assert (equal_bpe.ranks, equal_bpe.special_tokens) == (bpe.ranks, bpe.special_tokens)
     assert hash_tokenizer_ids(two_files.to_json_bytes()) == hash_tokenizer_ids(
-        build_tokenizer(str(tmp_path), None, training_texts).to_json_bytes()
+        build_tokenizer(str(tmp_path), training_texts=training_texts).to_json_bytes()
     )
     hf_content = read_hf_content(
         bpe, pre_tokenizer={**BYTE_LEVEL, "use_regex": True}, model={"merges": lines, "ignore_merges": False}
@@ -373,8 +375,8 @@ def test_a_tokenizer_like_llama3s_is_imported(bpe, eos, tmp_path):
     imported = import_tokenizer(tmp_path)
     equal_bpe = try_convert_to_bpe(imported.content, imported.eot)
     assert (equal_bpe.ranks, equal_bpe.special_tokens, equal_bpe.pattern) == (bpe.ranks, {ENDOFTEXT: 599}, bpe.pattern)
-    assert imported.first_ids == (599,)
-    assert not imported.equal_bpe, "a corpus would have other ids"
+    assert imported.prefix_ids == (599,)
+    assert not imported.equal_bpe, "equal_bpe is true, but BPE gives a corpus other ids"
 
 
 def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
@@ -385,8 +387,10 @@ def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
     write_files(tmp_path, content, eos_token="<|im_end|>")
     imported = import_tokenizer(tmp_path)
     assert isinstance(imported, HFTokenizer)
-    assert (imported.eot, imported.first_ids, imported.vocab_size) == (599, (), 602)
-    assert try_convert_to_bpe(imported.content, imported.eot) is None, "an ordinary added token is matched in text"
+    assert (imported.eot, imported.prefix_ids, imported.vocab_size) == (599, (), 602)
+    assert try_convert_to_bpe(imported.content, imported.eot) is None, (
+        "BPE is used, but it does not match an ordinary added token in text"
+    )
     assert imported.encode("a<think>b<|im_end|>").tolist()[:3] == [*bpe.encode("a"), 601, *bpe.encode("b")]
     assert 600 not in imported.encode("a<think>b<|im_end|>")
 

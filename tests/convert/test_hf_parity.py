@@ -35,16 +35,19 @@ def test_single_stack_logits_match_with_and_without_padding(family: str) -> None
     hf, native, config = build_models(family)
     ids, mask = make_random_tokens(4, S), make_padding_mask(4, S)
     is_causal = config.architecture == "decoder"
-    unpadded = native(ids, mask=AttentionMask(is_causal))
+    unpadded = native(ids, mask=AttentionMask(causal=is_causal))
     torch.testing.assert_close(unpadded, hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
-    padded = native(ids, mask=AttentionMask(is_causal, documents_BT=mask - 1))
+    padded = native(ids, mask=AttentionMask(causal=is_causal, documents_BT=mask - 1))
     expected = hf(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(padded[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-4)
 
     labels = torch.where(mask == 1, ids, IGNORE_INDEX)
     targets = labels if not is_causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE_INDEX)), dim=1)
-    loss = native(ids, targets, AttentionMask(is_causal, documents_BT=mask - 1)).sum() / (targets != IGNORE_INDEX).sum()
+    loss = (
+        native(ids, targets, AttentionMask(causal=is_causal, documents_BT=mask - 1)).sum()
+        / (targets != IGNORE_INDEX).sum()
+    )
     expected_loss = hf(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-4)
 
@@ -58,7 +61,7 @@ def test_packed_documents_give_the_logits_of_separate_documents(family: str) -> 
     ids = make_random_tokens(2, S)
     documents = torch.bucketize(torch.arange(S), torch.tensor(edges[1:-1]), right=True).expand(2, S)
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(edges)]).expand(2, S)
-    mask = AttentionMask(config.architecture == "decoder", documents_BT=documents)
+    mask = AttentionMask(causal=config.architecture == "decoder", documents_BT=documents)
     packed = native(ids, mask=mask, positions_BS=positions)
     for start, end in pairwise(edges):
         alone = hf(input_ids=ids[:, start:end]).logits
@@ -74,13 +77,15 @@ def test_encoder_decoder_logits_match(family: str) -> None:
     expected = hf(input_ids=source, decoder_input_ids=inputs).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
-    actual = native(inputs, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1)))
+    actual = native(inputs, encoder_input=EncoderInput(source, AttentionMask(causal=False, documents_BT=mask - 1)))
     expected = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     targets = make_random_tokens(4, S, 2)
     loss = native(
-        inputs, targets_BS=targets, encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=mask - 1))
+        inputs,
+        targets_BS=targets,
+        encoder_input=EncoderInput(source, AttentionMask(causal=False, documents_BT=mask - 1)),
     )
     expected_loss = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
     torch.testing.assert_close(loss.sum() / targets.numel(), expected_loss, rtol=1e-4, atol=1e-4)
@@ -92,9 +97,9 @@ def test_encoder_decoder_logits_match(family: str) -> None:
     positions_S = (torch.arange(S) - cut_S * documents_S[0]).expand(4, S)
     packed = native(
         inputs,
-        mask=AttentionMask(True, documents_BT=documents_S),
+        mask=AttentionMask(causal=True, documents_BT=documents_S),
         positions_BS=positions_S,
-        encoder_input=EncoderInput(source, AttentionMask(False, documents_BT=documents_T), positions_T),
+        encoder_input=EncoderInput(source, AttentionMask(causal=False, documents_BT=documents_T), positions_T),
     )
     first_logits = hf(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
     second_logits = hf(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits

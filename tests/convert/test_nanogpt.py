@@ -152,7 +152,9 @@ def write_bin_files(directory: Path) -> dict[str, np.ndarray]:
 def adopt_bin_files(directory: Path) -> Path:
     out = directory / "corpus"
     data, heldout = (str(directory / "train.bin"),), (str(directory / "val.bin"),)
-    adopt(AdoptOptions("bin", data, "byte", out, heldout, dtype="uint16"), io.StringIO())
+    adopt(
+        AdoptOptions(format="bin", data=data, tokenizer="byte", out=out, heldout=heldout, dtype="uint16"), io.StringIO()
+    )
     return out
 
 
@@ -161,9 +163,9 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
     bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_convert = command("convert")
-    nanogpt_model, ids_by_file = build_nanogpt_model(bias), write_bin_files(tmp_path)
+    nanogpt_model, ids_by_file = build_nanogpt_model(bias=bias), write_bin_files(tmp_path)
     corpus = adopt_bin_files(tmp_path)
-    save_nanogpt_checkpoint(nanogpt_model, bias, tmp_path / "ckpt.pt")
+    save_nanogpt_checkpoint(nanogpt_model, bias=bias, file=tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native", "--tokenizer", corpus) == 0
 
     config = load_saved(tmp_path / "native")
@@ -174,7 +176,9 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
         torch.testing.assert_close(native(ids), nanogpt_model(ids), rtol=1e-5, atol=1e-5)
 
     # The held-out loss of val.bin in the windows that nanoGPT would use.
-    result = evaluate_checkpoint(str(tmp_path / "native"), str(corpus), "heldout", EvaluationOptions(), World())
+    result = evaluate_checkpoint(
+        str(tmp_path / "native"), data=str(corpus), split="heldout", options=EvaluationOptions(), world=World()
+    )
     tokens = torch.from_numpy(ids_by_file["val.bin"].astype(np.int64))
     losses = [
         F.cross_entropy(nanogpt_model(tokens[None, start : start + 16][:, : len(tokens) - 1 - start])[0],
@@ -207,7 +211,7 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
 
 def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
     run_convert = command("convert")
-    save_nanogpt_checkpoint(build_nanogpt_model(True), True, tmp_path / "ckpt.pt")
+    save_nanogpt_checkpoint(build_nanogpt_model(bias=True), bias=True, file=tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
     config, weights = load_saved(tmp_path / "native"), None
     for changed_keys in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):

@@ -54,7 +54,7 @@ def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:
     engine, path = build_native("llama", tmp_path)
     with pytest.raises(ConfigError, match="--memory: embedding and head need"):
         load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
-    assert not (tmp_path / "disk").exists(), "nothing is written"
+    assert not (tmp_path / "disk").exists(), "the refused command wrote files"
 
 
 def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_an_export_has_a_probe_that_an_import_compares(
     native = write_checkpoint_with_probe(tmp_path / "native")
     assert run_convert("to-hf", native, tmp_path / "hf", "--dtype", dtype) == 0
     out = capsys.readouterr().out
-    assert out.count("the probe's loss was") == 2, "of the checkpoint and of the output"
+    assert out.count("the probe's loss was") == 2, "the probe was not compared for both the checkpoint and the output"
     assert read_probe(tmp_path / "hf").weights == dtype
     assert read_probe(tmp_path / "hf").loss == pytest.approx(
         read_probe(native).loss, rel=5e-3 if dtype == "bf16" else 1e-6

@@ -79,7 +79,7 @@ def test_an_unknown_field_is_reported(family: str) -> None:
         parse_hf_config({**hf, "residual_scale": 0.5})
     assert parse_hf_config({**hf, "residual_scale": 0.5}, ["residual_scale"]) == parse_hf_config(hf)
     assert parse_hf_config({**hf, "residual_scale": None}) == parse_hf_config(hf), (
-        "null means that the field is not set"
+        "null differs from a field that is not set"
     )
 
 

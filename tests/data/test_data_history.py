@@ -119,7 +119,7 @@ def test_a_changed_batch_size_or_skip_does_not_renumber_samples(changed_keys, ma
 def test_sources_continue_after_changed_weights(make_config):
     history = (build_segment(make_config()),)
     extended = extend_history(history, build_segment(make_config(weights=(1, 3))), **RESUME_POINT, new_segment=False)
-    assert extended[0] == history[0], "earlier segments are not rewritten"
+    assert extended[0] == history[0], "an earlier segment was rewritten"
     old_plan = build_last_plan(make_config(), history)
     new_plan = build_last_plan(make_config(weights=(1, 3)), extended)
     source_ids, _ = old_plan.assign(np.arange(30))

@@ -76,10 +76,10 @@ def write_corpus(kind, separators, directory):
     if kind == "megatron":  # its index has the document offsets
         eot_position = None
     options = AdoptOptions(
-        kind,
-        tuple(files),
-        "byte",
-        directory / "out",
+        format=kind,
+        data=tuple(files),
+        tokenizer="byte",
+        out=directory / "out",
         dtype="uint16" if kind == "bin" else None,
         eot_position=eot_position,
     )
@@ -171,7 +171,7 @@ def test_documents_in_one_sequence_do_not_affect_each_other(separators, windows,
     model = build_noisy_model(make_config(corpus))
     embeddings = []
     model.embed.register_forward_hook(lambda module, inputs, out: embeddings.append(out) or out.retain_grad())
-    logits_BSV = model(batch.inputs_BS.long(), None, batch.mask, positions_BS=batch.positions_BS)
+    logits_BSV = model(batch.inputs_BS.long(), mask=batch.mask, positions_BS=batch.positions_BS)
     (x_BSD,) = embeddings
     num_checked = 0  # documents that share their sequence with another document
     for sequence, mask_ids_S in enumerate(batch.mask.documents_BT):

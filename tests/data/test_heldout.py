@@ -13,34 +13,44 @@ from dist_llm.objectives.examples import BatchLayout
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.evaluate import EvaluationSetup, evaluate, iter_heldout_batches
 
-SEQ = 8  # sequence length in tokens
+SEQ_LEN = 8
 VOCABULARY = ObjectiveVocabulary(num_tokenizer_ids=99, eot=98)
 CAUSAL_OBJECTIVE = Objective(
-    ((CausalSpec(), SequenceLengths(window_tokens=SEQ + 1, stride_tokens=SEQ, input_tokens=SEQ)),),
+    ((CausalSpec(), SequenceLengths(window_tokens=SEQ_LEN + 1, stride_tokens=SEQ_LEN, input_tokens=SEQ_LEN)),),
     VOCABULARY,
     BatchLayout(causal=True, has_prefix=False, has_document_mask=False, has_encoder_padding=False),
-    inputs_len=SEQ,
+    inputs_len=SEQ_LEN,
     encoder_len=0,
     seed=0,
 )
-# Sizes of a corpus in tokens. They give a short window, one full window, and more windows than ranks, with tails of
-# 0 to SEQ - 1 tokens.
-CORPUS_TOKENS = (2, 5, SEQ + 1, 3 * SEQ + 1, 3 * SEQ + 2, 4 * SEQ, 7 * SEQ + 3)
+# Sizes of a corpus in tokens. Each target is the next token, so n windows need n * SEQ_LEN + 1 tokens.
+CORPUS_SIZES = (
+    2,  # a window with one target
+    5,  # a short window
+    SEQ_LEN + 1,  # one full window
+    3 * SEQ_LEN + 1,  # three full windows
+    3 * SEQ_LEN + 2,  # a last window with one target
+    4 * SEQ_LEN,  # a last window that lacks one target
+    7 * SEQ_LEN + 3,  # more windows than ranks
+)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("num_tokens", CORPUS_TOKENS)
+@pytest.mark.parametrize("num_tokens", CORPUS_SIZES)
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_each_target_is_scored_once_with_equal_batches_per_rank(num_tokens, micro_batch, dp_size, make_counting_corpus):
     corpus = make_counting_corpus(num_tokens, "heldout")
-    heldout = EvaluationSetup({"": corpus}, CAUSAL_OBJECTIVE, micro_batch)
-    batches_by_rank = [list(iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size)) for dp_rank in range(dp_size)]
-    batch_sizes_by_rank = {tuple(len(batch.inputs_BS) for batch in batches) for batches in batches_by_rank}
-    assert len(batch_sizes_by_rank) == 1, "ranks have different batch sizes"
+    setup = EvaluationSetup({"": corpus}, CAUSAL_OBJECTIVE, micro_batch)
+    batches_by_rank = [
+        list(iter_heldout_batches(setup, corpus, component_index=0, dp_rank=dp_rank, dp_size=dp_size))
+        for dp_rank in range(dp_size)
+    ]
+    distinct_batch_sizes = {tuple(len(batch.inputs_BS) for batch in batches) for batches in batches_by_rank}
+    assert len(distinct_batch_sizes) == 1, "ranks have different batch sizes"
     scored_targets = []
     for batch in (batch for batches in batches_by_rank for batch in batches):
         assert batch.inputs_BS.shape == batch.targets_BS.shape
-        assert batch.inputs_BS.shape[1] == SEQ
+        assert batch.inputs_BS.shape[1] == SEQ_LEN
         assert len(batch.inputs_BS) <= micro_batch
         assert batch.inputs_BS.min() >= 0
         is_valid_BS = batch.targets_BS != IGNORE_INDEX
@@ -56,34 +66,39 @@ def test_each_target_is_scored_once_with_equal_batches_per_rank(num_tokens, micr
 def test_each_window_of_a_masked_objective_is_scored_once(micro_batch, dp_size, make_counting_corpus):
     """The last batch may be partial. Its windows are scored once too."""
     num_windows = 7
-    corpus = make_counting_corpus(num_windows * SEQ, "heldout")
+    corpus = make_counting_corpus(num_windows * SEQ_LEN, "heldout")
     masked_objective = Objective(
-        ((MaskedSpec(mask_rate=0.9), SequenceLengths(window_tokens=SEQ, stride_tokens=SEQ, input_tokens=SEQ + 1)),),
+        (
+            (
+                MaskedSpec(mask_rate=0.9),
+                SequenceLengths(window_tokens=SEQ_LEN, stride_tokens=SEQ_LEN, input_tokens=SEQ_LEN + 1),
+            ),
+        ),
         VOCABULARY,
-        BatchLayout(causal=False, has_prefix=True, has_document_mask=False, has_encoder_padding=False),
-        inputs_len=SEQ + 1,
+        BatchLayout(causal=False, has_prefix=False, has_document_mask=False, has_encoder_padding=False),
+        inputs_len=SEQ_LEN + 1,
         encoder_len=0,
         seed=0,
     )
-    heldout = EvaluationSetup({"": corpus}, masked_objective, micro_batch)
+    setup = EvaluationSetup({"": corpus}, masked_objective, micro_batch)
     scored_windows = []
     for dp_rank in range(dp_size):
-        for batch in iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size):
+        for batch in iter_heldout_batches(setup, corpus, component_index=0, dp_rank=dp_rank, dp_size=dp_size):
             has_target_B = (batch.targets_BS != IGNORE_INDEX).any(1)
-            scored_windows += (batch.targets_BS[has_target_B].amax(1) // SEQ).tolist()
+            scored_windows += (batch.targets_BS[has_target_B].amax(1) // SEQ_LEN).tolist()
     assert sorted(scored_windows) == list(range(num_windows))
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
 @pytest.mark.parametrize("max_windows", [1, 2, 3, 99])
 def test_max_windows_scores_the_first_windows(max_windows, dp_size, make_counting_corpus):
-    corpus = make_counting_corpus(4 * SEQ + 1, "heldout")
-    heldout = EvaluationSetup({"": corpus}, CAUSAL_OBJECTIVE, micro_batch=2, max_windows=max_windows)
+    corpus = make_counting_corpus(4 * SEQ_LEN + 1, "heldout")
+    setup = EvaluationSetup({"": corpus}, CAUSAL_OBJECTIVE, micro_batch=2, max_windows=max_windows)
     scored_targets = []
     for dp_rank in range(dp_size):
-        for batch in iter_heldout_batches(heldout, corpus, 0, dp_rank, dp_size):
+        for batch in iter_heldout_batches(setup, corpus, component_index=0, dp_rank=dp_rank, dp_size=dp_size):
             scored_targets += batch.targets_BS[batch.targets_BS != IGNORE_INDEX].tolist()
-    assert sorted(scored_targets) == list(range(1, min(max_windows, 4) * SEQ + 1))
+    assert sorted(scored_targets) == list(range(1, min(max_windows, 4) * SEQ_LEN + 1))
 
 
 class TargetSumEngine:

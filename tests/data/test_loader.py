@@ -58,7 +58,14 @@ def make_plan(corpus, order):
     """Return a plan with one source and one objective."""
     mixture = Mixture(SEED, quotas=(1,))
     return SamplePlan(
-        [DataSource("", corpus, (WindowStream(corpus, order, SEQ + 1),), mixture)],
+        [
+            DataSource(
+                "",
+                corpus=corpus,
+                streams=(WindowStream(corpus=corpus, order=order, window_tokens=SEQ + 1),),
+                component_mixture=mixture,
+            )
+        ],
         [MixtureStage(first_sample=0, mixture=mixture, num_consumed=(0,))],
     )
 

@@ -33,7 +33,9 @@ def draw_plans(draw):
     for source_index in range(num_sources):
         streams = tuple(
             WindowStream(
-                None, ShuffledOrder(seed ^ source_index * 7 + component, draw(st.integers(1, 40)), WINDOW), WINDOW
+                corpus=None,
+                order=ShuffledOrder(seed ^ source_index * 7 + component, draw(st.integers(1, 40)), WINDOW),
+                window_tokens=WINDOW,
             )
             for component in range(num_components)
         )
@@ -41,7 +43,7 @@ def draw_plans(draw):
             seed ^ source_index,
             tuple(draw(st.lists(st.integers(1, 4), min_size=num_components, max_size=num_components))),
         )
-        sources.append(DataSource(str(source_index), None, streams, component_mixture))
+        sources.append(DataSource(str(source_index), corpus=None, streams=streams, component_mixture=component_mixture))
     first_samples = [0, *sorted(draw(st.lists(st.integers(1, 120), max_size=2)))]
     quotas = st.lists(st.integers(0, 5), min_size=num_sources, max_size=num_sources).filter(any)
     mixtures = [Mixture(seed ^ first, tuple(draw(quotas))) for first in first_samples]
@@ -166,9 +168,15 @@ def test_a_block_is_shuffled_and_has_no_sample_of_weight_0():
 
 def test_the_order_within_a_source_does_not_depend_on_the_weights():
     """Sample n of a source is the same window under any weights. The weights only decide at which step it is read."""
-    streams = {name: WindowStream(None, ShuffledOrder(len(name), 9, WINDOW), WINDOW) for name in ("a", "bb")}
+    streams = {
+        name: WindowStream(corpus=None, order=ShuffledOrder(len(name), 9, WINDOW), window_tokens=WINDOW)
+        for name in ("a", "bb")
+    }
     mixture = Mixture(0, quotas=(1,))
-    sources = [DataSource(name, SimpleNamespace(), (stream,), mixture) for name, stream in streams.items()]
+    sources = [
+        DataSource(name, corpus=SimpleNamespace(), streams=(stream,), component_mixture=mixture)
+        for name, stream in streams.items()
+    ]
 
     equal_weights = SamplePlan(sources, build_stages([0], [Mixture(1, (5, 5))], [0, 0]))
     low_weight = SamplePlan(sources, build_stages([0], [Mixture(2, (1, 9))], [0, 0]))

@@ -243,7 +243,9 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
 def test_transient_errors_are_retried(fault, server, tmp_path, retry_pauses):
     server.files["/x"] = content = os.urandom(1000)
     server.planned_faults = [fault, fault]
-    target = fetch(f"{server.url}/x", tmp_path / "deep" / "x", 1000, compute_digest(content))
+    target = fetch(
+        f"{server.url}/x", tmp_path / "deep" / "x", expected_bytes=1000, expected_hash=compute_digest(content)
+    )
     assert target.read_bytes() == content
     assert (len(server.requested_paths), retry_pauses) == (3, [1.0, 2.0])
     assert list_files(tmp_path) == ["deep/x"]
@@ -262,7 +264,7 @@ def test_persistent_errors_end_with_a_hint(fault, message, server, tmp_path, ret
     server.planned_faults = [fault] * 99
     target = tmp_path / "x"
     with pytest.raises(DataError, match=rf"{server.url}/x: .*{message}.* copy the file by other means to {target}"):
-        fetch(f"{server.url}/x", target, 1000, compute_digest(content))
+        fetch(f"{server.url}/x", target, expected_bytes=1000, expected_hash=compute_digest(content))
     assert len(server.requested_paths) == 4
     assert list_files(tmp_path) == []
 
@@ -271,7 +273,7 @@ def test_persistent_errors_end_with_a_hint(fault, message, server, tmp_path, ret
 def test_a_wrong_size_is_rejected(size, server, tmp_path, retry_pauses):
     server.files["/x"] = bytes(1000)
     with pytest.raises(DataError, match=f"received 1000 bytes, but the manifest says {size}"):
-        fetch(f"{server.url}/x", tmp_path / "x", size, None)
+        fetch(f"{server.url}/x", tmp_path / "x", expected_bytes=size, expected_hash=None)
     assert list_files(tmp_path) == []
 
 
@@ -285,7 +287,7 @@ def test_a_wrong_size_is_rejected(size, server, tmp_path, retry_pauses):
 )
 def test_permanent_errors_are_not_retried(url, message, server, tmp_path, retry_pauses):
     with pytest.raises(DataError, match=message):
-        fetch(url.format(server=server.url), tmp_path / "x", None, None)
+        fetch(url.format(server=server.url), tmp_path / "x", expected_bytes=None, expected_hash=None)
     assert retry_pauses == []
 
 
@@ -335,7 +337,7 @@ def test_an_unwritable_cache_is_rejected(server, corpus, tmp_path):
     with pytest.raises(DataError, match=r"cannot be written: Not a directory.* set data.cache to a directory"):
         open_corpus(url, tmp_path / "file")
     with pytest.raises(DataError, match=r"/file: cannot be written: File exists"):
-        fetch(f"{url}/train-00000.bin", tmp_path / "file" / "x", None, None)
+        fetch(f"{url}/train-00000.bin", tmp_path / "file" / "x", expected_bytes=None, expected_hash=None)
 
 
 def test_only_abandoned_partial_files_are_removed(server, tmp_path):
@@ -344,7 +346,7 @@ def test_only_abandoned_partial_files_are_removed(server, tmp_path):
     for path in (abandoned, recent):
         path.touch()
     os.utime(abandoned, (1, time.time() - remote.ABANDONED_SECONDS - 1))
-    fetch(f"{server.url}/x", tmp_path / "x", None, None)
+    fetch(f"{server.url}/x", tmp_path / "x", expected_bytes=None, expected_hash=None)
     assert list_files(tmp_path) == ["x", "x.2.partial"]
 
 
@@ -365,7 +367,8 @@ def test_concurrent_fetches_give_complete_files(has_locks, server, tmp_path, mon
     target = tmp_path / "x"
 
     def fetch_and_compare(thread_index):
-        return fetch(f"{server.url}/x", target, len(content), compute_digest(content)).read_bytes() == content
+        path = fetch(f"{server.url}/x", target, expected_bytes=len(content), expected_hash=compute_digest(content))
+        return path.read_bytes() == content
 
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(fetch_and_compare, range(16)))

@@ -171,12 +171,12 @@ def kill_processes(pids: Sequence[int]) -> None:
             continue
 
 
-def read_metrics(run_directory: Path) -> list[dict[str, Any]]:
+def read_step_rows(run_directory: Path) -> list[dict[str, Any]]:
     """Return the rows of training steps in metrics.jsonl, without the rows of evaluations."""
-    return [row for row in read_rows(run_directory) if "loss" in row]
+    return [row for row in read_all_rows(run_directory) if "loss" in row]
 
 
-def read_rows(run_directory: Path) -> list[dict[str, Any]]:
+def read_all_rows(run_directory: Path) -> list[dict[str, Any]]:
     """Return all rows of metrics.jsonl."""
     return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
 

@@ -22,7 +22,7 @@ class Layout:
         return "one" if not self.ranks else f"{self.ranks}_ranks_" + "_".join(self.overrides).replace("parallel.", "")
 
 
-ONE = Layout()
+ONE_PROCESS = Layout()
 SHARDED = Layout(2, ("parallel.dp_shard=2",))
 REPLICATED = Layout(2, ("parallel.dp_replicate=2",))
 

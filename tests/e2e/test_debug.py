@@ -21,10 +21,10 @@ def test_debug_shows_the_batch_and_passes_for_any_layout(corpus: Path, tmp_path:
         assert (int(position), attended_range, has_loss) == (index, f"0..{index}", "yes")
         assert (text, target_text) == tuple(repr(tokenizer.decode([int(token_id)])) for token_id in (token, target))
     for row, next_row in itertools.pairwise(rows):
-        assert row[4] == next_row[1], "the target is the next input"
+        assert row[4] == next_row[1], "a target is not the next input"
     assert re.search(r"one batch, 30 steps at lr 0\.003: loss \d+\.\d+ -> \d+\.\d+", completed.stdout)
     assert "debug run passed" in completed.stdout
-    assert list(tmp_path.iterdir()) == [], "a debug run writes no files"
+    assert list(tmp_path.iterdir()) == [], "a debug run wrote files"
 
 
 def test_debug_fails_if_the_loss_does_not_fall(corpus: Path, tmp_path: Path) -> None:

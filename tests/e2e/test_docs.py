@@ -28,41 +28,47 @@ DOCUMENTS = [
     *sorted(REPOSITORY.glob("[!.]*/*.md")),
     *sorted(DESIGN_FILE.parent.glob("*.md")),
 ]
-BLOCK = re.compile(r"(<!-- run -->\n)?```sh\n(.*?)```", re.DOTALL)
-REFERENCE = re.compile(r"`([\w./-]+\.(?:py|yaml|md|toml|txt))(?::(\w+))?`")
+SH_BLOCK = re.compile(r"(<!-- run -->\n)?```sh\n(.*?)```", re.DOTALL)
+FILE_REFERENCE = re.compile(r"`([\w./-]+\.(?:py|yaml|md|toml|txt))(?::(\w+))?`")
 
 
-def find_blocks(run: bool) -> list[tuple[str, str]]:
-    """Return (document, text) of each ```sh block; with `run`, only of the blocks marked to run."""
+def find_blocks(only_marked: bool) -> list[tuple[str, str]]:
+    """Return (document, text) of each ```sh block; with `only_marked`, only of the blocks that are marked to run."""
     return [
         (document.relative_to(REPOSITORY).as_posix(), text)
         for document in DOCUMENTS
-        for run_marker, text in BLOCK.findall(document.read_text())
-        if run_marker or not run
+        for run_marker, text in SH_BLOCK.findall(document.read_text())
+        if run_marker or not only_marked
     ]
 
 
 def iter_commands(text: str) -> Iterator[list[str]]:
-    """Yield the arguments of each command in a block, without comments and leading variables; join continued lines."""
+    """Yield the arguments of each command in a block, without comments and leading variables; join continued lines.
+
+    The operators `&&`, `||`, `|` and `&` separate the commands of a line.
+    """
     for line in text.replace("\\\n", " ").splitlines():
-        arguments = shlex.split(line, comments=True)
-        arguments = list(itertools.dropwhile(lambda argument: re.match(r"[A-Z_]+=", argument), arguments))
-        if arguments := list(itertools.takewhile(lambda argument: argument not in ("&", "|", "||", "&&"), arguments)):
-            yield arguments
+        tokens = shlex.split(line, comments=True)
+        for is_operator, group in itertools.groupby(tokens, lambda token: token in ("&", "|", "||", "&&")):
+            arguments = list(itertools.dropwhile(lambda token: re.match(r"[A-Z_]+=", token), group))
+            if arguments and not is_operator:
+                yield arguments
 
 
-COMMANDS = [(document, arguments) for document, text in find_blocks(run=False) for arguments in iter_commands(text)]
+COMMANDS = [
+    (document, arguments) for document, text in find_blocks(only_marked=False) for arguments in iter_commands(text)
+]
 
 
 def test_there_are_commands_to_check() -> None:
     dist_llm_commands = [
         arguments
         for document, arguments in COMMANDS
-        if document == "README.md" and dist_llm_arguments(arguments) is not None
+        if document == "README.md" and extract_dist_llm_arguments(arguments) is not None
     ]
     assert {arguments[-1] for _, arguments in COMMANDS if arguments[0] == "make"} >= {"demo", "test"}
     assert len(dist_llm_commands) >= 5
-    assert find_blocks(run=True)
+    assert find_blocks(only_marked=True)
 
 
 @pytest.mark.parametrize("arguments", [arguments for _, arguments in COMMANDS if arguments[0] == "make"], ids=" ".join)
@@ -77,7 +83,7 @@ def test_a_make_target_exists(arguments: list[str]) -> None:
     ids=" ".join,
 )
 def test_a_command_parses_and_its_keys_exist(arguments: list[str]) -> None:
-    dist_llm_args = dist_llm_arguments(arguments)
+    dist_llm_args = extract_dist_llm_arguments(arguments)
     if dist_llm_args is None:
         return  # a path that contains the name
     if "--help" in dist_llm_args:
@@ -110,7 +116,7 @@ def test_a_command_of_the_gpu_program_parses(arguments: list[str], monkeypatch: 
     importlib.import_module("gpu").parse_arguments()
 
 
-def dist_llm_arguments(arguments: list[str]) -> list[str] | None:
+def extract_dist_llm_arguments(arguments: list[str]) -> list[str] | None:
     """Return the arguments of `dist-llm ...` or `... -m dist_llm ...`; None for other commands."""
     for index, argument in enumerate(arguments):
         if argument == "dist-llm" or (argument == "dist_llm" and arguments[index - 1] == "-m"):
@@ -133,7 +139,7 @@ SLOW_DOCUMENTS = ("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "
     "document",
     [
         pytest.param(document, marks=pytest.mark.slow if document in SLOW_DOCUMENTS else ())
-        for document in sorted({document for document, _ in find_blocks(run=True)})
+        for document in sorted({document for document, _ in find_blocks(only_marked=True)})
     ],
 )
 def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
@@ -141,7 +147,13 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     for folder in ("configs", "tools"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
     completed = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", "\n".join(text for name, text in find_blocks(run=True) if name == document)],
+        [
+            "bash",
+            "-euo",
+            "pipefail",
+            "-c",
+            "\n".join(text for name, text in find_blocks(only_marked=True) if name == document),
+        ],
         cwd=tmp_path,
         env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
@@ -152,27 +164,33 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     assert completed.returncode == 0, f"{document}:\n{completed.stdout}\n{completed.stderr}"
 
 
-def get_name(document: Path) -> str:
+def relative_name(document: Path) -> str:
     return document.relative_to(REPOSITORY).as_posix()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=get_name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative_name)
 def test_links_lead_to_files_and_headings(document: Path) -> None:
     assert find_broken_links(document) == []
 
 
 def test_a_broken_link_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "b.md").write_text("# A `key` and more\n")
+    (tmp_path / "b.md").write_text("# A `key` and more\n```sh\n# a comment\n```\n")
     page = tmp_path / "a.md"
     page.write_text(
-        "[x](b.md#a-key-and-more) [x](https://host/a) [x](#no) [x](b.md#no) [x](c.md)\n```sh\n[x](d.md)\n```\n"
+        "[x](b.md#a-key-and-more) [x](https://host/a) [x](#no) [x](b.md#no) [x](b.md#a-comment) [x](c.md)\n"
+        "```sh\n[x](d.md)\n```\n"
     )
-    assert find_broken_links(page) == ["#no", "b.md#no", "c.md"]
+    assert find_broken_links(page) == ["#no", "b.md#no", "b.md#a-comment", "c.md"]
+
+
+def read_unfenced(document: Path) -> str:
+    """Return the text of a page without its fenced blocks, whose comments look like headings."""
+    return re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
 
 
 def find_broken_links(document: Path) -> list[str]:
     """Return the relative links of a page whose file or heading does not exist."""
-    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    text = read_unfenced(document)
     broken = []
     for link in re.findall(r"\]\((?!\w+:)([^)\s]+)\)", text):
         name, _, anchor = link.partition("#")
@@ -184,21 +202,21 @@ def find_broken_links(document: Path) -> list[str]:
 
 def find_anchors(document: Path) -> set[str]:
     """Return the anchors of the headings of a page, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", read_unfenced(document), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=get_name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative_name)
 def test_lines_are_short(document: Path) -> None:
     """The limit is 120 characters, except for tables, headings, links and fenced blocks."""
-    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    text = read_unfenced(document)
     long_lines = [line for line in text.splitlines() if len(line) > 120 and not re.match(r"\||#+ |.*\]\(", line)]
     assert long_lines == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=get_name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative_name)
 def test_named_files_and_functions_exist(document: Path) -> None:
-    for name, symbol in REFERENCE.findall(document.read_text()):
+    for name, symbol in FILE_REFERENCE.findall(document.read_text()):
         paths = [path for path in (REPOSITORY / name, document.parent / name) if path.is_file()]
         if "/" not in name and not paths:
             continue  # a file of a run or of a corpus, such as config.yaml

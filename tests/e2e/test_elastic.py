@@ -74,7 +74,7 @@ def kill_node(process: subprocess.Popen[bytes]) -> None:
 def count_rows(cwd: Path) -> int:
     """Return the number of training steps in the metrics of the run."""
     path = cwd / "run" / "metrics.jsonl"
-    return len(commands.read_metrics(cwd / "run")) if path.exists() else 0
+    return len(commands.read_step_rows(cwd / "run")) if path.exists() else 0
 
 
 def wait_until(is_ready: Callable[[], bool], cwd: Path, timeout_seconds: float = 90) -> None:
@@ -118,8 +118,8 @@ def test_a_job_survives_a_node_that_dies_and_comes_back(corpus: Path, tmp_path: 
     reference = tmp_path / "reference"
     reference.mkdir()
     actual, expected = (
-        commands.read_metrics(tmp_path / "run"),
-        commands.read_metrics(commands.train(reference, corpus, f"run.steps={STEPS}")),
+        commands.read_step_rows(tmp_path / "run"),
+        commands.read_step_rows(commands.train(reference, corpus, f"run.steps={STEPS}")),
     )
     assert commands.get_column(actual, "step") == list(range(1, STEPS + 1))
     assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=TOLERANCE)

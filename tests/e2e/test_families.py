@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from . import commands
-from .conftest import ONE, Layout
+from .conftest import ONE_PROCESS, Layout
 
 CONFIGS = {path.stem: path for path in sorted((commands.REPOSITORY / "configs" / "families").glob("*.yaml"))}
 # The prefix objective is also part of ul2.
@@ -32,7 +32,7 @@ def trained_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_heldout_loss_falls(family: str, trained_run: Callable[[str], Path]) -> None:
-    rows = [row for row in commands.read_rows(trained_run(family)) if "heldout_loss" in row]
+    rows = [row for row in commands.read_all_rows(trained_run(family)) if "heldout_loss" in row]
     losses = commands.get_column(rows, "heldout_loss")
     assert commands.get_column(rows, "step") == [25, 50, 75, 100]
     assert losses[-1] < losses[0] - 0.05
@@ -76,17 +76,17 @@ def test_another_objective_starts_from_trained_weights(
     """Weights of a causal run help another objective from the first step (finding 3 of Wang et al. 2022)."""
     keys = (f"objective={objective}", "run.steps=3")
     allow = "init_allow=[objective,model.vocab_size]"
-    adapted = (f"init_from={uninterrupted_run(ONE)}", f"init_optimizer={optimizer}", allow)
+    adapted = (f"init_from={uninterrupted_run(ONE_PROCESS)}", f"init_optimizer={optimizer}", allow)
     losses = {}
     for name, start in (("fresh", ()), ("adapted", adapted)):
         directory = tmp_path / name
         directory.mkdir()
         run = commands.train(directory, corpus, *keys, *start)
-        losses[name] = commands.get_column(commands.read_metrics(run), "loss")
-        assert commands.get_column(commands.read_metrics(run), "step") == [1, 2, 3]
-    assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "the trained weights help from the first step"
+        losses[name] = commands.get_column(commands.read_step_rows(run), "loss")
+        assert commands.get_column(commands.read_step_rows(run), "step") == [1, 2, 3]
+    assert losses["adapted"][0] < losses["fresh"][0] - 0.5, "the trained weights do not lower the first loss"
     sharded = commands.train(tmp_path, corpus, *keys, *adapted, "parallel.dp_shard=2", ranks=2)
-    assert commands.get_column(commands.read_metrics(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
+    assert commands.get_column(commands.read_step_rows(sharded), "loss") == pytest.approx(losses["adapted"], rel=1e-4)
 
 
 def test_debug_shows_the_inputs_of_both_stacks(corpus: Path, tmp_path: Path) -> None:

@@ -19,16 +19,16 @@ def test_a_float8_run_is_resumed_and_evaluated_in_bf16(
 ) -> None:
     """Train on two ranks in float8, then on one process in bf16; evaluate in bf16, which every device supports."""
     run = commands.train(tmp_path, corpus, *FLOAT8, "run.steps=6", ranks=2)
-    rows = commands.read_metrics(run)
+    rows = commands.read_step_rows(run)
     assert load_saved(commands.find_latest_checkpoint(run)).fp8
     with monkeypatch.context() as patch_context:
         patch_context.setattr(parallelize, "use_float8_linears", lambda model: pytest.fail("a model in float8"))
-        result = evaluate_checkpoint(str(run), None, "heldout", EvaluationOptions(), World())
-    (heldout,) = [row["heldout_loss"] for row in commands.read_rows(run) if "heldout_loss" in row]
+        result = evaluate_checkpoint(str(run), data=None, split="heldout", options=EvaluationOptions(), world=World())
+    (heldout,) = [row["heldout_loss"] for row in commands.read_all_rows(run) if "heldout_loss" in row]
     assert result.loss == pytest.approx(heldout, rel=5e-3)  # the rounding of float8 after six steps
     assert result.loss != heldout
 
     resumed_run = commands.train(tmp_path, corpus, *FLOAT8, "run.steps=8", "fp8=false")
     assert resumed_run == run
-    assert commands.read_metrics(run)[: len(rows)] == rows
-    assert len(commands.read_metrics(run)) == 8
+    assert commands.read_step_rows(run)[: len(rows)] == rows
+    assert len(commands.read_step_rows(run)) == 8

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from . import commands
-from .conftest import ONE, SHARDED, Layout
+from .conftest import ONE_PROCESS, SHARDED, Layout
 from .test_kill import assert_same_weights
 from .test_stop import start_with_fault, wait_for_end
 
@@ -24,14 +24,14 @@ def train_with_fault(fault: tuple[object, ...], corpus: Path, cwd: Path, *overri
 
 
 def read_losses(run: Path) -> list[float]:
-    rows = commands.read_metrics(run)
-    assert commands.get_column(rows, "step") == list(range(1, len(rows) + 1)), "each step once"
+    rows = commands.read_step_rows(run)
+    assert commands.get_column(rows, "step") == list(range(1, len(rows) + 1)), "a step is missing or repeated"
     values: list[float] = commands.get_column(rows, "loss")
     return values
 
 
 def read_events(run: Path) -> list[tuple[int, str]]:
-    return [(row["step"], row["event"]) for row in commands.read_rows(run) if "event" in row]
+    return [(row["step"], row["event"]) for row in commands.read_all_rows(run) if "event" in row]
 
 
 def train_skipping(corpus: Path, cwd: Path, ranges: list[list[int]], *overrides: object, ranks: int = 0) -> Path:
@@ -62,8 +62,8 @@ def test_a_machine_fault_skips_no_samples(corpus: Path, tmp_path: Path, uninterr
     """With skip_steps 0 the run repeats the samples. Before the first periodic checkpoint it rewinds to step 0."""
     output = train_with_fault(("nan", 0, 3), corpus, tmp_path, *REWIND, "guard.skip_steps=0")
     assert "rewound to step 0, to repeat the same samples" in output
-    assert read_losses(tmp_path / "run") == read_losses(uninterrupted_run(ONE))
-    assert_same_weights(tmp_path / "run", uninterrupted_run(ONE))
+    assert read_losses(tmp_path / "run") == read_losses(uninterrupted_run(ONE_PROCESS))
+    assert_same_weights(tmp_path / "run", uninterrupted_run(ONE_PROCESS))
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_skipped_step_still_consumes_its_samples(corpus: Path, tmp_path: Path)
     run = tmp_path / "run"
     assert read_events(run) == [(7, "step 7: the gradient's norm is nan; its update was skipped")]
     assert "its update was skipped" in output
-    rows = commands.read_metrics(run)
+    rows = commands.read_step_rows(run)
     assert [row["step"] for row in rows if not math.isfinite(row["grad_norm"])] == [7]
     assert all(math.isfinite(loss) for loss in read_losses(run))
 
@@ -137,7 +137,7 @@ def test_a_step_whose_replay_differs_ends_the_run(corpus: Path, tmp_path: Path) 
     (tmp_path / "healthy").mkdir()
     commands.train(tmp_path / "healthy", corpus, *options, ranks=2)
     assert read_losses(tmp_path / "healthy" / "run")[:9] == read_losses(tmp_path / "run")[:9], (
-        "replays do not change the steps"
+        "replays changed the losses"
     )
 
 
@@ -153,7 +153,7 @@ def test_the_budget_ends_a_run_with_endless_bad_steps(corpus: Path, tmp_path: Pa
 def test_a_slow_rank_is_named(corpus: Path, tmp_path: Path) -> None:
     output = train_with_fault(("slow", 1, 0), corpus, tmp_path, "log.stragglers_seconds=5", *SHARDED.overrides, ranks=2)
     assert ": rank 1 is slow: it is busy for 0." in output
-    row = next(row for row in commands.read_rows(tmp_path / "run") if "busy_seconds" in row)
+    row = next(row for row in commands.read_all_rows(tmp_path / "run") if "busy_seconds" in row)
     fast, slow = row["busy_seconds"]
     assert fast < slow
     assert slow > 0.3

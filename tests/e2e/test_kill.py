@@ -10,11 +10,11 @@ import torch
 from dist_llm.generation import load_model
 
 from . import commands
-from .conftest import ONE, REPLICATED, SHARDED, Layout
+from .conftest import ONE_PROCESS, REPLICATED, SHARDED, Layout
 
 
 @pytest.mark.timeout(600)  # three processes, each with its own limit
-@pytest.mark.parametrize("layout", [ONE, REPLICATED, SHARDED], ids=str)
+@pytest.mark.parametrize("layout", [ONE_PROCESS, REPLICATED, SHARDED], ids=str)
 def test_a_run_killed_twice_ends_with_equal_results(
     layout: Layout, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -29,21 +29,23 @@ def test_a_run_killed_twice_ends_with_equal_results(
             return len((run / "metrics.jsonl").read_text().splitlines()) >= step + 2
 
         commands.kill_when(is_two_steps_later, arguments, layout.ranks, tmp_path)
-        assert commands.find_latest_checkpoint(run) == checkpoint, "the kill came after the next checkpoint"
-        assert len(commands.read_metrics(run)) > step, "some steps are computed again"
+        assert commands.find_latest_checkpoint(run) == checkpoint, (
+            "the process was killed after the next checkpoint, so it tests nothing"
+        )
+        assert len(commands.read_step_rows(run)) > step, "no step will be computed again, so the kill tests nothing"
     resumed = commands.run(*commands.make_train_arguments(corpus, *layout.overrides), ranks=layout.ranks, cwd=tmp_path)
     assert "resumed from run/checkpoints/step_00000013" in resumed.stderr
 
     expected = uninterrupted_run(layout)
     for name in ("step", "loss", "grad_norm", "lr", "tokens"):
-        assert commands.get_column(commands.read_metrics(run), name) == commands.get_column(
-            commands.read_metrics(expected), name
+        assert commands.get_column(commands.read_step_rows(run), name) == commands.get_column(
+            commands.read_step_rows(expected), name
         ), name
     assert_same_weights(run, expected)
     assert commands.read_progress(commands.find_latest_checkpoint(run)) == commands.read_progress(
         commands.find_latest_checkpoint(expected)
     )
-    assert read_tensorboard_steps(run) == list(range(1, 21)), "the TensorBoard curve has each step once"
+    assert read_tensorboard_steps(run) == list(range(1, 21)), "a step is missing or repeated in the TensorBoard curve"
 
 
 def test_an_incomplete_checkpoint_is_ignored_and_removed(corpus: Path, tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(corpus: Path, tmp_path:
     resumed = commands.run(*commands.make_train_arguments(corpus, "run.steps=5"), cwd=tmp_path)
 
     assert "resumed from run/checkpoints/step_00000002" in resumed.stderr
-    assert commands.get_column(commands.read_metrics(run), "step") == [1, 2, 3, 4, 5]
+    assert commands.get_column(commands.read_step_rows(run), "step") == [1, 2, 3, 4, 5]
     assert not (run / "checkpoints" / "step_00000003").exists()
 
 

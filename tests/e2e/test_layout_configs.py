@@ -70,15 +70,17 @@ def test_losses_are_those_of_one_process(
     if steps not in reference_runs:
         (tmp_path / "one").mkdir()
         reference_runs[steps] = train("one", steps, corpus, tmp_path / "one", ranks=0)
-    expected = commands.read_metrics(reference_runs[steps])
-    actual = commands.read_metrics(train(name, steps, corpus, tmp_path, ranks=8))
+    expected = commands.read_step_rows(reference_runs[steps])
+    actual = commands.read_step_rows(train(name, steps, corpus, tmp_path, ranks=8))
     assert commands.get_column(actual, "step") == commands.get_column(expected, "step") == list(range(1, steps + 1))
     assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-4, abs=0)
     actual_norms, expected_norms = commands.get_column(actual, "grad_norm"), commands.get_column(expected, "grad_norm")
     assert actual_norms[:20] == pytest.approx(expected_norms[:20], rel=1e-4, abs=0)
-    assert actual_norms == pytest.approx(expected_norms, rel=1e-3, abs=0), "rounding errors grow with the steps"
+    assert actual_norms == pytest.approx(expected_norms, rel=1e-3, abs=0), (
+        "the gradient norms differ by more than rounding errors"
+    )
     if steps == 50:
-        assert expected[-1]["loss"] < expected[0]["loss"] - 0.5, "the loss falls"
+        assert expected[-1]["loss"] < expected[0]["loss"] - 0.5, "the loss does not fall"
 
 
 @pytest.mark.slow

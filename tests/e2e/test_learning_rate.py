@@ -28,5 +28,5 @@ def test_each_step_uses_its_own_learning_rate(corpus: Path, tmp_path: Path, monk
     assert main(list(map(str, commands.make_train_arguments(corpus, *keys)))) == 0
     config = load_saved(commands.find_latest_checkpoint(tmp_path / "run"))
     assert rates == [learning_rate(config.optim, config.schedule, step) for step in range(1, 6)]
-    assert rates == commands.get_column(commands.read_metrics(tmp_path / "run"), "lr")
+    assert rates == commands.get_column(commands.read_step_rows(tmp_path / "run"), "lr")
     assert len(set(rates)) == 5

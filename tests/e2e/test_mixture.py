@@ -58,10 +58,10 @@ def inspect(*arguments: object, succeed: bool = True) -> str:
 
 
 def test_metrics_have_loss_and_tokens_of_each_source(mixed_run: Path) -> None:
-    rows = commands.read_metrics(mixed_run)
+    rows = commands.read_step_rows(mixed_run)
     for row in rows[:5]:
         assert {"loss_code", "tokens_code", "tokens_qa"} <= row.keys()
-    assert all("loss_code" not in row for row in rows[7:]), "the last stage has no code"
+    assert all("loss_code" not in row for row in rows[7:]), "the last stage, whose weight of code is 0, read code"
     assert rows[-1]["tokens_code"] == rows[7]["tokens_code"]
     for previous, row in zip([{"tokens_code": 0, "tokens_qa": 0}, *rows], rows, strict=False):
         tokens_by_source = {name: row[f"tokens_{name}"] - previous[f"tokens_{name}"] for name in ("code", "qa")}
@@ -69,12 +69,12 @@ def test_metrics_have_loss_and_tokens_of_each_source(mixed_run: Path) -> None:
             tokens_by_source.values()
         )
         assert row["loss"] == pytest.approx(mean, rel=1e-5)
-        assert tokens_by_source["qa"] == 0 or tokens_by_source["qa"] % 128, "prompts are not scored"
-    (heldout_row,) = [row for row in commands.read_rows(mixed_run) if "heldout_loss" in row]
+        assert tokens_by_source["qa"] == 0 or tokens_by_source["qa"] % 128, "prompts are scored"
+    (heldout_row,) = [row for row in commands.read_all_rows(mixed_run) if "heldout_loss" in row]
     assert {"heldout_loss_code", "heldout_loss_qa"} <= heldout_row.keys()
-    assert "heldout_bits_per_byte" not in heldout_row, "prompts are part of the text but not scored"
+    assert "heldout_bits_per_byte" not in heldout_row, "bits per byte are reported, although prompts are not scored"
     assert commands.read_progress(commands.find_latest_checkpoint(mixed_run))["samples"] == STEPS * 12 + 6, (
-        "six samples were skipped"
+        "the skipped samples are not counted"
     )
 
 
@@ -87,10 +87,10 @@ def test_a_resume_on_other_world_sizes_reads_the_same_samples(
     for ranks, steps in ((4, 4), (3, 8), (2, 12)):
         run = commands.train(tmp_path, corpus, *overrides, f"run.steps={steps}", ranks=ranks)
     for name in ("loss", "tokens_code", "tokens_qa", "tokens"):
-        expected, actual = (commands.get_column(commands.read_metrics(run_dir), name) for run_dir in (mixed_run, run))
+        expected, actual = (commands.get_column(commands.read_step_rows(run_dir), name) for run_dir in (mixed_run, run))
         assert actual == pytest.approx(expected, rel=1e-5)
     assert (run / "data.json").read_bytes() == (mixed_run / "data.json").read_bytes(), (
-        "there is one segment, because nothing changed"
+        "another world size changed the data history"
     )
 
 
@@ -110,13 +110,13 @@ def test_a_resume_accepts_other_weights_and_refuses_another_seed(
     history = json.loads((tmp_path / "run" / "data.json").read_text())
     assert [segment["step"] for segment in history] == [0, STEPS, 13]
     text = inspect("show", "--run", tmp_path / "run", "--step", 2)
-    assert text == inspect("show", "--run", mixed_run, "--step", 2), "earlier steps are unchanged"
+    assert text == inspect("show", "--run", mixed_run, "--step", 2), "the samples of an earlier step changed"
 
 
 def test_show_prints_the_samples_of_a_step(mixed_run: Path) -> None:
     text = inspect("show", "--run", mixed_run, "--step", 2, "--whole")
     samples = [int(n) for n in re.findall(r"^sample (\d+): (?:code|qa), causal$", text, re.MULTILINE)]
-    assert samples == list(range(18, 30)), "the samples after the skipped ones"
+    assert samples == list(range(18, 30)), "the samples are not those after the skipped ones"
     halves = [
         inspect("show", "--run", mixed_run, "--step", 2, "--full-text", "--rank", n, "--ranks", 2) for n in (0, 1)
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from . import commands
-from .conftest import ONE, Layout
+from .conftest import ONE_PROCESS, Layout
 
 
 def test_all_config_errors_are_in_one_message(corpus: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_failure_ends_with_rank_host_and_reason(corpus: Path, tmp_path: Path) 
 def test_a_run_is_not_resumed_with_another_model(
     uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(uninterrupted_run(ONE), tmp_path / "run")
+    shutil.copytree(uninterrupted_run(ONE_PROCESS), tmp_path / "run")
     completed = commands.run(*commands.make_train_arguments(corpus, "model.d_model=32"), cwd=tmp_path, succeed=False)
     assert completed.returncode == 2
     assert "model.d_model: 64 in the checkpoint, 32 in this config" in completed.stderr
@@ -99,7 +99,7 @@ def test_a_second_job_does_not_write_into_a_running_run(corpus: Path, tmp_path: 
 
     def try_second_job(*overrides: str) -> bool:
         """Start a second job once the first has written 3 metrics, and check that it is refused."""
-        if not (run / "metrics.jsonl").exists() or len(commands.read_metrics(run)) < 3:
+        if not (run / "metrics.jsonl").exists() or len(commands.read_step_rows(run)) < 3:
             return False
         config = (run / "config.yaml").read_bytes()
         second_job = commands.make_train_arguments(corpus, "optim.lr=1", "run.steps=2")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from . import commands
-from .conftest import ONE, SHARDED, Layout
+from .conftest import ONE_PROCESS, SHARDED, Layout
 from .test_kill import assert_same_weights
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -74,14 +74,14 @@ def test_one_process_saves_after_the_step_and_resumes_with_equal_results(
     exit_code, output, remaining = wait_for_end(process, 60)
     assert (exit_code, remaining) == (code, []), output
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
-    assert step in (7, 8), "within one step"
+    assert step in (7, 8), "the run did not stop within one step"
     assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}"
     assert f"stopped by SIG{fault.upper()} after step {step}, saved" in output
     commands.run(*commands.make_train_arguments(corpus), cwd=tmp_path)
-    assert not (tmp_path / "run" / "stopped.json").exists(), "the run has resumed"
-    expected = uninterrupted_run(ONE)
-    assert commands.get_column(commands.read_metrics(tmp_path / "run"), "loss") == commands.get_column(
-        commands.read_metrics(expected), "loss"
+    assert not (tmp_path / "run" / "stopped.json").exists(), "the stop marker remains after the resume"
+    expected = uninterrupted_run(ONE_PROCESS)
+    assert commands.get_column(commands.read_step_rows(tmp_path / "run"), "loss") == commands.get_column(
+        commands.read_step_rows(expected), "loss"
     )
     assert_same_weights(tmp_path / "run", expected)
 
@@ -135,7 +135,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: P
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
     assert step in (5, 6)
     assert read_stop_marker(tmp_path / "run")["signal"] == "SIGUSR1"
-    assert commands.get_column(commands.read_metrics(tmp_path / "run"), "step") == list(range(1, step + 1))
+    assert commands.get_column(commands.read_step_rows(tmp_path / "run"), "step") == list(range(1, step + 1))
     assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{step:08d}", output
 
 
@@ -206,9 +206,9 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, message: str, c
     log = (tmp_path / "run" / "logs" / "rank_00000.log").read_text()
     assert "has made no progress for" in log
     assert "waiting in gloo:" in log
-    assert "train_step" in log, "the log has the stack"
+    assert "train_step" in log, "the log lacks the stack"
     if fault == "sleep":
-        assert "time.sleep(3600)" in output, "the output has the location"
+        assert "time.sleep(3600)" in output, "the output lacks the location"
     assert time.monotonic() - start_time < 90
 
 
@@ -235,7 +235,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, c
     assert not remaining
     assert "step 5: the loss is nan; nothing was saved since" in output
     assert commands.find_latest_checkpoint(tmp_path / "run").name == "step_00000004"
-    assert [str(row["loss"]) for row in commands.read_metrics(tmp_path / "run")][4:] == ["nan", "nan"]
+    assert [str(row["loss"]) for row in commands.read_step_rows(tmp_path / "run")][4:] == ["nan", "nan"]
 
 
 def test_a_run_continues_after_nan_with_policy_warn(corpus: Path, tmp_path: Path) -> None:

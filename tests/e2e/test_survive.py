@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from . import commands
-from .conftest import ONE, SHARDED, Layout
+from .conftest import ONE_PROCESS, SHARDED, Layout
 from .test_kill import assert_same_weights
 
 CHECKPOINT_EVERY, STEPS = 2, 20
@@ -28,9 +28,9 @@ def find_newest_committed_step(run: Path) -> int:
 @pytest.mark.parametrize(
     ("layout", "num_kills"),
     [
-        (ONE, 4),
+        (ONE_PROCESS, 4),
         (SHARDED, 1),
-        pytest.param(ONE, 80, marks=pytest.mark.slow),
+        pytest.param(ONE_PROCESS, 80, marks=pytest.mark.slow),
         pytest.param(SHARDED, 20, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -61,8 +61,8 @@ def test_a_kill_during_a_save_loses_at_most_this_save(
         assert ("resumed from" in completed.stderr) == resumes
         expected = uninterrupted_run(layout)
         for name in ("step", "loss", "grad_norm"):
-            assert commands.get_column(commands.read_metrics(run), name) == commands.get_column(
-                commands.read_metrics(expected), name
+            assert commands.get_column(commands.read_step_rows(run), name) == commands.get_column(
+                commands.read_step_rows(expected), name
             ), name
         assert_same_weights(run, expected)
         if not num_left:
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(corpus: Path, tmp
     layout = SHARDED
     arguments = ("run.steps=4", "schedule.decay_steps=6", "checkpoint.every=2", *layout.overrides)
     run = commands.train(tmp_path, corpus, *arguments, ranks=layout.ranks)
-    before = commands.get_column(commands.read_metrics(run), "loss")
+    before = commands.get_column(commands.read_step_rows(run), "loss")
     file = max(commands.find_latest_checkpoint(run).glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[random.Random(0).randrange(len(content))] ^= 1
@@ -108,8 +108,8 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(corpus: Path, tmp
     resumed = commands.run(*longer_run, ranks=layout.ranks, cwd=tmp_path)
     assert f"step_00000004: damaged: the hash of {file.name} differs from the saved one" in resumed.stderr
     assert "resumed from run/checkpoints/step_00000002" in resumed.stderr
-    assert commands.get_column(commands.read_metrics(run), "step") == [1, 2, 3, 4, 5, 6]
-    assert commands.get_column(commands.read_metrics(run), "loss")[:4] == before
+    assert commands.get_column(commands.read_step_rows(run), "step") == [1, 2, 3, 4, 5, 6]
+    assert commands.get_column(commands.read_step_rows(run), "loss")[:4] == before
 
 
 @pytest.fixture
@@ -140,9 +140,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_until_space_is_freed(
     assert "No space left on device" in common_error(tmp_path / "run")
     saved = sorted(small_disk.glob("step_*"))
     assert saved
-    assert all((path / "COMMITTED").exists() for path in saved), (
-        "older checkpoints are complete, and the failed one is removed"
-    )
+    assert all((path / "COMMITTED").exists() for path in saved), "an incomplete checkpoint remains"
 
     assert run_mount("-o", "remount,size=400m", small_disk) == 0
     resumed = commands.run(*arguments, ranks=2, cwd=tmp_path)
@@ -180,7 +178,7 @@ def test_a_full_disk_under_run_dir_ends_the_run_with_a_message(small_disk: Path,
     (process,) = commands.start_processes("dist_llm", *arguments, ranks=0, cwd=tmp_path, output=log, errors=log)
     try:
         deadline = time.monotonic() + commands.TIMEOUT_SECONDS
-        while not (run / "metrics.jsonl").exists() or len(commands.read_metrics(run)) < 3:
+        while not (run / "metrics.jsonl").exists() or len(commands.read_step_rows(run)) < 3:
             assert process.is_alive(), log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -237,7 +235,7 @@ def test_an_extended_run_continues_at_the_minimum_learning_rate(corpus: Path, tm
     run = commands.train(tmp_path, corpus, "run.steps=6", "schedule.warmup_steps=1")
     arguments = commands.make_train_arguments(corpus, "run.steps=9", "schedule.warmup_steps=1")
     extended = commands.run(*arguments, cwd=tmp_path)
-    minimum_lr = commands.read_metrics(run)[5]["lr"]
-    assert [row["lr"] for row in commands.read_metrics(run)[5:]] == pytest.approx([minimum_lr] * 4)
+    minimum_lr = commands.read_step_rows(run)[5]["lr"]
+    assert [row["lr"] for row in commands.read_step_rows(run)[5:]] == pytest.approx([minimum_lr] * 4)
     assert "run.steps is now 9: step 7 has" in extended.stderr
     assert "decay_steps: 6" in (run / "config.yaml").read_text()

@@ -23,7 +23,7 @@ import gpu_steps
 from gpu_context import CaseContext, Comparison
 from gpu_profile import Gap, Span
 
-CPU = CaseContext("cpu", True, Path("unused"))
+CPU = CaseContext("cpu", tiny=True, folder=Path("unused"))
 
 
 @pytest.mark.parametrize(

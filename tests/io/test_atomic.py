@@ -60,7 +60,7 @@ def list_faults(write, directory, shared, monkeypatch):
         target.write_bytes(b"old")
     before = snapshot(directory)
     disk = Disk(monkeypatch)
-    writing = write(target, shared)
+    writing = write(target, shared=shared)
     next(writing)
     faults = (
         [] if target.name not in os.listdir(directory) or write is write_file else ["the target is there too early"]
@@ -71,7 +71,7 @@ def list_faults(write, directory, shared, monkeypatch):
     faults += ["an error changes the content"] if snapshot(directory) != before else []
     if os.listdir(directory) != [name.partition("/")[0] for name in before]:
         faults.append("an error leaves a temporary file")
-    list(write(target, shared))
+    list(write(target, shared=shared))
     faults += disk.faults + (["the new name is not synced"] if disk.unsynced_names else [])
     expected = {"target": NEW} if write is write_file else {"target/inner/file": NEW}
     return faults + ([] if snapshot(directory) == expected else [f"the result is {snapshot(directory)}"])
@@ -80,7 +80,7 @@ def list_faults(write, directory, shared, monkeypatch):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("write", [write_file, write_folder])
 def test_a_crash_leaves_the_old_or_the_new_content(write, shared, tmp_path, monkeypatch):
-    assert list_faults(write, tmp_path, shared, monkeypatch) == []
+    assert list_faults(write, tmp_path, shared=shared, monkeypatch=monkeypatch) == []
 
 
 @pytest.mark.parametrize(
@@ -99,19 +99,19 @@ def test_each_planted_bug_is_caught(name, bug, writes, fault, tmp_path, monkeypa
         directory.mkdir()
         with monkeypatch.context() as patch:
             patch.setattr(atomic, name, bug)
-            faults = " ".join(list_faults(write, directory, False, patch))
+            faults = " ".join(list_faults(write, directory, shared=False, monkeypatch=patch))
         assert any(each in faults for each in fault.split("|")), faults
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
 def test_leftovers_of_a_killed_write_are_overwritten(write, tmp_path):
     """The next write starts with an empty file. It contains nothing of the killed write and leaves no other file."""
-    killed = write(tmp_path / "target", False)
+    killed = write(tmp_path / "target", shared=False)
     next(killed)
     temporary = tmp_path / f"target{atomic.PARTIAL_SUFFIX}"
     left_over = temporary if write is write_file else temporary / "inner" / "stray"
     left_over.write_bytes(b"much more content than the new one has, of a process that was killed")
-    list(write(tmp_path / "target", False))
+    list(write(tmp_path / "target", shared=False))
     assert list(snapshot(tmp_path).values()) == [NEW]
     assert os.listdir(tmp_path) == ["target"]
     with pytest.raises(FileNotFoundError):  # the first write is not dead here: its temporary path was renamed
@@ -119,7 +119,7 @@ def test_leftovers_of_a_killed_write_are_overwritten(write, tmp_path):
 
 
 def test_first_of_two_creators_wins(tmp_path):
-    first, second = write_folder(tmp_path / "target", True), write_folder(tmp_path / "target", True)
+    first, second = write_folder(tmp_path / "target", shared=True), write_folder(tmp_path / "target", shared=True)
     next(first), next(second)
     list(first)
     with pytest.raises(TargetExistsError, match=r"File exists.*target"):

@@ -31,7 +31,16 @@ def make_healthy_reports() -> list[NodeReport]:
     links = [40, 40, 30, 31, 41, 42, math.nan, math.nan]
     return [
         NodeReport(
-            rank, f"node{rank // 2}", dict(VERSIONS), 0.02 * rank, 900.0, True, rates[rank], 31.5, 180, links[rank]
+            rank,
+            f"node{rank // 2}",
+            versions=dict(VERSIONS),
+            clock_offset_seconds=0.02 * rank,
+            free_gib=900.0,
+            sees_shared_file=True,
+            matmul_tflops=rates[rank],
+            all_reduce_us=31.5,
+            all_reduce_gb_per_second=180,
+            neighbour_gb_per_second=links[rank],
         )
         for rank in range(8)
     ]
@@ -43,9 +52,19 @@ def make_changed_reports(*ranks: int, **values: object) -> list[NodeReport]:
 
 def test_healthy_nodes_have_no_problems():
     assert diagnose_nodes(make_healthy_reports()) == []
-    assert diagnose_nodes([NodeReport(0, "alone", VERSIONS, 0.0, 1.0, True, 0.1, 10.0)]) == []
+    single_report = NodeReport(
+        0,
+        "alone",
+        versions=VERSIONS,
+        clock_offset_seconds=0.0,
+        free_gib=1.0,
+        sees_shared_file=True,
+        matmul_tflops=0.1,
+        all_reduce_us=10.0,
+    )
+    assert diagnose_nodes([single_report]) == []
     assert diagnose_nodes([NodeReport(rank, f"node{rank}") for rank in range(3)]) == [], (
-        "reports without measurements have no problems"
+        "reports without measurements have problems"
     )
 
 
@@ -133,7 +152,9 @@ def test_two_ranks_measure_the_same_reports(tmp_path):
     reports, reports_of_rank_1 = get_world(2).run(measure_as_two_nodes, tmp_path)
     assert list(map(repr, reports)) == list(map(repr, reports_of_rank_1))
     assert [(report.rank, report.host) for report in reports] == [(0, "node0"), (1, "node1")]
-    assert [line for line in diagnose_nodes(reports) if "TFLOP/s" not in line] == [], "two cores may differ in speed"
+    assert [line for line in diagnose_nodes(reports) if "TFLOP/s" not in line] == [], (
+        "a node has a problem other than the speed of its core"
+    )
     assert reports[0].clock_offset_seconds == 0
     assert 0 < abs(reports[1].clock_offset_seconds) < 0.5
     assert reports[0].versions["torch"] == torch.__version__
@@ -142,7 +163,7 @@ def test_two_ranks_measure_the_same_reports(tmp_path):
         assert report.sees_shared_file is True
         assert min(report.free_gib, report.matmul_tflops, report.all_reduce_us, report.all_reduce_gb_per_second) > 0
     assert reports[0].neighbour_gb_per_second > 0
-    assert math.isnan(reports[1].neighbour_gb_per_second), "the last node has no neighbour"
+    assert math.isnan(reports[1].neighbour_gb_per_second), "the last node has a rate to a neighbour"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -239,7 +260,7 @@ def test_a_hanging_rank_reports_its_phase(tmp_path, monkeypatch, capsys):
     with timeout.running():
         pass
     threading.Event().wait(0.2)
-    assert exit_codes == [], "the phase ended in time"
+    assert exit_codes == [], "a phase that ended in time aborted the process"
     with timeout.running():
         threading.Event().wait(0.5)
     assert exit_codes == [2]
@@ -298,7 +319,7 @@ def test_a_rank_without_a_matmul_still_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "measure_matmul_tflops", raise_error)
     with pytest.raises(ConfigError, match=r"1 problem .*\n  here: rank 0: CUDA out of memory: tried to$"):
         run_preflight(tmp_path, 60, World(host="here"))
-    assert "here" in capsys.readouterr().out, "the table is still printed"
+    assert "here" in capsys.readouterr().out, "the table is not printed after an error"
 
 
 def test_problems_before_a_failed_collective_are_reported(tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_with_the_holder(tmp_path: Path) -> None:
     with RunLock(tmp_path / "run", make_holder(job="77")):
         with pytest.raises(ConfigError) as excinfo, RunLock(tmp_path / "run", make_holder()):
             pass
-        assert read_holder(tmp_path / "run").job == "77", "the first run still has the lock"
+        assert read_holder(tmp_path / "run").job == "77", "the first run lost the lock"
     message = str(excinfo.value)
     assert f"run.dir: {tmp_path}/run is in use by process {os.getpid()} on here (Slurm job 77), started 20" in message
     assert "Set another run.dir, or wait until that run ends, or let it save and stop: scancel" in message
@@ -84,7 +84,7 @@ def test_the_lock_of_a_killed_process_is_replaced_at_once(tmp_path: Path) -> Non
 def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
     write_lock(tmp_path, make_holder(start_time="1"))
     with RunLock(tmp_path, make_holder()) as lock:
-        assert read_holder(tmp_path) == lock.this_process, "the stale lock is replaced"
+        assert read_holder(tmp_path) == lock.this_process, "the stale lock is not replaced"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_a_run_that_lost_its_lock_exits(tmp_path: Path, capsys: pytest.CaptureFi
         assert codes == []
         (tmp_path / LOCK_FILE).unlink()
         lock.heartbeat()
-        assert read_holder(tmp_path) == lock.this_process, "a removed lock is created again"
+        assert read_holder(tmp_path) == lock.this_process, "a removed lock is not created again"
         write_lock(tmp_path, ELSEWHERE)
         lock.heartbeat()
     assert codes == [run_lock.EXIT_CODE]

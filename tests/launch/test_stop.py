@@ -21,7 +21,7 @@ def test_a_signal_is_agreed_after_the_next_sync(number: signal.Signals) -> None:
         signals.start_sync()
         assert signals.agreed_signal() == 0
         os.kill(os.getpid(), number)
-        assert signals.agreed_signal() == 0, "not before the next sync"
+        assert signals.agreed_signal() == 0, "the signal is agreed before the next sync"
         signals.start_sync()
         assert signals.agreed_signal() == number
     assert signal.getsignal(number) == handler_before

@@ -1,12 +1,12 @@
 """The batch script passes the options to sbatch and the overrides to the run; errors are reported before submission."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from dist_llm.errors import ConfigError
-from dist_llm.launch import submit as submitting
 from dist_llm.launch.submit import (
     SCRIPT_FILE,
     SlurmJob,
@@ -43,7 +43,7 @@ def read_run_arguments(script: str, number: str = "") -> list[str]:
 
 def test_sbatch_options_come_before_the_first_command() -> None:
     script = render_batch_script(
-        SlurmJob(CONFIG_FILE, nodes=4, tasks_per_node=8, options=("--time=1:00:00",)), ["runs/a"]
+        SlurmJob(CONFIG_FILE, nodes=4, tasks_per_node=8, sbatch_options=("--time=1:00:00",)), ["runs/a"]
     )
     assert read_sbatch_options(script)[-3:] == ["--nodes=4", "--ntasks-per-node=8", "--time=1:00:00"]
     assert "--signal=USR1@180" in read_sbatch_options(script)
@@ -75,7 +75,7 @@ def test_a_sweep_without_values_is_refused(argument: str) -> None:
 
 
 def test_a_missing_sbatch_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(submitting.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="sbatch is not on PATH"):
         submit_script("")
 

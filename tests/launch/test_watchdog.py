@@ -123,7 +123,7 @@ def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sleeper.poll() is None
         sleeper.kill()
     assert exit_codes == []
-    assert store.get("dist_llm/stalled/0") == b"null", "the report is withdrawn"
+    assert store.get("dist_llm/stalled/0") == b"null", "the report is not withdrawn"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_the_timeout_is_ten_times_the_median_of_long_steps() -> None:
     assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01)
     watchdog.last_time -= 60.0
     watchdog.heartbeat("a step that met a cut link")
-    assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01), "one long step does not raise the timeout"
+    assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01), "one long step changed the timeout"
 
 
 def test_only_the_registered_process_is_killed() -> None:

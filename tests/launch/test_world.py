@@ -120,7 +120,7 @@ def test_a_rank_of_an_unsupported_launcher_is_refused(environ, expected_text):
     ):
         read_world(environ)
     assert read_world({**environ, **TORCHRUN_ENVIRON}).world_size == 8, (
-        "RANK takes precedence over the launcher's variables"
+        "the launcher's variables take precedence over RANK"
     )
 
 

@@ -138,7 +138,7 @@ def assert_engine_matches_one_process(
     assert_traces_match(merge_engine_traces(by_rank, expected), expected, first_tolerance=first_tolerance)
     for step, learning_rates in enumerate(by_rank[0].learning_rates):
         assert learning_rates == [config.optim.lr * LR_DECAY**step] * len(learning_rates), (
-            "the rate of each step, in each group"
+            "a group does not have the learning rate of the step"
         )
 
 

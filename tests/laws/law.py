@@ -4,8 +4,8 @@
 norm, the gradients before clipping, and the parameters after the step. `merge_ranks` assembles full tensors from the
 traces of the ranks. `assert_traces_match` compares the merged trace with that of one process.
 
-A run whose precision is fp32 computes in fp64 here (`choose_comparison_dtype`). Rounding errors are then about 1e-15
-and cannot hide a bug.
+`record_trace` computes in fp64 if the precision of the run is fp32 (`choose_comparison_dtype`). Rounding errors are
+then about 1e-15 and cannot hide a bug. Code that steps an engine itself enters `use_default_dtype` for this.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -28,7 +28,8 @@ def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
     """
     engine = NativeEngine(config, torch.device("cpu"))
     mixture = Mixture(0, (1,))
-    source = DataSource("", None, (WindowStream(None, ShuffledOrder(0, 9, 4), 5),), mixture)  # type: ignore[arg-type]
+    stream = WindowStream(corpus=None, order=ShuffledOrder(0, 9, 4), window_tokens=5)  # type: ignore[arg-type]
+    source = DataSource("", corpus=None, streams=(stream,), component_mixture=mixture)  # type: ignore[arg-type]
     plan = SamplePlan([source], [MixtureStage(0, mixture, (0,))], ((20, 30),))
     dp_rank, dp_size = engine.dp_rank_and_size
     loader = Loader(plan, None, config.data, dp_rank, dp_size, pin=False)  # type: ignore[arg-type]

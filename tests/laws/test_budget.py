@@ -200,7 +200,7 @@ def test_saved_activations_fit_the_budget_and_the_prediction(layout: Layout, sec
             assert report.peak <= report.predicted <= limit_bytes, f"rank {rank}, {fraction}: {report}"
             assert report.predicted - report.peak <= 0.02 * all_saved, f"rank {rank}, {fraction}: {report}"
             recomputed = sum(RECOMPUTE_LEVEL[mode] for mode in report.modes)
-            assert recomputed >= recomputed_before[rank], "a smaller budget recomputes at least as much"
+            assert recomputed >= recomputed_before[rank], "a smaller budget recomputes less"
             recomputed_before[rank] = recomputed
     assert max(recomputed_before) > 0
 
@@ -292,8 +292,10 @@ def test_a_larger_budget_never_recomputes_more() -> None:
         num_mixed += len(set(modes)) == 3
         counts_before = counts
     assert counts_before == (0, 0)
-    assert num_mixed, "some limits need all three modes"
-    assert choose_modes(sizes, sum, 9 * 7 + 10)[1] == 9 * 7 + 11, "if nothing fits, the least size is returned"
+    assert num_mixed, "no limit needs all three modes"
+    assert choose_modes(sizes, sum, 9 * 7 + 10)[1] == 9 * 7 + 11, (
+        "the size is not the least size, although nothing fits"
+    )
     assert "selective" not in {
         mode for limit in range(74, 911) for mode in choose_modes(sizes, sum, limit, selective=False)[0]
     }

@@ -55,7 +55,7 @@ def test_replicas_are_bitwise_equal_until_a_bit_is_flipped(layout: Layout) -> No
     ranks = layout.ranks
     assert get_world(ranks).run(find_mismatches_after_steps, make_layout_config(layout), -1) == [[]] * ranks
     by_rank = get_world(ranks).run(find_mismatches_after_steps, make_layout_config(layout), ranks - 1)
-    assert by_rank == [by_rank[0]] * ranks, "all ranks report the same"
+    assert by_rank == [by_rank[0]] * ranks, "ranks report different results"
     *lines, hosts = by_rank[0]
     for line in lines:
         assert re.fullmatch(rf"\S+norm\S*\.weight: differs on rank .*\b{ranks - 1} of ranks .*\b{ranks - 1}", line), (
@@ -138,10 +138,10 @@ def test_a_replayed_step_differs_only_if_a_rank_is_faulty(layout: Layout) -> Non
         by_rank = get_world(ranks).run(replay_and_step, make_layout_config(layout), ranks - 1, fault_in)
         summary, *losses = by_rank[0][0]
         assert summary.startswith("a step computed twice has different gradients, of ")
-        assert all(mismatches == by_rank[0][0] for mismatches, _ in by_rank), "all ranks report the same"
-        assert all(loss == loss_without_fault for _, loss in by_rank), "the replay does not update the weights"
+        assert all(mismatches == by_rank[0][0] for mismatches, _ in by_rank), "ranks report different results"
+        assert all(loss == loss_without_fault for _, loss in by_rank), "the replay changed the loss"
         rank_pairs = [re.findall(r"by (?:rank )?([\d and]+)", line) for line in losses]
         assert bool(rank_pairs) == (fault_in == "forward")
-        assert all(str(ranks - 1) in f"{pair}" for pair in rank_pairs), "each pair includes the faulty rank"
+        assert all(str(ranks - 1) in f"{pair}" for pair in rank_pairs), "a pair lacks the faulty rank"
         if ranks == 3 and fault_in == "forward":
             assert rank_pairs == [["0", "2"], ["2", "1"]]

@@ -33,7 +33,7 @@ def test_every_compatible_pair_of_values_is_in_a_case() -> None:
     targets = list(covering.iter_targets())
     assert len(targets) > 1000
     missing = [target for target in targets if target not in INCOMPATIBLE and not covering.is_covered(target, CASES)]
-    assert not missing, "write the array again: python -m tests.laws.covering"
+    assert not missing, "pairs are missing; write the array again: python -m tests.laws.covering"
 
 
 @pytest.mark.parametrize("target", INCOMPATIBLE, ids=str)

@@ -62,7 +62,7 @@ def test_a_step_without_valid_tokens_changes_no_weight(layout: Layout) -> None:
     )
     by_rank = get_world(layout.ranks).run(run_steps, config) if layout.ranks > 1 else [run_steps(config)]
     for losses, num_valid_tokens, before, after in by_rank:
-        assert (losses, num_valid_tokens) == by_rank[0][:2], "all ranks report the same"
+        assert (losses, num_valid_tokens) == by_rank[0][:2], "ranks report different results"
         assert all(map(math.isfinite, losses))
         assert num_valid_tokens[0] > 0
         assert (losses[1], num_valid_tokens[1]) == (0.0, 0)

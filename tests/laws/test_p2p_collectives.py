@@ -181,7 +181,7 @@ def test_a_rank_sends_no_more_bytes_than_with_collectives(case_to_count: Case) -
     )
     assert messages["bytes"] == collectives["bytes"]
     kinds = {entry["kind"] for entry in messages["by_axis"]}
-    assert kinds == {"send", "all-reduce"}, "only the norm and token counts are all-reduced"
+    assert kinds == {"send", "all-reduce"}, "messages are not exactly sends, and all-reduces of norm and token counts"
 
 
 def test_sums_are_deterministic() -> None:

@@ -35,7 +35,7 @@ def read_after_a_forward(config: Config) -> tuple[int, int, int, bool]:
 
 def test_reading_parameters_has_no_side_effect() -> None:
     for before, after, num_reshards, are_shards in get_world(2).run(read_after_a_forward, make_config(2, {})):
-        assert before > 0, "a forward without backward leaves weights gathered"
+        assert before > 0, "no weight is gathered after a forward without backward, so the test cannot detect a reshard"
         assert (after, num_reshards, are_shards) == (before, 0, True)
 
 

@@ -102,7 +102,7 @@ def test_the_heldout_loss_has_no_regularization_terms(layout: Layout) -> None:
     expected = measure_loss_terms(make_config(1, model, optim=SGD, loss=REGULARIZED_LOSS))
     assert expected[0] == pytest.approx(heldout, rel=1e-6)
     assert expected[2] == pytest.approx(cross_entropy, rel=1e-6)
-    assert expected[1] > cross_entropy + 0.2, "the terms are large enough to be detected"
+    assert expected[1] > cross_entropy + 0.2, "the terms are too small to be detected"
     for rank, actual in enumerate(
         get_world(layout.ranks).run(measure_loss_terms, config) if layout.ranks > 1 else [measure_loss_terms(config)]
     ):

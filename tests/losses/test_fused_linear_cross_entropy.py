@@ -34,13 +34,15 @@ def compute_separately(
 def compute_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss: CrossEntropy, cap: float
 ) -> Tensor:
-    return linear_cross_entropy(x, weight, bias, targets, loss, cap, VocabShard(V, 0, V))
+    return linear_cross_entropy(
+        x, weight, bias_W=bias, targets_BS=targets, loss=loss, softcap=cap, vocab_shard=VocabShard(V, 0, V)
+    )
 
 
 def compute_with_gradients(
     compute: Any, loss: CrossEntropy, cap: float, bias: bool, dtype: torch.dtype, autocast: Any
 ) -> list[Tensor]:
-    x, weight, b, targets = make_case(bias)
+    x, weight, b, targets = make_case(bias=bias)
     leaves = [each.to(dtype).requires_grad_() for each in (x, weight, *([b] if b is not None else []))]
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         losses = compute(*leaves[:2], leaves[2] if bias else None, targets, loss, cap)
@@ -60,8 +62,8 @@ def test_fused_loss_equals_the_unfused_loss(
     monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
     monkeypatch.setattr(fused_linear_cross_entropy, "BLOCK_BYTES", blocks)
     for actual, expected in zip(
-        compute_with_gradients(compute_fused, loss, cap, bias, torch.float64, None),
-        compute_with_gradients(compute_separately, loss, cap, bias, torch.float64, None),
+        compute_with_gradients(compute_fused, loss=loss, cap=cap, bias=bias, dtype=torch.float64, autocast=None),
+        compute_with_gradients(compute_separately, loss=loss, cap=cap, bias=bias, dtype=torch.float64, autocast=None),
         strict=True,
     ):
         # The logits are fp64, so the separate loss is also computed in fp64.
@@ -72,7 +74,7 @@ def test_fused_loss_equals_the_unfused_loss(
 @pytest.mark.parametrize("loss", LOSSES)
 def test_fused_loss_under_autocast(loss: CrossEntropy, autocast: torch.dtype, tolerance: float) -> None:
     fused, separate, exact = (
-        compute_with_gradients(compute, loss, 0.0, True, torch.float32, kind)
+        compute_with_gradients(compute, loss=loss, cap=0.0, bias=True, dtype=torch.float32, autocast=kind)
         for compute, kind in ((compute_fused, autocast), (compute_separately, autocast), (compute_separately, None))
     )
     for actual, plain, expected in zip(fused, separate, exact, strict=True):
@@ -91,26 +93,34 @@ def test_small_probabilities_do_not_underflow_in_fp16() -> None:
     def compute_gradient(autocast: bool) -> Tensor:
         leaf = weight.clone().requires_grad_()
         with torch.autocast("cpu", torch.float16, enabled=autocast):
-            losses = linear_cross_entropy(x, leaf, None, targets, CrossEntropy(), 0.0, VocabShard(50_000, 0, 50_000))
+            losses = linear_cross_entropy(
+                x,
+                leaf,
+                bias_W=None,
+                targets_BS=targets,
+                loss=CrossEntropy(),
+                softcap=0.0,
+                vocab_shard=VocabShard(50_000, 0, 50_000),
+            )
         (compute_gradient,) = torch.autograd.grad(losses.sum() * 1024, leaf)
         return compute_gradient[1:]  # all but the target
 
-    exact = compute_gradient(False)
-    assert float((compute_gradient(True) - exact).norm() / exact.norm()) < 5e-3
+    exact = compute_gradient(autocast=False)
+    assert float((compute_gradient(autocast=True) - exact).norm() / exact.norm()) < 5e-3
 
 
 def test_gradients_without_valid_targets_are_zero() -> None:
-    x, weight, _, targets = make_case(False, ignored=2.0)
+    x, weight, _, targets = make_case(bias=False, ignored=2.0)
     x.requires_grad_(), weight.requires_grad_()
-    losses = compute_fused(x, weight, None, targets, CrossEntropy(0.1, 0.1), 0.0)
+    losses = compute_fused(x, weight, bias=None, targets=targets, loss=CrossEntropy(0.1, 0.1), cap=0.0)
     assert losses.tolist() == [0.0] * B
     assert all(not gradient.any() for gradient in torch.autograd.grad(losses.sum(), (x, weight)))
 
 
 def test_different_loss_factors_after_forward_are_rejected() -> None:
-    x, weight, _, targets = make_case(False)
+    x, weight, _, targets = make_case(bias=False)
     weight.requires_grad_()
-    losses = compute_fused(x, weight, None, targets, CrossEntropy(), 0.0)
+    losses = compute_fused(x, weight, bias=None, targets=targets, loss=CrossEntropy(), cap=0.0)
     with pytest.raises(RuntimeError, match="pass the numbers as its loss_weights_BS"):
         torch.autograd.grad((losses * torch.tensor([1.0, 2.0, 3.0])).sum(), weight)
 
@@ -123,7 +133,7 @@ def test_loss_weights_scale_losses_and_gradients(
 ) -> None:
     """Losses and gradients equal the formula for weights per sequence and per token, including 0 and negative ones."""
     monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
-    x, weight, bias, targets = make_case(True)
+    x, weight, bias, targets = make_case(bias=True)
     assert bias is not None
     weights = torch.tensor([1.0, -0.5, 3.0], dtype=torch.float64)[:, None].expand(B, S).clone()
     if per_token:
@@ -144,25 +154,29 @@ def test_loss_weights_scale_losses_and_gradients(
 
 def test_backward_may_run_twice() -> None:
     """A pipeline first computes the gradients of the activations, then the gradients of the weights."""
-    x, weight, _, targets = make_case(False)
+    x, weight, _, targets = make_case(bias=False)
     x.requires_grad_(), weight.requires_grad_()
-    losses = compute_fused(x, weight, None, targets, CrossEntropy(), 0.0).sum() / 5
+    losses = compute_fused(x, weight, bias=None, targets=targets, loss=CrossEntropy(), cap=0.0).sum() / 5
     (first,) = torch.autograd.grad(losses, x, retain_graph=True)
     second, weight_grad = torch.autograd.grad(losses, (x, weight))
     assert torch.equal(first, second)
-    expected = torch.autograd.grad(compute_separately(x, weight, None, targets, CrossEntropy(), 0.0).sum() / 5, weight)
+    expected = torch.autograd.grad(
+        compute_separately(x, weight, bias=None, targets=targets, loss=CrossEntropy(), cap=0.0).sum() / 5, weight
+    )
     torch.testing.assert_close(weight_grad, *expected, rtol=1e-5, atol=1e-6)
 
 
 def test_forward_without_grad_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     matmuls: list[Any] = []
     monkeypatch.setattr(fused_linear_cross_entropy, "_add_matmul_", lambda *args: matmuls.append(args))
-    x, weight, bias, targets = make_case(True)
+    x, weight, bias, targets = make_case(bias=True)
     weight.requires_grad_()
     with torch.no_grad():
-        losses = compute_fused(x, weight, bias, targets, CrossEntropy(), 0.0)
+        losses = compute_fused(x, weight, bias=bias, targets=targets, loss=CrossEntropy(), cap=0.0)
     assert not matmuls
-    torch.testing.assert_close(losses, compute_separately(x, weight, bias, targets, CrossEntropy(), 0.0))
+    torch.testing.assert_close(
+        losses, compute_separately(x, weight, bias=bias, targets=targets, loss=CrossEntropy(), cap=0.0)
+    )
 
 
 def test_slices_cover_all_rows_within_the_size_limit() -> None:
@@ -174,9 +188,13 @@ def test_slices_cover_all_rows_within_the_size_limit() -> None:
 
 
 def test_target_outside_the_vocabulary_gives_nan() -> None:
-    x, weight, _, targets = make_case(False, ignored=0.0)
+    x, weight, _, targets = make_case(bias=False, ignored=0.0)
     targets[1, 2] = V
-    assert compute_fused(x, weight, None, targets, CrossEntropy(), 0.0).isnan().tolist() == [False, True, False]
+    assert compute_fused(x, weight, bias=None, targets=targets, loss=CrossEntropy(), cap=0.0).isnan().tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("slices", [1 << 30, 1], ids=["whole", "tokens"])
@@ -184,12 +202,21 @@ def test_target_outside_the_vocabulary_gives_nan() -> None:
 def test_loss_terms_of_a_regularized_loss(loss: CrossEntropy, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused and the separate loss report the same terms: unregularized cross-entropy and z-loss."""
     monkeypatch.setattr(fused_linear_cross_entropy, "SLICE_BYTES", {"cpu": slices})
-    x, weight, bias, targets = (each.double() if each.is_floating_point() else each for each in make_case(True))
+    x, weight, bias, targets = (each.double() if each.is_floating_point() else each for each in make_case(bias=True))
     logits = compute_logits(x, weight, bias)
     plain = CrossEntropy()(logits, targets).sum()
     z_loss = loss.z_loss * (logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)).sum()
     from_fused, from_logits = LossTerms(), LossTerms()
-    linear_cross_entropy(x, weight, bias, targets, loss, 0.0, VocabShard(V, 0, V), from_fused)
+    linear_cross_entropy(
+        x,
+        weight,
+        bias_W=bias,
+        targets_BS=targets,
+        loss=loss,
+        softcap=0.0,
+        vocab_shard=VocabShard(V, 0, V),
+        terms=from_fused,
+    )
     loss(logits, targets, from_logits)
     for terms in (from_fused, from_logits):
         torch.testing.assert_close(terms.pop_latest(1), torch.stack((plain, z_loss)))

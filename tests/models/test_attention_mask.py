@@ -14,13 +14,13 @@ SAME_DOCUMENT = DOCUMENTS[:, :, None] == DOCUMENTS[:, None, :]
 IN_PREFIX = PREFIX[:, None, None] > POSITIONS
 ALL = torch.ones(4, S, S, dtype=torch.bool)
 KINDS = {
-    "causal": (AttentionMask(True), CAUSAL_SS & ALL),
-    "full": (AttentionMask(False), ALL),
-    "prefix": (AttentionMask(True, prefix_B=PREFIX), CAUSAL_SS | IN_PREFIX),
-    "causal, documents": (AttentionMask(True, documents_BT=DOCUMENTS), CAUSAL_SS & SAME_DOCUMENT),
-    "full, documents": (AttentionMask(False, documents_BT=DOCUMENTS), SAME_DOCUMENT),
+    "causal": (AttentionMask(causal=True), CAUSAL_SS & ALL),
+    "full": (AttentionMask(causal=False), ALL),
+    "prefix": (AttentionMask(causal=True, prefix_B=PREFIX), CAUSAL_SS | IN_PREFIX),
+    "causal, documents": (AttentionMask(causal=True, documents_BT=DOCUMENTS), CAUSAL_SS & SAME_DOCUMENT),
+    "full, documents": (AttentionMask(causal=False, documents_BT=DOCUMENTS), SAME_DOCUMENT),
     "prefix, documents": (
-        AttentionMask(True, prefix_B=PREFIX, documents_BT=DOCUMENTS),
+        AttentionMask(causal=True, prefix_B=PREFIX, documents_BT=DOCUMENTS),
         (CAUSAL_SS | IN_PREFIX) & SAME_DOCUMENT,
     ),
 }
@@ -28,7 +28,7 @@ KINDS = {
 
 def first_rows(mask, count):
     tensors = {name: value[:count] for name, value in vars(mask).items() if isinstance(value, torch.Tensor)}
-    return AttentionMask(mask.causal, **tensors)
+    return AttentionMask(causal=mask.causal, **tensors)
 
 
 def find_dependence(model, output, embedding, inputs):
@@ -66,8 +66,10 @@ def test_cross_attention_is_limited_to_the_document(documents, rows_B, build):
     source_documents = (torch.arange(T) >= 2).long().expand(rows_B, T)
     target_documents = (POSITIONS >= 5).long().expand(rows_B, S)
     inputs, source = make_ids(rows_B, S), make_ids(rows_B, T, first=40)
-    mask = AttentionMask(True, documents_BT=target_documents if documents else None)
-    encoder_input = EncoderInput(source, AttentionMask(False, documents_BT=source_documents if documents else None))
+    mask = AttentionMask(causal=True, documents_BT=target_documents if documents else None)
+    encoder_input = EncoderInput(
+        source, AttentionMask(causal=False, documents_BT=source_documents if documents else None)
+    )
     output = model(inputs, mask=mask, encoder_input=encoder_input)
     same = target_documents[:, :, None] == target_documents[:, None, :] if documents else ALL[:rows_B]
     assert torch.equal(find_dependence(model, output, model.embed.tokens, inputs), CAUSAL_SS & same)
@@ -86,4 +88,4 @@ def test_no_token_attends_to_encoder_padding(build):
 
 
 def make_encoder_input(tokens, documents):
-    return EncoderInput(tokens, AttentionMask(False, documents_BT=documents))
+    return EncoderInput(tokens, AttentionMask(causal=False, documents_BT=documents))

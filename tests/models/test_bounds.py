@@ -18,10 +18,10 @@ def test_stochastic_depth_scale_has_mean_one():
         assert scales.mean() == pytest.approx(1.0, abs=0.03)
     scale_layer_3, scale_layer_4 = stochastic_depth_scale(draws, 3, 0.5), stochastic_depth_scale(draws, 4, 0.5)
     assert ((scale_layer_3 == 0) & (scale_layer_4 == 0)).float().mean() == pytest.approx(0.25, abs=0.02), (
-        "layers are independent"
+        "the scales of two layers are not independent"
     )
     assert torch.equal(stochastic_depth_scale(draws[::2], 3, 0.5), scale_layer_3[::2]), (
-        "the scale depends on the sample alone"
+        "the scale of a sample depends on the other samples of the batch"
     )
 
 
@@ -34,8 +34,8 @@ def test_stochastic_depth_skips_layers_only_in_training(build):
     )  # fmt: skip
     hidden = model.embed(tokens, torch.arange(6))
     logits = model(tokens, sample_hash_B=draws)
-    assert torch.equal(logits[0], model._apply_head(hidden, None)[0])
-    assert not torch.allclose(logits[1], model._apply_head(hidden, None)[1])
+    assert torch.equal(logits[0], model._apply_head(hidden, targets_BS=None)[0])
+    assert not torch.allclose(logits[1], model._apply_head(hidden, targets_BS=None)[1])
     assert torch.equal(model.eval()(tokens, sample_hash_B=draws), model(tokens))
 
 

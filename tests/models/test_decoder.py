@@ -40,7 +40,7 @@ def test_parameter_counts_equal_the_published_counts(name):
     with torch.device("meta"):
         model = Decoder(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    assert not list(model.buffers()), "only parameters need values"
+    assert not list(model.buffers()), "the model has buffers"
 
 
 def distinct_tokens(length, vocab=20):
@@ -64,7 +64,7 @@ def test_causal_prediction_depends_only_on_previous_tokens(positions, norm_order
 def test_full_mask_attends_to_later_tokens(build):
     model = build()
     tokens = distinct_tokens(5)
-    (gradient,) = torch.autograd.grad(model(tokens, None, FULL)[0, 0].square().sum(), model.embed.tokens.weight)
+    (gradient,) = torch.autograd.grad(model(tokens, mask=FULL)[0, 0].square().sum(), model.embed.tokens.weight)
     assert (gradient[tokens[0]].abs().sum(-1) > 0).all()
 
 
@@ -85,7 +85,7 @@ def test_cached_forward_equals_the_full_forward(kind, chunk_lengths, build):
     tokens = torch.stack([distinct_tokens(9)[0], distinct_tokens(9)[0].flip(0)])
     cache, chunk_logits = KVCache(), []
     for chunk in tokens.split(chunk_lengths, dim=1):
-        chunk_logits.append(model(chunk, None, CAUSAL, cache))
+        chunk_logits.append(model(chunk, cache=cache))
     assert cache.length == 9
     torch.testing.assert_close(torch.cat(chunk_logits, dim=1), model(tokens), rtol=1e-4, atol=1e-5)
 
@@ -237,7 +237,7 @@ def test_vocabulary_padding_stays_zero(tie, build):
     model = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=64)
     plain = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=1)
     tokens = distinct_tokens(8)
-    assert torch.equal(model(tokens), plain(tokens)), "the padding changes nothing"
+    assert torch.equal(model(tokens), plain(tokens)), "the padding changes the logits"
     model.train()
     model(tokens, tokens.flip(1)).backward()
     for weight in (model.embed.tokens.weight, *([] if tie else [model.head.out.weight])):
@@ -271,7 +271,7 @@ def test_attention_dropout_scales_the_remaining_weights():
 def test_residual_dropout_acts_only_in_training(build):
     model, plain = build(dropout=0.5), build()
     tokens = distinct_tokens(8)
-    assert torch.equal(model(tokens), plain(tokens)), "off in eval"
+    assert torch.equal(model(tokens), plain(tokens)), "dropout is on in eval"
     model.train()
     runs = []
     for seed in (1, 2, 1):
@@ -330,7 +330,9 @@ def test_forward_uses_given_positions(positions_kind, build):
     shifted_logits = model(tokens, positions_BS=torch.stack((positions, positions + 5)))
     torch.testing.assert_close(shifted_logits[0], model(tokens)[0])
     is_equal = torch.allclose(shifted_logits[1], model(tokens)[1], atol=1e-3)
-    assert is_equal == (positions_kind == "rope"), "only rope depends on distances alone"
+    assert is_equal == (positions_kind == "rope"), (
+        "a shift changes the logits of rope, or does not change those of other kinds"
+    )
 
 
 def test_stage_keeps_the_parameter_names_of_the_full_model(build):

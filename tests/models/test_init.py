@@ -45,7 +45,7 @@ def test_values_are_independent_of_their_neighbours(rule):
     values = draw_values(rule, (400, 500))
     for one, other in ((values[1:], values[:-1]), (values[:, 1:], values[:, :-1]), (values[:, ::2], values[:, 1::2])):
         correlation = torch.corrcoef(torch.stack((one.flatten(), other.flatten())))[0, 1]
-        assert correlation.abs() < 0.012, "five standard errors of 1 / sqrt(n)"
+        assert correlation.abs() < 0.012, "neighbours are correlated by more than five standard errors of 1 / sqrt(n)"
 
 
 # Of a matrix with 64 inputs and 256 outputs.
@@ -62,7 +62,9 @@ def test_parameters_have_the_configured_standard_deviation(kind, settings):
     assert abs(float(values.mean())) < 5 * STANDARD_DEVIATIONS[kind] / 128
     if kind == "gpt2":
         out, down = (specs[f"blocks.3.{name}.weight"].init for name in ("attention.out", "feedforward.down"))
-        assert out.scale == down.scale == pytest.approx(rule.scale / 4), "1 / sqrt(2 * 8 layers)"
+        assert out.scale == down.scale == pytest.approx(rule.scale / 4), (
+            "the scale of the output layers is not divided by sqrt(2 * 8 layers)"
+        )
 
 
 def test_all_parameters_have_the_rule_of_their_kind(settings):

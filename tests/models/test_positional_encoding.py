@@ -32,7 +32,7 @@ def test_rotary_score_depends_only_on_the_distance(theta):
         for shift in (1, 17, 300):
             torch.testing.assert_close(score(distance + shift, shift), expected, rtol=1e-4, atol=1e-4)
     assert (score(3, 0) - score(0, 0)).abs().max() > 1e-2
-    assert (score(3, 0) - score(0, 3)).abs().max() > 1e-2, "the direction counts"
+    assert (score(3, 0) - score(0, 3)).abs().max() > 1e-2, "the scores do not depend on the direction"
 
 
 def test_rotation_keeps_vector_norms():

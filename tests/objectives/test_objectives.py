@@ -61,7 +61,7 @@ def test_masked_fractions_match_the_paper():
     assert selected.sum() / num_selectable == pytest.approx(0.15, abs=0.002)
     assert not selected[tokens == EOT].any()
     assert np.array_equal(targets[selected], tokens[selected])
-    assert np.array_equal(inputs[~selected], tokens[~selected]), "unselected tokens are unchanged"
+    assert np.array_equal(inputs[~selected], tokens[~selected]), "an unselected token changed"
     is_masked = inputs[selected] == MASK
     is_unchanged = inputs[selected] == tokens[selected]
     assert is_masked.mean() == pytest.approx(0.8, abs=0.005)
@@ -69,7 +69,7 @@ def test_masked_fractions_match_the_paper():
     replacements = inputs[selected][~is_masked & ~is_unchanged]
     assert len(replacements) / selected.sum() == pytest.approx(0.1, abs=0.005)
     assert replacements.max() < V
-    assert not (replacements == EOT).any(), "replacements are never special tokens"
+    assert not (replacements == EOT).any(), "a replacement is a special token"
     assert len(set(replacements.tolist())) > 0.9 * V
     assert (row.inputs_S[0], row.targets_S[0]) == (START, IGNORE_INDEX)
 
@@ -135,7 +135,7 @@ def test_span_corruption_keeps_all_tokens(seq_len, density, mean, is_encoder_dec
     assert np.array_equal(reconstruct_text(source[num_prefix:], target), tokens)
     for sequence in (source, target):
         sentinels = sequence[sequence >= VOCABULARY.sentinel_id(0)] - VOCABULARY.sentinel_id(0)
-        assert sentinels.tolist() == list(range(size.num_spans)), "each occurs once, in order"
+        assert sentinels.tolist() == list(range(size.num_spans)), "a sentinel is missing, repeated or out of order"
         assert sequence[-1] == EOT
 
 
@@ -174,7 +174,7 @@ def test_prefix_tokens_have_no_loss(mode):
         assert np.array_equal(np.flatnonzero(scored), np.arange(row.prefix_len - 1, len(row.inputs_S)))
         assert np.array_equal(row.targets_S[:-1][scored[:-1]], row.inputs_S[1:][scored[:-1]])
         prefix_lengths.append(row.prefix_len - len(front))
-    assert set(prefix_lengths) == set(range(1, 50)), "every position"
+    assert set(prefix_lengths) == set(range(1, 50)), "a prefix length does not occur"
     assert max(Counter(prefix_lengths).values()) < 3 * min(Counter(prefix_lengths).values())
 
 
@@ -226,7 +226,7 @@ def test_positions_restart_at_each_document():
     documents = np.array([0, 0, 1, 1, 1, 2, 3])
     assert compute_document_positions(documents[None])[0].tolist() == [0, 1, 0, 1, 2, 0, 0]
     assert compute_document_positions(np.array([[0, 1, 0, 1, -1]]))[0].tolist() == [0, 0, 1, 1, 0], (
-        "the tokens of a document need not be adjacent"
+        "positions are wrong where a document's tokens are not adjacent"
     )
 
 

@@ -37,7 +37,7 @@ def test_without_a_terminal_lines_are_plain(tmp_path, capsys):
     bar([HELDOUT])
     bar.close()
     printed = capsys.readouterr()
-    assert printed.out == "", "stdout is for results"
+    assert printed.out == "", "progress is printed to stdout, which is for results"
     assert printed.err == (
         "step  30/100  loss 2.3457  lr 3.00e-04  grad norm 1.235  123,457 tokens/s  MFU 12.3%  ETA 1:10:00\n"
         "step 30  held-out loss 2.5000  perplexity 12.18  bits per byte 1.2000\n"
@@ -87,7 +87,7 @@ def test_logging_restarts_and_appends_to_the_file(tmp_path, capsys):
         start_logging(tmp_path, World())
         log.info("once")
     stop_logging()
-    assert capsys.readouterr().err == "once\nonce\n", "no handler is added twice"
+    assert capsys.readouterr().err == "once\nonce\n", "a handler was added twice"
     assert len((tmp_path / "rank_00000.log").read_text().splitlines()) == 2
     assert log.handlers == []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_llm.observe import matmul_rate as module
+from dist_llm.observe import matmul_rate
 from dist_llm.observe.matmul_rate import NUM_MEASUREMENTS, get_matmul_rate, measure_matmul_rate
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 def next_rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The rates of successive measurements."""
     rates: list[float] = []
-    monkeypatch.setattr(module, "measure_matmul_rate", lambda device, dtype: rates.pop(0))
+    monkeypatch.setattr(matmul_rate, "measure_matmul_rate", lambda device, dtype: rates.pop(0))
     return rates
 
 
@@ -26,37 +26,37 @@ def test_the_measured_rate_is_plausible() -> None:
 
 def test_the_best_of_the_first_measurements_is_cached(next_rates: list[float], tmp_path: Path) -> None:
     """A measurement on busy cores (2.4e10 on a machine that reaches 1.8e11) does not lower the rate."""
-    file = tmp_path / "cache" / "rates.json"
+    cache_file = tmp_path / "cache" / "rates.json"
     next_rates += [1.17e11, 2.4e10, 1.8e11, 8.7e10, 1.0e11]
-    assert [get_matmul_rate(CPU, torch.float32, file) for _ in range(NUM_MEASUREMENTS)] == [
+    assert [get_matmul_rate(CPU, torch.float32, cache_file) for _ in range(NUM_MEASUREMENTS)] == [
         1.17e11,
         1.17e11,
         1.8e11,
         1.8e11,
         1.8e11,
     ]
-    assert get_matmul_rate(CPU, torch.float32, file) == 1.8e11, "without another measurement"
-    assert [path.name for path in file.parent.iterdir()] == ["rates.json"]
+    assert get_matmul_rate(CPU, torch.float32, cache_file) == 1.8e11, "the cached rate is not the best one"
+    assert [path.name for path in cache_file.parent.iterdir()] == ["rates.json"]
 
 
 def test_rates_are_cached_per_dtype_and_thread_count(
     next_rates: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "rates.json"
+    cache_file = tmp_path / "rates.json"
     next_rates += [1e11, 3e11, 5e10]
-    assert get_matmul_rate(CPU, torch.float32, file) == 1e11
-    assert get_matmul_rate(CPU, torch.bfloat16, file) == 3e11
+    assert get_matmul_rate(CPU, torch.float32, cache_file) == 1e11
+    assert get_matmul_rate(CPU, torch.bfloat16, cache_file) == 3e11
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    assert get_matmul_rate(CPU, torch.float32, file) == 5e10
-    assert len(json.loads(file.read_text())) == 3
+    assert get_matmul_rate(CPU, torch.float32, cache_file) == 5e10
+    assert len(json.loads(cache_file.read_text())) == 3
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', '{"a": {"rate": "fast", "starts": 9}}'])
 def test_a_damaged_cache_is_measured_again(content: str, next_rates: list[float], tmp_path: Path) -> None:
-    file = tmp_path / "rates.json"
-    file.write_text(content)
+    cache_file = tmp_path / "rates.json"
+    cache_file.write_text(content)
     next_rates += [1e11]
-    assert get_matmul_rate(CPU, torch.float32, file) == 1e11
+    assert get_matmul_rate(CPU, torch.float32, cache_file) == 1e11
 
 
 def test_a_directory_that_cannot_be_written_is_no_error(next_rates: list[float], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_rates_exclude_evaluations_and_checkpoints(clock):
     recorder.add(make_step_metrics(1))
     clock[0] += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
-    assert recorder.flush() == [], "no row is written twice"
+    assert recorder.flush() == [], "a row was written twice"
     recorder.add(make_step_metrics(2))
     clock[0] += 2.0
     assert recorder.flush()[0]["tokens_per_second"] == 25.0
@@ -112,12 +112,12 @@ def test_a_flush_synchronizes_with_the_device_once(monkeypatch):
     for steps in (1, 10):
         for step in range(1, steps + 1):
             recorder.add(make_step_metrics(step))
-        assert calls == [], "adding a step does not synchronize"
+        assert calls == [], "adding a step synchronized"
         recorder.flush()
         assert len(calls) == 1
         calls.clear()
     float(torch.tensor(1.0))
-    assert calls, "the counters work"
+    assert calls, "the counters do not count, so the test cannot detect a synchronization"
 
 
 def read_rows(path):
@@ -152,8 +152,8 @@ def test_a_resumed_run_removes_later_rows(write):
     actual = write(4, range(5, 10))
     assert [row["step"] for row in actual] == list(range(1, 10))
     assert [row["run"] for row in actual] == [0] * 4 + [4] * 5
-    assert write(9, []) == actual, "a resume without steps loses no row"
-    assert [row["step"] for row in write(0, [1])] == [1], "a start from step 0 keeps no row"
+    assert write(9, []) == actual, "a resume without steps lost a row"
+    assert [row["step"] for row in write(0, [1])] == [1], "a start from step 0 kept a row"
 
 
 @pytest.mark.parametrize("incomplete_line", ['{"step": 4, "los', "{", '{"lo', "\n\n", '{"loss": 1.0}\n', "\0\0\0"])

@@ -113,7 +113,10 @@ def test_products_equal_those_of_torchao(sizes: tuple[int, int, int]) -> None:
     x, w, g = make_factors(*sizes)
     actual = compute_products(x.bfloat16(), w.bfloat16(), g)
     for product, power_of_two_scaled, exactly_scaled in zip(
-        actual, compute_torchao_products(x, w, g, True), compute_torchao_products(x, w, g, False), strict=True
+        actual,
+        compute_torchao_products(x, w, g, powers_of_two=True),
+        compute_torchao_products(x, w, g, powers_of_two=False),
+        strict=True,
     ):
         size = power_of_two_scaled.double().norm()
         assert float((product.double() - power_of_two_scaled.double()).norm() / size) < 1e-7
@@ -166,7 +169,7 @@ def test_the_largest_element_fills_the_range(size: float, dtype: torch.dtype) ->
     rounded, unit = quantize(x, dtype)
     dtype_max = torch.finfo(dtype).max
     assert dtype_max / 2 < float(x.float().abs().max() / unit) <= dtype_max
-    assert math.frexp(float(unit))[0] == 0.5, "a power of two"
+    assert math.frexp(float(unit))[0] == 0.5, "the unit is not a power of two"
     torch.testing.assert_close(rounded.float() * unit, x.float(), rtol=ULP[dtype][0], atol=0.0)
 
 
@@ -201,7 +204,9 @@ def test_the_rounding_of_an_element_ignores_its_neighbors() -> None:
     x[x.abs() < largest * 2.0**-13] = largest * 2.0**-13
     rounded, unit = quantize(x, INPUT_DTYPE)
     quantized_rows = [quantize(rows, INPUT_DTYPE) for rows in x.split(4)]
-    assert len({float(own_unit) for _, own_unit in quantized_rows}) > 2, "the slices have their own scales"
+    assert len({float(own_unit) for _, own_unit in quantized_rows}) > 2, (
+        "the slices share their scales, so the test cannot detect a difference"
+    )
     assert torch.equal(
         torch.cat([values.float() * own_unit for values, own_unit in quantized_rows]), rounded.float() * unit
     )
@@ -239,7 +244,9 @@ def test_the_kernel_equals_the_emulation(tokens: int, padded_tokens: int, monkey
 
 
 def test_only_linear_layers_of_blocks_use_float8() -> None:
-    plain, changed = (build_model_parts(fp8_config(on), None, CPU)[0] for on in (False, True))
+    plain, changed = (
+        build_model_parts(fp8_config(enable_fp8), mesh=None, device=CPU)[0] for enable_fp8 in (False, True)
+    )
     assert [name for name, _ in changed.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert all(parameter.dtype == torch.float32 for parameter in changed.parameters())
     float8_names = {name for name, module in changed.named_modules() if isinstance(module, Float8Linear)}
@@ -291,20 +298,20 @@ def test_an_old_gpu_is_refused_before_the_model_is_built(
         check_float8_support(device)
         return
     with pytest.raises(ConfigError, match=message):
-        build_model_parts(fp8_config(True), None, device)
+        build_model_parts(fp8_config(enable_fp8=True), mesh=None, device=device)
 
 
 STEPS = 60
 
 
-def fp8_config(on: bool) -> Config:
+def fp8_config(enable_fp8: bool) -> Config:
     optim = {"name": "adamw", "lr": 3e-3, "clip": 1.0}
-    return make_config(1, {}, optim=optim, precision="bf16", fp8=on)
+    return make_config(1, {}, optim=optim, precision="bf16", fp8=enable_fp8)
 
 
-def train_losses(on: bool) -> list[float]:
+def train_losses(enable_fp8: bool) -> list[float]:
     """Train a small model on four batches and return its losses."""
-    config = fp8_config(on)
+    config = fp8_config(enable_fp8)
     engine = NativeEngine(config, CPU)
     batches = [make_batches(config, engine, step) for step in range(4)]
     return [train_step(engine, batches[step % 4], config.optim.lr, step).loss.item() for step in range(STEPS)]
@@ -312,12 +319,12 @@ def train_losses(on: bool) -> list[float]:
 
 @pytest.fixture(scope="module")
 def bf16_losses() -> list[float]:
-    return train_losses(False)
+    return train_losses(enable_fp8=False)
 
 
 def check_parity(actual: list[float], expected: list[float]) -> None:
     """Check that the mean over all steps agrees within 1% (the worst of five seeds: 0.27%, of single steps 3%)."""
-    assert expected[-1] < 0.6 * expected[0], "it learns"
+    assert expected[-1] < 0.6 * expected[0], "the loss does not fall"
     assert all(math.isfinite(loss) for loss in actual)
     assert sum(actual) == pytest.approx(sum(expected), rel=0.01)
     assert actual == pytest.approx(expected, rel=0.06)
@@ -325,7 +332,7 @@ def check_parity(actual: list[float], expected: list[float]) -> None:
 
 
 def test_a_float8_run_learns_like_a_bf16_run(bf16_losses: list[float]) -> None:
-    check_parity(train_losses(True), bf16_losses)
+    check_parity(train_losses(enable_fp8=True), bf16_losses)
 
 
 @pytest.mark.parametrize("wrong_quantize", [_double_unit, _too_large])
@@ -334,7 +341,7 @@ def test_a_float8_run_with_a_wrong_scale_does_not_learn(
 ) -> None:
     monkeypatch.setattr(fp8, "quantize", wrong_quantize)
     with pytest.raises(AssertionError):
-        check_parity(train_losses(True), bf16_losses)
+        check_parity(train_losses(enable_fp8=True), bf16_losses)
 
 
 def test_a_float8_layer_equals_a_linear_layer_of_rounded_factors() -> None:

@@ -46,8 +46,8 @@ def train_uninterrupted(corpus: Path, directory: Path, steps: int, ranks: int) -
 
 
 def assert_same_results(run: Path, expected: Path) -> None:
-    assert commands.get_column(commands.read_metrics(run), "loss") == commands.get_column(
-        commands.read_metrics(expected), "loss"
+    assert commands.get_column(commands.read_step_rows(run), "loss") == commands.get_column(
+        commands.read_step_rows(expected), "loss"
     )
     assert_same_weights(run, expected)
 
@@ -67,7 +67,7 @@ def test_two_nodes_stopped_by_their_time_limit_end_with_equal_results(
     assert fields["JobState"] == "COMPLETED", log
     assert int(fields["Restarts"]) >= 2, log
     assert log.count("stopped by SIGUSR1") == int(fields["Restarts"]) == log.count("time limit; requeued"), (
-        "once for each restart"
+        "a restart does not have one stop and one requeue in the log"
     )
     assert "ranks: 4 (dp_shard 4)" in log
     assert_same_results(cluster.work_dir / run, train_uninterrupted(corpus, tmp_path, steps, ranks=4))
@@ -161,7 +161,7 @@ def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster
         logs = [path.read_text() for path in cluster.work_dir.glob(f"slurm-{job}_*.log")]
         assert time.monotonic() < deadline, logs
         time.sleep(0.3)
-    assert [commands.read_metrics(run)[-1]["lr"] for run in runs] != [commands.read_metrics(runs[0])[-1]["lr"]] * 2
+    assert [commands.read_step_rows(run)[-1]["lr"] for run in runs] != [commands.read_step_rows(runs[0])[-1]["lr"]] * 2
 
 
 @pytest.mark.slow
@@ -179,5 +179,5 @@ def test_the_commands_of_the_page_run(cluster: Cluster) -> None:
     for run, step in {"two": 4, "by_hand": 4, "swept/lr=1e-3": 2, "swept/lr=3e-4": 2}.items():
         assert (cluster.work_dir / "runs" / run / f"checkpoints/step_{step:08d}/COMMITTED").exists(), run
     assert any("first batch" in path.read_text() for path in cluster.work_dir.glob("slurm-*.log")), (
-        "the log of the debug script"
+        "no log has the output of the debug script"
     )

@@ -33,7 +33,9 @@ def prepared_corpus(tmp_path):
     for index, num_chars in enumerate((40, 1, 300, 77)):
         (text / f"{index}.txt").write_text("añ"[index % 2] * num_chars)  # characters of 1 and 2 bytes
     out = tmp_path / "prepared"
-    prepare(PrepareOptions((str(text),), "byte", out, heldout_fraction=0.0, workers=1), io.StringIO())
+    prepare(
+        PrepareOptions(source=(str(text),), tokenizer="byte", out=out, heldout_fraction=0.0, workers=1), io.StringIO()
+    )
     return Corpus(out)
 
 
@@ -59,7 +61,7 @@ def write_token_file(kind, corpus, directory, dtype="uint16"):
 
 
 def make_options(kind, *data, out, **changes):
-    return AdoptOptions(kind, tuple(map(str, data)), "byte", out, **changes)
+    return AdoptOptions(format=kind, data=tuple(map(str, data)), tokenizer="byte", out=out, **changes)
 
 
 KINDS_AND_DTYPES = [(kind, dtype) for kind in ("npy", "bin") for dtype in DTYPES]

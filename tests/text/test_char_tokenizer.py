@@ -41,7 +41,7 @@ def test_every_pickle_protocol_is_read(protocol, tmp_path):
     assert tokenizer.encode(TEXT).tolist() == [META["stoi"][char] for char in TEXT]
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.decode([0, 10_000]) == CHARS[0] + "\ufffd"
-    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.first_ids) == (len(CHARS), None, ())
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.prefix_ids) == (len(CHARS), None, ())
     assert parse_tokenizer(tokenizer.to_json_bytes(), "location") == tokenizer
 
 
@@ -68,19 +68,19 @@ INVALID_META = {  # fault: content of meta.pkl
     "a text of 4 GB": b"\x80\x04X\xff\xff\xff\xffx.",
     "truncated": pickle.dumps(META)[:-9],
     "empty": b"",
-    "no pickle": b"hello",
-    "no dictionary": pickle.dumps([1, 2]),
+    "not a pickle": b"hello",
+    "not a dictionary": pickle.dumps([1, 2]),
     "no stoi": pickle.dumps({"vocab_size": 3}),
     "stoi of lists": pickle.dumps({"stoi": [1, 2]}),
     "an id twice": pickle.dumps({"stoi": {"a": 0, "b": 0}}),
     "a negative id": pickle.dumps({"stoi": {"a": -1}}),
     "an id of 20 digits": pickle.dumps({"stoi": {"a": 10**20}}),
-    "a true id": pickle.dumps({"stoi": {"a": True}}),
+    "a boolean id": pickle.dumps({"stoi": {"a": True}}),
     "two characters": pickle.dumps({"stoi": {"ab": 0}}),
     "a surrogate": b"\x80\x04}\x8c\x04stoi}X\x03\x00\x00\x00\xed\xa0\x80K\x00ss.",
     "a number for a character": pickle.dumps({"stoi": {1: 0}}),
     "tables that differ": pickle.dumps(META | {"itos": {0: "x"}}),
-    "another size": pickle.dumps(META | {"vocab_size": 3}),
+    "a wrong vocab_size": pickle.dumps(META | {"vocab_size": 3}),
 }
 
 
@@ -89,7 +89,7 @@ def test_an_invalid_file_is_an_error_and_runs_no_code(fault, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     path = write_meta(tmp_path / "meta.pkl", INVALID_META[fault])
     with pytest.raises(DataError) as excinfo:
-        build_tokenizer(str(path), None, lambda: ())
+        build_tokenizer(str(path))
     assert str(excinfo.value).startswith(str(path))
     assert not (tmp_path / "run").exists(), "the pickle ran its command"
 
@@ -104,37 +104,47 @@ def test_a_corpus_of_nanogpt_keeps_its_ids(tmp_path):
     write_meta(tmp_path / "meta.pkl")
     ids = np.array([META["stoi"][char] for char in TEXT], np.uint16)
     ids.tofile(tmp_path / "train.bin")
-    data = (str(tmp_path / "train.bin"),)
-    adopt(AdoptOptions("bin", data, str(tmp_path / "meta.pkl"), tmp_path / "out", dtype="uint16"), io.StringIO())
-    corpus, tokenizer = Corpus(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
-    assert tokenizer == build_tokenizer(str(tmp_path), None, lambda: ()), (
-        "the folder of the file gives another tokenizer"
+    options = AdoptOptions(
+        format="bin",
+        data=(str(tmp_path / "train.bin"),),
+        tokenizer=str(tmp_path / "meta.pkl"),
+        out=tmp_path / "out",
+        dtype="uint16",
     )
+    adopt(options, io.StringIO())
+    corpus, tokenizer = Corpus(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
+    assert tokenizer == build_tokenizer(str(tmp_path)), "the folder of the file gives another tokenizer"
     assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary differs from that of nanoGPT"
     assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
     assert corpus.manifest.count_text_bytes("train") == len(TEXT.encode())
-    assert not corpus.manifest.has_document_bounds, "nanoGPT files have no document boundaries"
+    assert not corpus.manifest.has_document_bounds, "the corpus has document boundaries, which nanoGPT files lack"
+
+
+def prepare_texts(texts, tmp_path, workers):
+    """Prepare the texts with the tokenizer of META; return the directory of the corpus."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = PrepareOptions(
+        source=(str(tmp_path / "rows.jsonl"),),
+        tokenizer=str(write_meta(tmp_path / "meta.pkl")),
+        out=tmp_path / "out",
+        heldout_fraction=0.0,
+        workers=workers,
+    )
+    prepare(options, io.StringIO())
+    return options.out
+
+
+def test_prepare_concatenates_documents(tmp_path):
+    texts = [TEXT, "question", "b"]
+    corpus = prepare_texts(texts, tmp_path, workers=1)
+    assert Tokenizer.load(corpus).decode(np.fromfile(corpus / "train-00000.bin", "<u2")) == "".join(texts)
+    assert Corpus(corpus).get_document_offsets(0).tolist() == [0, len(TEXT), len(TEXT) + 8]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_prepare_concatenates_documents(workers, tmp_path):
-    write_meta(tmp_path / "meta.pkl")
-    texts = [TEXT, "question", "b"]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    out = tmp_path / "out"
-    options = PrepareOptions(
-        (str(tmp_path / "rows.jsonl"),), str(tmp_path / "meta.pkl"), out, heldout_fraction=0.0, workers=1
-    )
-    prepare(options, io.StringIO())
-    corpus = Corpus(out)
-    assert Tokenizer.load(out).decode(np.fromfile(out / "train-00000.bin", "<u2")) == "".join(texts)
-    assert corpus.get_document_offsets(0).tolist() == [0, len(TEXT), len(TEXT) + 8]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "be Ж"}) + "\n")
+def test_prepare_reports_a_character_without_an_id(workers, tmp_path):
     with pytest.raises(DataError, match=r"rows\.jsonl:1: character 'Ж' \(U\+0416\), number 3"):
-        prepare(
-            PrepareOptions(options.source, options.tokenizer, tmp_path / "x", heldout_fraction=0.0, workers=workers),
-            io.StringIO(),
-        )
+        prepare_texts(["be Ж"], tmp_path, workers)
 
 
 def test_an_export_gives_the_same_ids(tmp_path):
@@ -151,6 +161,6 @@ def test_character_prompt_has_no_stop_ids():
     prompt = encode_prompt(config, tokenizer, "be")
     assert prompt.ids == tokenizer.encode("be").tolist()
     assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], (
-        "an empty prompt is not a newline, as in sample.py of nanoGPT"
+        "an empty prompt is not replaced by a newline, the first prompt of nanoGPT's sample.py"
     )
     assert not prompt.stop_ids & set(META["stoi"].values())

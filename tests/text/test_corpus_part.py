@@ -9,12 +9,12 @@ from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart, parse_part
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
-@pytest.mark.parametrize("assignment", ["file", "row", "text"])
-def test_each_document_belongs_to_one_part(num_parts, assignment):
+@pytest.mark.parametrize("split_by", ["file", "row", "text"])
+def test_each_document_belongs_to_one_part(num_parts, split_by):
     files = [[f"{file} {row}" for row in range(5)] for file in range(8)]
     counts = Counter()
-    for index in range(1, num_parts + 1):
-        part, row_number = CorpusPart(index, num_parts, assignment), 0
+    for number in range(1, num_parts + 1):
+        part, row_number = CorpusPart(number, num_parts, split_by), 0
         for file in part.select_files(files):
             for text in file:
                 row_number += 1
@@ -23,10 +23,10 @@ def test_each_document_belongs_to_one_part(num_parts, assignment):
 
 
 def test_parts_have_similar_sizes():
-    for assignment in ("row", "text"):
-        corpus_parts = [CorpusPart(index, 4, assignment) for index in range(1, 5)]
+    for split_by in ("row", "text"):
+        corpus_parts = [CorpusPart(number, 4, split_by) for number in range(1, 5)]
         sizes = [sum(part.owns_row(n) and part.owns_text(b"%d" % n) for n in range(1, 4001)) for part in corpus_parts]
-        assert min(sizes) > 900, assignment  # the mean is 1000; hashed texts have a standard deviation of 27
+        assert min(sizes) > 900, split_by  # the mean is 1000; hashed texts have a standard deviation of 27
 
 
 def test_the_part_of_a_text_does_not_depend_on_the_heldout_split():

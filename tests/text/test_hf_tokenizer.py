@@ -24,7 +24,7 @@ GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_voc
 
 
 def build_from_folder(folder):
-    return build_tokenizer(str(folder), None, lambda: ())
+    return build_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
     text_backend = Reference.from_file(str(folders[kind] / "tokenizer.json"))
     text_backend.encode_special_tokens = True
     bos, eos = reference.token_to_id("<s>"), reference.token_to_id("</s>")
-    assert (tokenizer.first_ids, tokenizer.eot) == ((bos,), eos)
+    assert (tokenizer.prefix_ids, tokenizer.eot) == ((bos,), eos)
     for text in TEXTS:
         ids = text_backend.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text).tolist() == ids, text
@@ -91,7 +91,7 @@ def test_tiktoken_is_used_only_if_ids_are_equal(folders, tmp_path, monkeypatch):
     for text in ("", "the ship", "a</s>b", "漢字\r\n"):
         plain.encode(text)
     monkeypatch.undo()
-    assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "text is not normalized to NFC"
+    assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "the test's text encodes differently without NFC"
     for kind in KINDS:
         assert build_from_folder(folders[kind]).speed_up()._bpe is None, (
             f"{kind}: tiktoken supports neither added tokens nor other models than BPE"
@@ -126,7 +126,7 @@ def test_folder_names_and_other_files_do_not_affect_the_identity(folders, tmp_pa
 
 
 def test_identity_depends_on_the_pattern_but_not_on_the_name(tmp_path):
-    bpe = build_tokenizer("bpe:300", None, lambda: iter(PROSE))
+    bpe = build_tokenizer("bpe:300", training_texts=lambda: iter(PROSE))
     fields = json.loads(bpe.to_json_bytes())
     renamed = json.dumps({**fields, "name": "other"}).encode()
     assert hash_tokenizer_ids(bpe.to_json_bytes()) == hash_tokenizer_ids(renamed)
@@ -169,12 +169,14 @@ def test_prepare_writes_special_and_added_tokens(folders, workers, tmp_path):
     out = tmp_path / "out"
     folder = folders["byte_level"]
     options = {"heldout_fraction": 0.0, "workers": workers, "prompt_key": "q", "text_key": "t"}
-    prepare(PrepareOptions((str(tmp_path / "rows.jsonl"),), str(folder), out, **options), io.StringIO())
+    prepare(
+        PrepareOptions(source=(str(tmp_path / "rows.jsonl"),), tokenizer=str(folder), out=out, **options), io.StringIO()
+    )
     tokenizer = Tokenizer.load(out)
     ids = np.fromfile(out / "train-00000.bin", "<u2")
     starts, completions = np.fromfile(out / "train-00000.offsets", "<u8").astype(int).reshape(-1, 2).T
     assert len(starts) == 9
-    assert (ids[starts] == tokenizer.first_ids[0]).all()
+    assert (ids[starts] == tokenizer.prefix_ids[0]).all()
     assert (ids[[*(starts[1:] - 1), -1]] == tokenizer.eot).all()
     assert np.count_nonzero(ids == tokenizer.eot) == 9, "the string </s> in a text became the end token"
     reference = Reference.from_file(str(folder / "tokenizer.json"))

@@ -83,7 +83,9 @@ def read_all_files(directory):
 def test_the_corpus_has_the_documents_of_the_source(tokenizer, tmp_path):
     texts = make_random_texts(500)
     manifest = run(write_rows(tmp_path / "a.jsonl", ["", *texts, ""]), tmp_path / "out", tokenizer=tokenizer)
-    assert any(is_heldout(text.encode(), 0.01) for text in texts), "the test needs held-out texts"
+    assert any(is_heldout(text.encode(), 0.01) for text in texts), (
+        "no text is held out, so the test cannot detect a failure"
+    )
     for split in ("train", "heldout"):
         expected = [text for text in texts if is_heldout(text.encode(), 0.01) == (split == "heldout")]
         assert read_documents(tmp_path / "out", split) == expected
@@ -296,7 +298,7 @@ time.sleep(60)
 
 
 def test_an_idle_worker_ends_with_its_parent(tmp_path):
-    build_tokenizer("byte", None, list).save(tmp_path)
+    build_tokenizer("byte").save(tmp_path)
     with subprocess.Popen(
         [sys.executable, "-c", IDLE_WORKER_SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True
     ) as process:
@@ -344,7 +346,7 @@ def make_chunks(count=8):
 def test_a_killed_worker_is_an_error(delay_seconds, tmp_path):
     """The worker may be killed while it writes its result. A pipe that workers share would then block the reader."""
     other_children = set(multiprocessing.active_children())  # children of other tests
-    build_tokenizer("byte", None, list).save(tmp_path)
+    build_tokenizer("byte").save(tmp_path)
     chunks = encode_in_order(make_chunks(40), DocumentEncoderSpec(tmp_path), workers=2)
     next(chunks)
     time.sleep(delay_seconds)
@@ -355,7 +357,7 @@ def test_a_killed_worker_is_an_error(delay_seconds, tmp_path):
 
 
 def test_the_number_of_chunks_in_flight_is_limited(tmp_path):
-    build_tokenizer("byte", None, list).save(tmp_path)
+    build_tokenizer("byte").save(tmp_path)
     started_chunks = []
 
     def record_chunks():
@@ -370,7 +372,7 @@ def test_the_number_of_chunks_in_flight_is_limited(tmp_path):
 
 
 def test_an_error_in_a_worker_is_raised(tmp_path, monkeypatch):
-    tokenizer = build_tokenizer("byte", None, list)
+    tokenizer = build_tokenizer("byte")
     monkeypatch.setattr(BPETokenizer, "encode", lambda self, text: 1 / 0)
     with pytest.raises(RuntimeError, match="f:0: cannot be tokenized"):
         DocumentEncoder(tokenizer, DocumentEncoderSpec(tmp_path))(next(make_chunks(1)))
@@ -401,7 +403,9 @@ def test_the_report_counts_the_input_files(tmp_path):
     folder.mkdir()
     for name, content in {"a.txt": b"abc", "a.txt.md5": b"12", "b.txt": b"\xff" * 7, "c.zip": b"PK"}.items():
         (folder / name).write_bytes(content)
-    options = PrepareOptions((str(folder),), "byte", out, workers=1, heldout_fraction=0, skip_unreadable=True)
+    options = PrepareOptions(
+        source=(str(folder),), tokenizer="byte", out=out, workers=1, heldout_fraction=0, skip_unreadable=True
+    )
     prepare(options, stream)
     report = PrepareReport.load(out)
     assert report.inputs == {
@@ -425,7 +429,9 @@ def test_the_report_counts_the_input_files(tmp_path):
 def test_documents_that_may_need_a_separator_give_a_warning(separator, tmp_path):
     path, stream = tmp_path / "a.txt", io.StringIO()
     path.write_text("one\n<|endoftext|>\ntwo\n<|endoftext|>\n")
-    options = PrepareOptions((str(path),), "byte", tmp_path / "out", workers=1, heldout_fraction=0, separator=separator)
+    options = PrepareOptions(
+        source=(str(path),), tokenizer="byte", out=tmp_path / "out", workers=1, heldout_fraction=0, separator=separator
+    )
     prepare(options, stream)
     warnings = PrepareReport.load(tmp_path / "out").warnings
     assert all(f"warning: {warning}" in stream.getvalue() for warning in warnings)
@@ -451,7 +457,7 @@ def test_sources_that_the_shell_expands_are_read_in_their_order(tmp_path):
 
 def test_a_finished_corpus_is_not_prepared_again(tmp_path):
     file, out = write_rows(tmp_path / "x.jsonl", make_random_texts(30)), tmp_path / "out"
-    options = PrepareOptions((file,), "byte", out, workers=1)
+    options = PrepareOptions(source=(file,), tokenizer="byte", out=out, workers=1)
     first_manifest = prepare(options, io.StringIO())
     mtime_by_file = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     output = io.StringIO()
@@ -473,7 +479,7 @@ def test_the_reason_to_skip_a_file_does_not_make_a_corpus_another(tmp_path):
     folder.mkdir()
     write_rows(folder / "x.jsonl", make_random_texts(30))
     (folder / "README").write_text("about the data")
-    options = PrepareOptions((str(folder),), "byte", out, workers=1)
+    options = PrepareOptions(source=(str(folder),), tokenizer="byte", out=out, workers=1)
     manifest = prepare(options, io.StringIO())
     report = (out / "report.json").read_text()
     assert "skipped: README or LICENSE" in report
@@ -490,9 +496,23 @@ def test_build_options_parses_all_arguments():
     arguments = ["--source=a", "--tokenizer=bpe:300", "--out=o", "--overwrite", "--workers=3", "--split-pattern=llama3"]
     arguments += ["--text-key=t", "--hf-split=s", "--heldout-fraction=0.5", "--shard-tokens=7", "--bpe-train-bytes=8"]
     arguments += ["--part=1/2", "--filter=c4", "--filter=gopher", "--dedup=near", "--dedup-threshold=0.7"]
-    scale_options = ("1/2", ("c4", "gopher"), "near", 0.7)
     expected = PrepareOptions(
-        ("a",), "bpe:300", Path("o"), "llama3", "t", "s", 0.5, 3, 7, 8, 0.25, True, *scale_options
+        source=("a",),
+        tokenizer="bpe:300",
+        out=Path("o"),
+        split_pattern="llama3",
+        text_key="t",
+        hf_split="s",
+        heldout_fraction=0.5,
+        workers=3,
+        shard_tokens=7,
+        bpe_train_bytes=8,
+        max_bad_rate=0.25,
+        overwrite=True,
+        part="1/2",
+        filter=("c4", "gopher"),
+        dedup="near",
+        dedup_threshold=0.7,
     )
     assert build_options(parser.parse_args([*arguments, "--max-bad-rate=0.25"])) == expected
     arguments += ["--include=*.txt", "--exclude=a*", "--exclude=b*", "--skip-unreadable", "--max-bad-rate=0.25"]

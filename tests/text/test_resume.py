@@ -59,10 +59,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     options = {**options, "heldout_fraction": 0.2}
     run(source, tmp_path / "uninterrupted", **options)
     with monkeypatch.context() as patch:
-        interrupt_after(patch, num_files)
+        interrupt_after(patch, num_files=num_files)
         with pytest.raises(InterruptedRunError):
             run(source, tmp_path / "out", **options)
-    opened = interrupt_after(monkeypatch, None)
+    opened = interrupt_after(monkeypatch, num_files=None)
     run(source, tmp_path / "out", **options)
     assert opened == [f"{index:02d}.jsonl" for index in range(num_files, 6)]
     subdirectory = Path("part-1-of-2" if "part" in options else "")
@@ -77,12 +77,12 @@ def interrupt_and_resume(tmp_path, monkeypatch, edit, tokenizer="bpe:300", **cha
     source = write_files(tmp_path / "in", make_random_texts(120), 6)
     with monkeypatch.context() as patch:
         # The training of BPE reads all six files twice before.
-        interrupt_after(patch, 2 * 6 + 3 if tokenizer == "bpe:300" else 3)
+        interrupt_after(patch, num_files=2 * 6 + 3 if tokenizer == "bpe:300" else 3)
         with pytest.raises(InterruptedRunError):
             run(source, tmp_path / "out", tokenizer=tokenizer)
     edit(tmp_path)
     with monkeypatch.context() as patch:
-        opened = interrupt_after(patch, None)
+        opened = interrupt_after(patch, num_files=None)
         run(source, tmp_path / "out", **{"tokenizer": tokenizer, **changes})
     run(source, tmp_path / "fresh", **{"tokenizer": tokenizer, **changes})
     assert read_all_files(tmp_path / "out") == read_all_files(tmp_path / "fresh")
@@ -152,9 +152,9 @@ def test_earlier_work_is_reused_only_while_it_is_valid(
 
 def test_another_tokenizer_with_the_same_name_starts_over(frequent_resume_points, tmp_path, monkeypatch):
     def retrain(tmp_path):
-        build_tokenizer("bpe:300", None, lambda: make_random_texts(100)).save(tmp_path)
+        build_tokenizer("bpe:300", training_texts=lambda: make_random_texts(100)).save(tmp_path)
 
-    build_tokenizer("byte", None, list).save(tmp_path)
+    build_tokenizer("byte").save(tmp_path)
     assert interrupt_and_resume(tmp_path, monkeypatch, retrain, tokenizer=str(tmp_path)) == ALL_FILES
 
 

@@ -163,7 +163,7 @@ def test_the_report_counts_what_filters_remove(tmp_path):
     )
     source, stream = write_rows(tmp_path / "a.jsonl", ["", *texts]), io.StringIO()
     options = {"filter": ("gopher", "c4"), "heldout_fraction": 0.0, "workers": 1, "dedup": "exact"}
-    prepare(PrepareOptions((source,), "bpe:300", tmp_path / "out", **options), stream)
+    prepare(PrepareOptions(source=(source,), tokenizer="bpe:300", out=tmp_path / "out", **options), stream)
     removed = RemovalCounts()
     kept_texts = [filtered for text in texts if (filtered := FilterChain(("gopher", "c4"))(text, removed)) is not None]
     assert read_documents(tmp_path / "out", "train") == kept_texts == [*texts[:20], make_prose(seed=90)]

@@ -38,9 +38,15 @@ def write_megatron_corpus(directory: Path, end_tokens: bool) -> Path:
         (directory / f"{split}.idx").write_bytes(
             build_megatron_index([len(document) for document in documents], bounds)
         )
-    files = (str(directory / "train.bin"),), "byte", directory / "adopted", (str(directory / "heldout"),)
-    adopt(AdoptOptions("megatron", *files), io.StringIO())
-    return directory / "adopted"
+    options = AdoptOptions(
+        format="megatron",
+        data=(str(directory / "train.bin"),),
+        tokenizer="byte",
+        out=directory / "adopted",
+        heldout=(str(directory / "heldout"),),
+    )
+    adopt(options, io.StringIO())
+    return options.out
 
 
 def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
@@ -53,7 +59,7 @@ def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
             for ids in make_documents(split, end_tokens):
                 writer.add(ids, len(ids) - end_tokens)
             shards[split] = writer.close()
-    tokenizer = build_tokenizer("byte", None, lambda: ())
+    tokenizer = build_tokenizer("byte")
     tokenizer.save(out)
     Manifest("uint16", 257, tokenizer.sha256, ("x",), shards).save(out)
     return out
@@ -77,10 +83,12 @@ def test_megatron_files_train_like_our_own_corpus(
         corpus = Corpus(corpora["megatron"], split)
         row = corpus.compute_document_ids(np.array([0]), corpus.num_tokens)[0]
         expected = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
-        assert np.array_equal(row, expected), "document ids change where documents start"
+        assert np.array_equal(row, expected), "document ids do not change where documents start"
         assert corpus.read(np.array([0]), corpus.num_tokens)[0].tolist() == np.concatenate(documents).tolist()
     inspect = command("data")
-    assert inspect("verify", *corpora.values()) == int(not end_tokens), "our corpus without end tokens does not verify"
+    assert inspect("verify", *corpora.values()) == int(not end_tokens), (
+        "the result is wrong for our corpus, which needs end tokens to verify"
+    )
     assert inspect("verify", corpora["megatron"]) == 0
 
     config = tmp_path / "config.yaml"
@@ -100,7 +108,7 @@ def test_megatron_files_train_like_our_own_corpus(
     # Both corpora give the same loss, which includes the document mask.
     run = str(tmp_path / "runs" / "megatron")
     masked = [
-        evaluate_checkpoint(run, str(corpus), "heldout", EvaluationOptions(), World()).loss
+        evaluate_checkpoint(run, data=str(corpus), split="heldout", options=EvaluationOptions(), world=World()).loss
         for corpus in corpora.values()
     ]
     assert (
@@ -116,4 +124,4 @@ def test_megatron_files_train_like_our_own_corpus(
     assert train(read_config(config, keys, 1), World()) == 0
     log = (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text()
     assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to continue" in log
-    assert log.count(note) == 1, "the note is logged only once"
+    assert log.count(note) == 1, "the note was logged again"

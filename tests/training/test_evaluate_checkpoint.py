@@ -35,17 +35,17 @@ def make_long_config(seq_len: int) -> Config:
 def test_the_default_window_length_is_bounded(
     trained: bool, in_run: int, option: int, seq_len: int, reason: str
 ) -> None:
-    config, actual_reason = _resolve_seq_len(make_long_config(in_run), option, trained)
+    config, actual_reason = _resolve_seq_len(make_long_config(in_run), seq_len=option, is_trained=trained)
     assert (config.data.seq_len, actual_reason) == (seq_len, reason)
     assert config.model.max_seq_len == 131_072
 
 
 def test_a_window_longer_than_the_model_is_refused() -> None:
     with pytest.raises(ConfigError, match="--seq-len 131073: the model takes at most 131072 tokens"):
-        _resolve_seq_len(make_long_config(64), 131_073, True)
+        _resolve_seq_len(make_long_config(64), seq_len=131_073, is_trained=True)
     masked_config = make_long_config(64).model_copy(update={"objective": MaskedSpec()})
     with pytest.raises(ConfigError, match=r"windows of 1 tokens \(--seq-len\): .* give a longer --seq-len"):
-        _resolve_seq_len(masked_config, 1, True)
+        _resolve_seq_len(masked_config, seq_len=1, is_trained=True)
     assert cli.main(["evaluate", "--checkpoint", "x", "--seq-len", "-1"]) == 2
 
 
@@ -55,7 +55,9 @@ def imported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("imported")
     config = make_config(vocab_size=257)
     weights = make_weights(config)
-    hf_convert.export_hf(LazyWeights(weights.shapes, weights.read), config, None, directory / "hf", "llama")
+    hf_convert.export_hf(
+        LazyWeights(weights.shapes, weights.read), config, tokenizer=None, directory=directory / "hf", family="llama"
+    )
     assert command("convert")("from-hf", directory / "hf", directory / "ours") == 0
     return directory / "ours"
 
@@ -65,23 +67,29 @@ def test_errors_name_the_option_to_change(
 ) -> None:
     def error_of(data: str | None) -> str:
         with pytest.raises((ConfigError, DataError)) as error:
-            evaluate_checkpoint(str(imported_model), data, "heldout", EvaluationOptions(), World())
+            evaluate_checkpoint(
+                str(imported_model), data=data, split="heldout", options=EvaluationOptions(), world=World()
+            )
         assert "data.path" not in str(error.value)
         return str(error.value)
 
-    assert error_of(None).startswith("--data: this model was imported and has no corpus of its own")
-    assert re.match(r"--data .*nowhere: .* not a prepared corpus", error_of(str(tmp_path / "nowhere")))
+    assert error_of(data=None).startswith("--data: this model was imported and has no corpus of its own")
+    assert re.match(r"--data .*nowhere: .* not a prepared corpus", error_of(data=str(tmp_path / "nowhere")))
     (tmp_path / "corpus").mkdir()
     write_corpus(tmp_path / "corpus")
     result = evaluate_checkpoint(
-        str(imported_model), str(tmp_path / "corpus"), "heldout", EvaluationOptions(micro_batch=3), World()
+        str(imported_model),
+        data=str(tmp_path / "corpus"),
+        split="heldout",
+        options=EvaluationOptions(micro_batch=3),
+        world=World(),
     )
     assert result.tokens == 111
     out = capsys.readouterr().out
     assert f"{imported_model} has no tokenizer: using the tokenizer of the corpus" in out
     (imported_model / "tokenizer.json").write_bytes(BYTE_TOKENIZER.to_json_bytes().replace(b": 256", b": 300"))
     try:
-        message = error_of(str(tmp_path / "corpus"))
+        message = error_of(data=str(tmp_path / "corpus"))
         assert re.match(r"--data .*/corpus: .* was prepared with a different tokenizer", message)
     finally:
         (imported_model / "tokenizer.json").unlink()

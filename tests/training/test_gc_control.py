@@ -55,7 +55,7 @@ class StepRecorder:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    tokenizer = build_tokenizer("byte", None, list)
+    tokenizer = build_tokenizer("byte")
     tokenizer.save(tmp_path)
     with ShardWriter(tmp_path, "train", "uint16", 100) as writer:
         writer.add(tokenizer.encode("to be or not to be, that is the question"), text_bytes=40)

@@ -64,7 +64,9 @@ def test_a_lasting_spike_is_reported_once() -> None:
     notes = actual.check_metrics([make_row(step, 4.0) for step in range(21, 24)])
     assert [note["step"] for note in notes] == [21]
     assert "a loss of 4.0000 is " in notes[0]["event"]
-    assert actual.check_metrics([make_row(step, 4.0) for step in range(24, 60)]) == [], "one event per series"
+    assert actual.check_metrics([make_row(step, 4.0) for step in range(24, 60)]) == [], (
+        "a series of spikes has a second event"
+    )
     assert actual.check_metrics([make_row(60, 8.0)])[0]["step"] == 60
 
 
@@ -96,7 +98,9 @@ def test_a_step_is_checked_once_before_its_update() -> None:
     assert actual.should_apply(21, torch.tensor(2.0625), finite_loss)
     assert not actual.should_apply(22, torch.tensor(2.0), torch.tensor(math.inf))
     assert not actual.should_apply(23, torch.tensor(math.nan), finite_loss)
-    assert actual.should_apply(24, torch.tensor(9.0), finite_loss), "should_apply does not check for spikes"
+    assert actual.should_apply(24, torch.tensor(9.0), finite_loss), (
+        "should_apply rejects a spike, which check_metrics handles"
+    )
     notes = actual.check_metrics(
         [make_row(21, 2.0625), make_row(22, 2.0, math.inf), make_row(23, math.nan), make_row(24, 9.0)]
     )
@@ -122,7 +126,9 @@ def test_the_z_score_is_scale_invariant(losses: list[float], loss: float, factor
 def test_the_z_score_matches_a_normal_distribution() -> None:
     losses = torch.randn(10_001, generator=torch.Generator().manual_seed(0)).add(50).tolist()
     assert compute_robust_z_score(53.0, losses) == pytest.approx(3.0, rel=0.05)
-    assert compute_robust_z_score(3.003, [3.0] * 10) == pytest.approx(1.0), "a deviation of zero has a minimum"
+    assert compute_robust_z_score(3.003, [3.0] * 10) == pytest.approx(1.0), (
+        "a deviation of zero is not raised to the minimum"
+    )
 
 
 def test_progress_stores_the_guard_state() -> None:
