@@ -64,7 +64,7 @@ class Attention(Mixer):
     def cost(config: ModelConfig) -> Cost:
         """Return the cost of the four projections and of the scores."""
         weights = 2 * config.d_model * config.head_dim * (config.n_heads + config.n_kv_heads)
-        return Cost(weights, score_width=config.n_heads * config.head_dim)
+        return Cost(weights, config.n_heads * config.head_dim, config.window)
 
     def param_specs(self) -> dict[str, ParamSpec]:
         """Describe the parameters: the projections are sharded by heads."""

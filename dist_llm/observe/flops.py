@@ -1,9 +1,9 @@
 """Count the FLOPs of a model and look up the peak FLOP/s of a device. MFU is computed from both.
 
 MFU is the model FLOPs utilization. The convention is that of PaLM (Chowdhery et al. 2022, appendix B). A trained token
-costs 6 FLOPs per weight of a matrix product, plus 12 * heads * head_dim * seq_len per layer for attention. The head
-counts as a matrix product; the embedding lookup does not. A causal mask does not halve the cost. Recomputation is not
-counted.
+costs 6 FLOPs per weight of a matrix product, plus 12 * heads * head_dim * seq_len per layer for attention; in a layer
+with a shorter window, the window replaces seq_len. The head counts as a matrix product; the embedding lookup does not.
+A causal mask does not halve the cost. Recomputation is not counted.
 """
 
 import torch
@@ -37,8 +37,7 @@ def count_matmul_weights(model: ModelConfig) -> int:
 
 def count_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Return the FLOPs of forward and backward for one token of a decoder-only or encoder-only model."""
-    score_width = sum(cost.score_width for cost in _decoder_costs(model))
-    return 6 * count_matmul_weights(model) + 12 * score_width * seq_len
+    return sum(cost.count_flops(seq_len) for cost in _decoder_costs(model)) + 6 * _head_weights(model)
 
 
 def count_flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
@@ -50,10 +49,7 @@ def count_flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inpu
     flops = num_inputs * count_flops_per_token(model, num_inputs)
     if not num_encoder_inputs:
         return flops
-    encoder_costs = [Block.cost(model) for _ in range(model.n_encoder_layers)]
-    flops += num_encoder_inputs * sum(
-        6 * cost.weights + 12 * cost.score_width * num_encoder_inputs for cost in encoder_costs
-    )
+    flops += num_encoder_inputs * model.n_encoder_layers * Block.cost(model).count_flops(num_encoder_inputs)
     weights_per_head, score_width = model.d_model * model.head_dim, model.n_heads * model.head_dim
     query_weights, key_weights = 2 * weights_per_head * model.n_heads, 2 * weights_per_head * model.n_kv_heads
     matmul_uses = num_inputs * query_weights + num_encoder_inputs * key_weights

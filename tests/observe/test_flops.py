@@ -72,6 +72,15 @@ def test_the_flop_count_of_gpt3_matches_the_published_one():
     assert count_flops_per_token(gpt3, 2048) - count_flops_per_token(gpt3, 0) == 12 * 96 * 12288 * 2048
 
 
+def test_a_layer_with_a_window_counts_only_the_keys_of_the_window():
+    """Two layers of 2 heads of 4 dimensions: 12 * 8 FLOPs per key. The window of the first layer has 3 keys."""
+    kinds = {"near": {"window": 3}, "full": {}}
+    windowed = ModelConfig(**SHAPE, layers=("near", "full"), kinds=kinds)
+    unlimited = ModelConfig(**SHAPE)
+    assert flops_per_token(unlimited, 16) - flops_per_token(windowed, 16) == 12 * 8 * (16 - 3)
+    assert flops_per_token(unlimited, 2) == flops_per_token(windowed, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
