@@ -63,23 +63,24 @@ def build_hf_config(model: ModelConfig, family: str = "") -> dict[str, Any]:
         raise CheckpointError(f"family {family} is not supported; choose from {', '.join(WRITERS)}")
     expected = get_function_keys(model)
     closest: tuple[str, list[str]] | None = None  # (family with the fewest mismatches, its mismatches)
+    refusal = ""  # why the last family that cannot read its own config refuses it
     for name in (family,) if family else WRITERS:
         content = {"model_type": name, "architectures": [CLASSES[name]], **WRITERS[name](model)}
         content |= {"vocab_size": model.vocab_size, "tie_word_embeddings": model.tie_embeddings}
         try:
             actual = get_function_keys(parse_hf_config(content))
-        except CheckpointError:
+        except CheckpointError as error:
+            refusal = f"{name} refuses it: {error}"
             continue
         mismatches = [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]
         if not mismatches:
             return content
         if closest is None or len(mismatches) < len(closest[1]):
             closest = name, mismatches
-    closest_family, mismatches = closest or (family, [f"tie_embeddings {model.tie_embeddings}"])
-    raise CheckpointError(
-        f"Hugging Face's transformers has no equivalent of this model: {closest_family} comes closest, but the model "
-        f"has {', '.join(mismatches)}"
-    )
+    reason = refusal
+    if closest is not None:
+        reason = f"{closest[0]} comes closest, but the model has {', '.join(closest[1])}"
+    raise CheckpointError(f"Hugging Face's transformers has no equivalent of this model: {reason}")
 
 
 def _read_gpt2(fields: ConfigFields) -> dict[str, Any]:

@@ -249,6 +249,13 @@ def test_model_without_a_hugging_face_equivalent_is_refused(changes: dict[str, A
         build_hf_config(make_model_config(changes))
 
 
+def test_a_family_that_refuses_the_model_says_why() -> None:
+    """T5 v1.1 has no tied embeddings."""
+    tied = {**NATIVE_MODELS["t5"], "tie_embeddings": True}
+    with pytest.raises(CheckpointError, match=r"no equivalent.*t5 refuses it: .*only T5 v1\.1 is supported"):
+        build_hf_config(make_model_config(tied), "t5")
+
+
 def make_model_config(changes: dict[str, Any]) -> ModelConfig:
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
     return ModelConfig.model_validate({**sizes, "vocab_size": 64, "max_seq_len": 32, **changes})
