@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from dist_llm.config.model_section import ModelConfig
@@ -121,6 +122,7 @@ REORDERED_NORMS: dict[str, ModuleName] = {
     "norm_feedforward": "post_feedforward_layernorm",
 }
 RMS_EPS = Value("rms_norm_eps", "norm_eps", 1e-6)
+RMS_EPS_1E5, RMS_EPS_GLM = replace(RMS_EPS, default=1e-5), replace(RMS_EPS, default=1.5625e-07)
 LAYER_NORM_EPS = Value("layer_norm_eps", "norm_eps", 1e-5)
 NO_BIAS = Constant("attention_bias", False)
 LLAMA_SIZES, LLAMA_ACTIVATION, LLAMA_ROPE = Sizes(), Activation(), Rope()
@@ -354,30 +356,49 @@ class _FalconLayout:
 LAYER_NORM: dict[str, Any] = {"norm": "layernorm", "norm_bias": True}
 GEMMA: dict[str, Any] = {"norm_weight": "plus_one"}
 GEMMA_SCALE = Derived("embedding_scale", lambda fields: float(fields["hidden_size"]) ** 0.5, "sqrt(d_model)")
-CAPS = (
-    Value("attn_logit_softcapping", "attention_cap", None),
-    Value("final_logit_softcapping", "logit_cap", None),
+GEMMA2_CAPS = (
+    Value("attn_logit_softcapping", "attention_cap", 50.0),
+    Value("final_logit_softcapping", "logit_cap", 30.0),
 )
+GEMMA3_CAPS = tuple(replace(cap, default=None) for cap in GEMMA2_CAPS)
 HIDDEN_ACTIVATION = Activation("hidden_activation")
 
 DECODER_FAMILIES: dict[str, Family] = {
     "llama": _make_family("LlamaForCausalLM", RMS_EPS, _AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
-    "mistral": _make_family("MistralForCausalLM", RMS_EPS, Value("sliding_window", "window", 4096)),
-    "qwen2": _make_family("Qwen2ForCausalLM", RMS_EPS, _QwenWindows(), qkv_bias=True),
-    "qwen3": _make_family("Qwen3ForCausalLM", RMS_EPS, _AttentionBias(), _QwenWindows(), qk_norm=True),
-    "gemma": _make_family("GemmaForCausalLM", RMS_EPS, NO_BIAS, GEMMA_SCALE, tied=True, **GEMMA),
+    "mistral": _make_family(
+        "MistralForCausalLM", RMS_EPS, Value("sliding_window", "window", 4096), sizes=Sizes(default_kv_heads=8)
+    ),
+    "qwen2": _make_family("Qwen2ForCausalLM", RMS_EPS, _QwenWindows(), qkv_bias=True, sizes=Sizes(default_kv_heads=32)),
+    "qwen3": _make_family(
+        "Qwen3ForCausalLM",
+        RMS_EPS,
+        _AttentionBias(),
+        _QwenWindows(),
+        qk_norm=True,
+        sizes=Sizes(default_kv_heads=32, default_head_dim=128),
+    ),
+    "gemma": _make_family(
+        "GemmaForCausalLM",
+        RMS_EPS,
+        NO_BIAS,
+        GEMMA_SCALE,
+        tied=True,
+        **GEMMA,
+        sizes=Sizes(default_kv_heads=16, default_head_dim=256),
+    ),
     "gemma2": _make_family(
         "Gemma2ForCausalLM",
-        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *CAPS, LayerTypes(_full_each(2))),
+        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *GEMMA2_CAPS, LayerTypes(_full_each(2))),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
         tied=True,
         norm_order="sandwich",
         **GEMMA,
+        sizes=Sizes(default_kv_heads=4, default_head_dim=256),
     ),
     "gemma3_text": _make_family(
         "Gemma3ForCausalLM",
-        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *CAPS),
+        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *GEMMA3_CAPS),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
         rope=LayerTypes(_full_each(6), RopeFormat(theta=1_000_000.0, sliding_theta=10_000.0)),
@@ -385,6 +406,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         norm_order="sandwich",
         qk_norm=True,
         **GEMMA,
+        sizes=Sizes(default_kv_heads=4, default_head_dim=256),
     ),
     "olmo": _make_family(
         "OlmoForCausalLM",
@@ -393,11 +415,11 @@ DECODER_FAMILIES: dict[str, Family] = {
         norm_weight="none",
     ),
     "olmo2": _make_family(
-        "Olmo2ForCausalLM", RMS_EPS, NO_BIAS, names=REORDERED_NORMS, norm_order="reordered", qk_norm="all"
+        "Olmo2ForCausalLM", RMS_EPS_1E5, NO_BIAS, names=REORDERED_NORMS, norm_order="reordered", qk_norm="all"
     ),
     "olmo3": _make_family(
         "Olmo3ForCausalLM",
-        *(RMS_EPS, NO_BIAS),
+        *(RMS_EPS_1E5, NO_BIAS),
         names=REORDERED_NORMS,
         rope=LayerTypes(_full_each(4), RopeFormat(theta=500_000.0, sliding_theta=500_000.0)),
         norm_order="reordered",
@@ -408,6 +430,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(RMS_EPS, _AttentionBias(), Value("mlp_bias", "feedforward_bias", False), _SmolLM3Layers()),
         rope=Rope(RopeFormat(theta=2_000_000.0)),
         tied=True,
+        sizes=Sizes(default_kv_heads=4),
     ),
     "granite": _make_family(
         "GraniteForCausalLM",
@@ -419,13 +442,14 @@ DECODER_FAMILIES: dict[str, Family] = {
     ),
     "glm": _make_family(
         "GlmForCausalLM",
-        *(RMS_EPS, Value("attention_bias", "qkv_bias", False)),
+        *(RMS_EPS_GLM, Value("attention_bias", "qkv_bias", True)),
         names={**PAIRED_ATTENTION_NAMES, **FUSED_GATE_UP},
         rope=HALF_ROTATED,
+        sizes=Sizes(default_kv_heads=2, default_head_dim=128),
     ),
     "glm4": _make_family(
         "Glm4ForCausalLM",
-        *(RMS_EPS, Value("attention_bias", "qkv_bias", False)),
+        *(RMS_EPS_GLM, Value("attention_bias", "qkv_bias", True)),
         names={
             **PAIRED_ATTENTION_NAMES,
             **FUSED_GATE_UP,
@@ -434,6 +458,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         },
         rope=HALF_ROTATED,
         norm_order="sandwich",
+        sizes=Sizes(default_kv_heads=2, default_head_dim=128),
     ),
     "phi": _make_family(
         "PhiForCausalLM",
@@ -454,7 +479,7 @@ DECODER_FAMILIES: dict[str, Family] = {
     ),
     "phi3": _make_family(
         "Phi3ForCausalLM",
-        *(RMS_EPS, Value("sliding_window", "window", None)),
+        *(RMS_EPS_1E5, Value("sliding_window", "window", None)),
         names={
             **{f"attention.{name}": Part("self_attn.qkv_proj", _stacked(name)) for name in "qkv"},
             **FUSED_GATE_UP,
@@ -507,7 +532,12 @@ DECODER_FAMILIES: dict[str, Family] = {
     ),
     "cohere": _make_family(
         "CohereForCausalLM",
-        *(LAYER_NORM_EPS, _AttentionBias(), Constant("use_qk_norm", False), Value("logit_scale", "logit_scale", 1.0)),
+        *(
+            LAYER_NORM_EPS,
+            _AttentionBias(),
+            Constant("use_qk_norm", False),
+            Value("logit_scale", "logit_scale", 0.0625),
+        ),
         names=PAIRED_ATTENTION_NAMES,
         sizes=Sizes(has_head_dim=False),
         rope=Rope(RopeFormat(theta=500_000.0)),
@@ -517,7 +547,7 @@ DECODER_FAMILIES: dict[str, Family] = {
     ),
     "cohere2": _make_family(
         "Cohere2ForCausalLM",
-        *(LAYER_NORM_EPS, _AttentionBias(), Value("logit_scale", "logit_scale", 1.0)),
+        *(LAYER_NORM_EPS, _AttentionBias(), Value("logit_scale", "logit_scale", 0.0625)),
         LayerTypes(_full_each(4), unrotated=True),
         names=PAIRED_ATTENTION_NAMES,
         norm="layernorm",
@@ -536,7 +566,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         "StableLmForCausalLM",
         *(LAYER_NORM_EPS, Value("use_qkv_bias", "qkv_bias", False), Constant("qk_layernorm", False)),
         _ParallelResidual("one_norm", False),
-        sizes=Sizes(has_head_dim=False),
+        sizes=Sizes(default_kv_heads=32, has_head_dim=False),
         rope=Rope(RopeFormat(fraction=0.25)),
         **LAYER_NORM,
     ),
@@ -545,7 +575,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         *(Value("norm_epsilon", "norm_eps", 1e-5), Value("use_bias", "bias", True)),
         Value("sliding_window", "window", None),
         names={"feedforward.up": "mlp.c_fc", "feedforward.down": "mlp.c_proj"},
-        sizes=Sizes(has_head_dim=False),
+        sizes=Sizes(default_kv_heads=2, has_head_dim=False),
         activation=Activation(names=UNGATED),
         tied=True,
         **LAYER_NORM,

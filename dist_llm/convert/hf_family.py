@@ -119,13 +119,17 @@ class Derived:
 class Sizes:
     """The sizes that nearly all families have. `d_ff` and `n_kv_heads` are names of fields; None: no such field.
 
-    A config.json without the field `d_ff` has `d_ff_factor` times the width, if that is set.
+    A config.json without the field `d_ff` has `d_ff_factor` times the width, if that is set. One without the number of
+    key-value heads or the size of a head has `default_kv_heads` and `default_head_dim`; None: as many as query heads,
+    and the width divided by the heads.
     """
 
     d_ff: str = "intermediate_size"
     n_kv_heads: str | None = "num_key_value_heads"
     has_head_dim: bool = True
     d_ff_factor: int | None = None
+    default_kv_heads: int | None = None
+    default_head_dim: int | None = None
 
     @property
     def free_keys(self) -> FreeKeys:
@@ -137,14 +141,14 @@ class Sizes:
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the sizes. Raises CheckpointError if the heads do not divide the width."""
         d_model, n_heads = fields["hidden_size"], fields["num_attention_heads"]
-        head_dim = fields.get("head_dim") if self.has_head_dim else None
+        head_dim = fields.get("head_dim", self.default_head_dim) if self.has_head_dim else None
         if not head_dim and d_model % n_heads:
             raise CheckpointError(f"config.json: {n_heads} heads do not divide a width of {d_model}")
         return {
             "d_model": d_model,
             "n_layers": fields["num_hidden_layers"],
             "n_heads": n_heads,
-            "n_kv_heads": (fields.get(self.n_kv_heads) if self.n_kv_heads else None) or n_heads,
+            "n_kv_heads": (fields.get(self.n_kv_heads, self.default_kv_heads) if self.n_kv_heads else None) or n_heads,
             "head_dim": head_dim or d_model // n_heads,
             "d_ff": (self.d_ff_factor and fields.get(self.d_ff, self.d_ff_factor * d_model)) or fields[self.d_ff],
             "max_seq_len": fields["max_position_embeddings"],

@@ -73,6 +73,24 @@ def import_function_or_error(hf: dict[str, Any]) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_an_absent_field_has_the_default_of_transformers(family: str) -> None:
+    """Or it must be given. Each field is removed once; transformers then completes the config."""
+    transformers = pytest.importorskip("transformers")
+    config_class = getattr(transformers, FAMILIES[family][0])
+    content = build_hf_model(family).config.to_dict()
+    wrong = []
+    for name in content.keys() - {"model_type", "architectures"}:
+        without = {key: value for key, value in content.items() if key != name}
+        try:
+            completed = import_function_or_error(config_class(**without).to_dict())
+        except Exception:  # transformers rejects the rest
+            continue
+        if import_function_or_error(without) not in (completed, None):
+            wrong.append(name)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_an_unknown_field_is_reported(family: str) -> None:
     hf = make_fields(family)
     with pytest.raises(CheckpointError, match=r"the field residual_scale \(0\.5\) .*--ignore-field residual_scale"):
