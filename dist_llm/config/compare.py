@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dist_llm.config.derive import round_up
+from dist_llm.config.derive import resolve_attention_scale, round_up
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
@@ -152,7 +152,7 @@ def _get_layer_keys(layer: ModelConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {key: value for key, value in layer.model_dump().items() if key in LayerKeys.model_fields}
     if layer.positions != "rope":
         fields["rope_theta"] = fields["rotary_fraction"] = fields["rope_scaling"] = None
-    fields["attention_scale"] = layer.attention_scale or layer.head_dim**-0.5
+    fields["attention_scale"] = resolve_attention_scale(layer)
     for name in ("qkv_bias", "out_bias", "feedforward_bias"):
         fields[name] = layer.bias or fields[name]
     if layer.mixer != ATTENTION:

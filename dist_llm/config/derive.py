@@ -79,6 +79,16 @@ def iter_layer_models(model: UnresolvedModelConfig) -> Iterator[tuple[str | None
         yield kind, model.model_copy(update=sizes).with_kind(kind)
 
 
+def count_rotated_dims(model: UnresolvedModelConfig) -> int:
+    """Return the number of dimensions of a head that rotate with rotary positions."""
+    return int((model.head_dim or model.d_model // model.n_heads) * model.rotary_fraction)
+
+
+def resolve_attention_scale(model: ModelConfig) -> float:
+    """Return the factor of the attention scores."""
+    return model.attention_scale or model.head_dim**-0.5
+
+
 def count_encoder_layers(model: UnresolvedModelConfig) -> int:
     """Return the number of encoder blocks of an encoder-decoder; 0 for other architectures."""
     return (model.n_encoder_layers or model.n_layers) if model.architecture == "encoder_decoder" else 0

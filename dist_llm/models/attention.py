@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dist_llm.compat import disable_current_modes
+from dist_llm.config.derive import resolve_attention_scale
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.cost import Cost
@@ -45,9 +46,7 @@ class Attention(Mixer):
             self.norm_q, self.norm_k = (
                 RMSNorm(num * config.head_dim, config.norm_eps, config.norm_weight) for num in num_heads
             )
-        self.kernel = AttentionKernel(
-            config.dropout, config.attention_scale or config.head_dim**-0.5, config.attention_cap
-        )
+        self.kernel = AttentionKernel(config.dropout, resolve_attention_scale(config), config.attention_cap)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias or config.out_bias)
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from dist_llm.config.derive import count_rotated_dims
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.rope_sections import (
     DynamicScaling,
@@ -45,14 +46,9 @@ def apply_rotary(x_BSHE: Tensor, cos_BSF: Tensor, sin_BSF: Tensor) -> Tensor:
     return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
-def num_rotated_dims(config: ModelConfig) -> int:
-    """Return the number of dimensions of a head that rotate."""
-    return int(config.head_dim * config.rotary_fraction)
-
-
 def compute_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Return the angle per position of each pair of dimensions, [F], in fp32."""
-    num_dims, scaling = num_rotated_dims(config), config.rope_scaling
+    num_dims, scaling = count_rotated_dims(config), config.rope_scaling
     theta = config.rope_theta
     if isinstance(scaling, DynamicScaling):
         length = max(scaling.length or config.max_seq_len, scaling.original_max_seq_len)

@@ -191,7 +191,7 @@ def norm_weights_are_multiplied_without_the_one():
 
 @contextmanager
 def all_dimensions_rotate():
-    with patch.object(rope, "num_rotated_dims", lambda config: config.head_dim):
+    with patch.object(rope, "count_rotated_dims", lambda config: config.head_dim):
         yield
 
 
