@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dist_llm.config.derive import format_divisors, iter_layer_models
+from dist_llm.config.derive import count_rotated_dims, format_divisors, iter_layer_models, resolve_d_ff
 from dist_llm.config.load import Violation
-from dist_llm.config.mixer_names import check_mixer
+from dist_llm.config.mixer_names import check_mixer, check_mixer_layout
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, UnresolvedModelConfig
 from dist_llm.config.rope_sections import DynamicScaling, Llama3Scaling, LongropeScaling
 from dist_llm.config.schema import UnresolvedConfig
@@ -87,7 +87,7 @@ def _key_of_kind(model: UnresolvedModelConfig, kind: str | None, key: str) -> st
 def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of the heads, the rotation and the window of a layer."""
     model = config.model
-    yield from check_mixer(model, config.parallel.tp, config.parallel.cp)
+    yield from check_mixer(model)
     if model.mixer != ATTENTION:
         return
     if not model.head_dim and model.d_model % model.n_heads:
@@ -110,9 +110,33 @@ def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
         )
 
 
+def check_layer_layout(config: UnresolvedConfig) -> Iterator[Violation]:
+    """Yield violations of the sizes of a layer that are sharded over tp, and of its mixer under the layout."""
+    model, tp = config.model, config.parallel.tp
+    sizes: list[tuple[tuple[str, ...], str, int]] = [
+        (("model.d_ff", "model.d_model"), "hidden units", resolve_d_ff(model))
+    ]
+    if model.mixer == ATTENTION:
+        num_kv_heads = model.n_kv_heads or model.n_heads
+        sizes[:0] = [
+            (("model.n_heads",), "query heads", model.n_heads),
+            (("model.n_kv_heads", "model.n_heads"), "key-value heads", num_kv_heads),
+        ]
+    for keys, description, size in sizes:
+        if size % tp:
+            yield indivisible_by_tp(keys, description, size, tp)
+    yield from check_mixer_layout(model, tp, config.parallel.cp)
+
+
+def indivisible_by_tp(keys: tuple[str, ...], description: str, size: int, tp: int) -> Violation:
+    """Return the violation of a size that does not divide over tp."""
+    return Violation(
+        (*keys, "parallel.tp"), f"{size} {description} do not divide over tp {tp}; tp can be {format_divisors(size)}"
+    )
+
+
 def _check_rotation(model: UnresolvedModelConfig) -> Iterator[Violation]:
-    head_dim = model.head_dim or model.d_model // model.n_heads
-    num_rotated = int(head_dim * model.rotary_fraction)
+    num_rotated = count_rotated_dims(model)
     if num_rotated % 2 or not num_rotated:
         share = "a head has" if model.rotary_fraction == 1 else f"{model.rotary_fraction} of a head are"
         yield Violation(

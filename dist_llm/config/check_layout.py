@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from dist_llm.config.check_fp8 import check_fp8_sizes
-from dist_llm.config.check_layers import check_each_kind
+from dist_llm.config.check_layers import check_each_kind, check_layer_layout, indivisible_by_tp
 from dist_llm.config.derive import (
     AXES,
     SPLIT_BACKWARD,
     TWO_STAGE_SCHEDULES,
     count_encoder_layers,
-    format_divisors,
     format_layout,
-    resolve_d_ff,
     resolve_dp_shard,
     round_up,
     splits_backward,
@@ -36,7 +34,7 @@ def check_layout(config: UnresolvedConfig, world_size: int, tokenizer_size: int)
             f"dp_shard to null, or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
         )
     yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])
-    yield from check_each_kind(config, _check_sharded_sizes)
+    yield from check_each_kind(config, check_layer_layout)
     yield from _check_tensor(config, tokenizer_size)
     yield from check_each_kind(config, check_fp8_sizes)
     yield from _check_context(config)
@@ -71,30 +69,11 @@ def _format_nearest_multiples(number: int, divisor: int) -> str:
     return f"{number // divisor * divisor} or {round_up(number, divisor)}"
 
 
-def _check_sharded_sizes(config: UnresolvedConfig) -> Iterator[Violation]:
-    """Yield violations of the sizes of one layer that are sharded over tp."""
-    model, tp = config.model, config.parallel.tp
-    sharded_sizes = (
-        (("model.n_heads",), "query heads", model.n_heads),
-        (("model.n_kv_heads", "model.n_heads"), "key-value heads", model.n_kv_heads or model.n_heads),
-        (("model.d_ff", "model.d_model"), "hidden units", resolve_d_ff(model)),
-    )
-    for keys, description, size in sharded_sizes:
-        if size % tp:
-            yield _indivisible_by_tp(keys, description, size, tp)
-
-
-def _indivisible_by_tp(keys: tuple[str, ...], description: str, size: int, tp: int) -> Violation:
-    return Violation(
-        (*keys, "parallel.tp"), f"{size} {description} do not divide over tp {tp}; tp can be {format_divisors(size)}"
-    )
-
-
 def _check_tensor(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
     model, tp = config.model, config.parallel.tp
     num_vocab_rows = round_up(model.vocab_size or tokenizer_size + count_objective_ids(config), model.vocab_multiple)
     if num_vocab_rows % tp:
-        yield _indivisible_by_tp(("model.vocab_multiple",), "vocabulary rows", num_vocab_rows, tp)
+        yield indivisible_by_tp(("model.vocab_multiple",), "vocabulary rows", num_vocab_rows, tp)
     # The input length of an encoder-decoder's decoder is already rounded up to a multiple of tp.
     if tp > 1 and config.parallel.sequence_parallel and config.data.seq_len % (tp * config.parallel.cp):
         yield Violation(

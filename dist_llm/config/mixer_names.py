@@ -36,8 +36,8 @@ def load_mixer(name: str) -> Any:
         raise ConfigError(f"{name}: {target} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def check_mixer(model: UnresolvedModelConfig, tp: int, cp: int) -> Iterator[Violation]:
-    """Yield violations of the mixer of a layer, of its options, and of the layout."""
+def check_mixer(model: UnresolvedModelConfig) -> Iterator[Violation]:
+    """Yield violations of the mixer of a layer and of its options."""
     if model.mixer == ATTENTION:
         if model.mixer_options:
             yield Violation(
@@ -55,7 +55,13 @@ def check_mixer(model: UnresolvedModelConfig, tp: int, cp: int) -> Iterator[Viol
         for detail in error.errors():
             key = ".".join(("model.mixer_options", *map(str, detail["loc"])))
             yield Violation((key,), f"{detail['msg'].lower()}, found {detail['input']!r}")
+
+
+def check_mixer_layout(model: UnresolvedModelConfig, tp: int, cp: int) -> Iterator[Violation]:
+    """Yield violations of the layout by a registered mixer. `check_mixer` reports a mixer that cannot be imported."""
+    if model.mixer == ATTENTION or any(check_mixer(model)):
         return
+    mixer = load_mixer(model.mixer)
     if cp > 1 and not mixer.supports_context_parallel:
         yield Violation(("parallel.cp", "model.mixer"), f"{model.mixer} does not support context parallelism; set cp=1")
     for description, size in mixer.sharded_sizes(model).items():

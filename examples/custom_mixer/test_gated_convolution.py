@@ -71,3 +71,8 @@ def test_a_wrong_config_is_refused(near, parallel, message):
     raw = make_raw_config(MODEL | {"kinds": kinds}, parallel=parallel)
     violations = check(UnresolvedConfig.model_validate(raw), 2 if parallel else 1, 0)
     assert [str(violation) for violation in violations if str(violation).startswith(message)]
+
+
+def test_heads_that_the_mixer_does_not_read_need_not_divide_over_tensor_ranks():
+    raw = make_raw_config({"n_heads": 3, "n_kv_heads": 3, "mixer": "gated_convolution"}, parallel={"tp": 2})
+    assert check(UnresolvedConfig.model_validate(raw), 2, 0) == []
