@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from dist_llm.config.derive import count_rotated_dims, resolve_attention_scale
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.convert.hf_family import (
@@ -71,7 +72,7 @@ def _paired(name: str) -> Callable[[ModelConfig], Sequence[int]]:
     """Rotated dimensions in the pairs (2i, 2i + 1) instead of (i, i + F) (Cohere, GLM)."""
 
     def rows(model: ModelConfig) -> Sequence[int]:
-        num_rotated = int(model.head_dim * model.rotary_fraction)
+        num_rotated = count_rotated_dims(model)
         order = [*range(0, num_rotated, 2), *range(1, num_rotated, 2), *range(num_rotated, model.head_dim)]
         num_heads = _attention_rows(model)[name] // model.head_dim
         return [head * model.head_dim + element for head in range(num_heads) for element in order]
@@ -162,7 +163,7 @@ class _QueryScale:
         return {"attention_scale": fields["query_pre_attn_scalar"] ** -0.5}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        scalar = effective_attention_scale(model) ** -2
+        scalar = resolve_attention_scale(model) ** -2
         return {"query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar}
 
 
@@ -175,12 +176,7 @@ class _AttentionMultiplier:
         return {"attention_scale": float(fields.get("attention_multiplier", 1.0))}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        return {"attention_multiplier": effective_attention_scale(model)}
-
-
-def effective_attention_scale(model: ModelConfig) -> float:
-    """Return the factor of the scores."""
-    return model.attention_scale or model.head_dim**-0.5
+        return {"attention_multiplier": resolve_attention_scale(model)}
 
 
 def _invert(scale: float) -> float:
@@ -237,38 +233,43 @@ def _full_each(period: int) -> Callable[[ConfigFields], list[str]]:
     return read_types
 
 
+def _read_rotates(fields: ConfigFields) -> list[int]:
+    """Return 1 for each layer with rotation and 0 for each without."""
+    num_layers, interval = fields["num_hidden_layers"], fields.get("no_rope_layer_interval", 4)
+    return list(fields.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(num_layers)])
+
+
+def _smollm3_types(fields: ConfigFields) -> list[str]:
+    """Without layer_types: layers without rotation have windows, if use_sliding_window and sliding_window are set."""
+    has_windows = fields.get("use_sliding_window", False) and fields.get("sliding_window")
+    return [
+        "full_attention" if rotates or not has_windows else "sliding_attention" for rotates in _read_rotates(fields)
+    ]
+
+
 class _SmolLM3Layers:
     """Layers without rotation (no_rope_layers: 0), and windows."""
 
-    free_keys: ClassVar[FreeKeys] = {"kinds.window": ANY_VALUE, "kinds.positions": ANY_VALUE}
+    types = LayerTypes(_smollm3_types)
+    free_keys: ClassVar[FreeKeys] = {**types.free_keys, "kinds.positions": ANY_VALUE}
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
-        num_layers, interval = fields["num_hidden_layers"], fields.get("no_rope_layer_interval", 4)
-        rotates = fields.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(num_layers)]
-        types = list(fields.get("layer_types") or ["full_attention"] * num_layers)
-        fields.get("use_sliding_window")
-        window = fields.get("sliding_window")
-        combined = [
-            f"{name}{'' if flag else '_unrotated'}_attention" for name, flag in zip(types, rotates, strict=True)
-        ]
-        overrides = {
-            name: {
-                **({"window": window} if name.startswith("sliding") else {}),
-                **({"positions": "none"} if "unrotated" in name else {}),
-            }
-            for name in combined
-        }
-        return build_kinds(combined, overrides)
+        types, type_overrides = self.types.read_types_and_overrides(fields)
+        names, overrides = [], {}
+        for layer_type, rotates in zip(types, _read_rotates(fields), strict=True):
+            name = layer_type if rotates else layer_type.replace("_attention", "_unrotated_attention")
+            names.append(name)
+            overrides[name] = type_overrides[layer_type] | ({} if rotates else {"positions": "none"})
+        return build_kinds(names, overrides)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
+        fields = self.types.write(model)
         layers = [model.layer_config(layer) for layer in range(model.n_layers)]
-        window = next((layer.window for layer in layers if layer.window), None)
         return {
+            **fields,
             "no_rope_layers": [int(layer.positions == "rope") for layer in layers],
             "no_rope_layer_interval": 4,
-            "layer_types": ["sliding_attention" if layer.window else "full_attention" for layer in layers],
-            "sliding_window": window,
-            "use_sliding_window": window is not None,
+            "use_sliding_window": fields["sliding_window"] is not None,
         }
 
 

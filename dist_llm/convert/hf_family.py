@@ -237,6 +237,10 @@ class LayerTypes:
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return our keys `layers` and `kinds`, or flat keys if all layers are of one type."""
+        return build_kinds(*self.read_types_and_overrides(fields))
+
+    def read_types_and_overrides(self, fields: ConfigFields) -> tuple[list[str], dict[str, dict[str, Any]]]:
+        """Return (type of each layer, {type: our keys that differ}). Raises CheckpointError for an unknown type."""
         types_of_pattern = self.read_types(fields)
         types = list(fields.get("layer_types") or types_of_pattern)
         if unknown := sorted(set(types) - {"sliding_attention", "full_attention"}):
@@ -250,7 +254,7 @@ class LayerTypes:
                 overrides[layer_type] |= read_rope(fields, self.rope_by_type, layer_type)
         if self.unrotated:
             overrides["full_attention"]["positions"] = "none"
-        return build_kinds(types, overrides)
+        return types, overrides
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return layer_types, sliding_window and, by type, rope_parameters."""

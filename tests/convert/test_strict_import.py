@@ -90,6 +90,14 @@ def test_an_absent_field_has_the_default_of_transformers(family: str) -> None:
     assert wrong == []
 
 
+def test_layers_of_smollm3_without_layer_types_have_the_windows_of_transformers() -> None:
+    """The layers without rotation have the windows."""
+    config = build_hf_model("smollm3", use_sliding_window=True, sliding_window=4).config.to_dict()
+    assert "sliding_attention" in config["layer_types"]
+    without = {name: value for name, value in config.items() if name != "layer_types"}
+    assert get_function_keys(parse_hf_config(without)) == get_function_keys(parse_hf_config(config))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_unknown_field_is_reported(family: str) -> None:
     hf = make_fields(family)
