@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.convert.hf_family_list import FamilySummary, list_families
+from dist_llm.convert.hf_family_list import SIZE_KEYS, FamilySummary, list_families
 from dist_llm.convert.hf_parity import compute_logit_difference
 from results import DIRECTORY, Results, make_parser
 
@@ -25,20 +25,7 @@ TABLE_BEGIN, TABLE_END = "<!-- families: python benchmarks/families.py --write -
 HEADER = "| family | must have | may have | models | largest difference |\n| --- | --- | --- | --- | --- |\n"
 SEQ_LEN = 24
 # Keys that all families may set. The document lists them above the table.
-COMMON_KEYS = {
-    *(
-        "d_model",
-        "n_layers",
-        "n_encoder_layers",
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "d_ff",
-        "max_seq_len",
-        "norm_eps",
-    ),
-    *("rope_theta", "rope_scaling", "tie_embeddings"),
-}
+COMMON_KEYS = SIZE_KEYS | {"rope_theta", "rope_scaling", "tie_embeddings"}
 GATED = ("swiglu", "geglu", "geglu_tanh")  # the activations of families whose row has no activation
 
 

@@ -7,6 +7,11 @@ from pydantic import Field, Tag
 from dist_llm.config.section import Positive, PositiveFloat, Section, key, select_by_name
 
 SCALING = "how the rotary frequencies are changed for long contexts"
+FACTOR = "the frequencies are divided by this factor"
+ORIGINAL_LENGTH = "context length of the first training, in tokens"
+LENGTH = (
+    "context length for which the frequencies are computed, whatever the length of a sequence; null: model.max_seq_len"
+)
 Factors = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]  # a list in YAML
 
 
@@ -14,28 +19,24 @@ class LinearScaling(Section):
     """Position interpolation (Chen et al. 2023)."""
 
     name: Literal["linear"] = key(SCALING, "linear")
-    factor: PositiveFloat = key("the frequencies are divided by this factor")
+    factor: PositiveFloat = key(FACTOR)
 
 
 class DynamicScaling(Section):
     """A larger base for longer sequences (NTK-aware scaling, bloc97 and emozilla 2023)."""
 
     name: Literal["dynamic"] = key(SCALING, "dynamic")
-    factor: PositiveFloat = key("the frequencies are divided by this factor")
-    original_max_seq_len: Positive = key("context length of the first training, in tokens")
-    length: Positive | None = key(
-        "context length for which the frequencies are computed, whatever the length of a sequence; null: "
-        "model.max_seq_len",
-        None,
-    )
+    factor: PositiveFloat = key(FACTOR)
+    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
+    length: Positive | None = key(LENGTH, None)
 
 
 class Llama3Scaling(Section):
     """Lower only the low frequencies (Llama 3.1)."""
 
     name: Literal["llama3"] = key(SCALING, "llama3")
-    factor: PositiveFloat = key("the frequencies are divided by this factor")
-    original_max_seq_len: Positive = key("context length of the first training, in tokens")
+    factor: PositiveFloat = key(FACTOR)
+    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
     low_freq_factor: PositiveFloat = key(
         "frequencies with fewer turns in the original context are divided by factor", 1.0
     )
@@ -46,8 +47,8 @@ class YarnScaling(Section):
     """Lower only the low frequencies, and scale the attention scores (Peng et al. 2023, arXiv 2309.00071)."""
 
     name: Literal["yarn"] = key(SCALING, "yarn")
-    factor: PositiveFloat = key("the frequencies are divided by this factor")
-    original_max_seq_len: Positive = key("context length of the first training, in tokens")
+    factor: PositiveFloat = key(FACTOR)
+    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
     beta_fast: PositiveFloat = key("frequencies with more turns in the original context do not change", 32.0)
     beta_slow: PositiveFloat = key("frequencies with fewer turns in the original context are divided by factor", 1.0)
     truncate: bool = key("round the limits of the changed frequencies to integers (gpt-oss does not)", True)
@@ -62,12 +63,8 @@ class LongropeScaling(Section):
     name: Literal["longrope"] = key(SCALING, "longrope")
     short_factors: Factors = key("divisor of each frequency, for a length up to original_max_seq_len")
     long_factors: Factors = key("divisor of each frequency, for a greater length")
-    original_max_seq_len: Positive = key("context length of the first training, in tokens")
-    length: Positive | None = key(
-        "context length for which the frequencies are computed, whatever the length of a sequence; null: "
-        "model.max_seq_len",
-        None,
-    )
+    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
+    length: Positive | None = key(LENGTH, None)
     attention_factor: PositiveFloat | None = key(
         "factor of the rotated queries and keys; null: sqrt(1 + ln(s) / ln(original_max_seq_len)) with s = "
         "model.max_seq_len / original_max_seq_len",

@@ -9,19 +9,12 @@ from dist_llm.convert.hf_config import CLASSES, FREE_KEYS, SHARED_KEYS
 from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
 from dist_llm.convert.hf_family import FreeKeys
 
+SIZE_KEYS = {
+    *("d_model", "n_layers", "n_encoder_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len"),
+    "norm_eps",
+}
 # Keys that `describe_settings` leaves out, because nearly all families have the same choice.
-COMMON_KEYS = {
-    *(
-        "d_model",
-        "n_layers",
-        "n_encoder_layers",
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "d_ff",
-        "max_seq_len",
-        "norm_eps",
-    ),
+COMMON_KEYS = SIZE_KEYS | {
     *("activation", "rope_theta", "rope_scaling", "kinds.rope_scaling", "relative_buckets", "relative_distance"),
     "tie_embeddings",
 }
