@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import (
     _disable_current_modes as disable_current_modes,  # suspends dispatch modes, such as that of selective checkpointing
@@ -57,6 +57,45 @@ def build_dtensor(local: Tensor, spec: Any) -> Tensor:
 def flatten_mesh(mesh: "DeviceMesh", name: str) -> "DeviceMesh":
     """Flatten a mesh to one dimension `name`. Slices of the root mesh may then use that name."""
     return mesh._flatten(name)
+
+
+def fully_shard_on_two_meshes(
+    module: nn.Module, mesh: "DeviceMesh", inner: nn.Module, inner_mesh: "DeviceMesh", **options: Any
+) -> None:
+    """Apply FSDP to `module`: the parameters of its submodule `inner` over `inner_mesh`, the others over `mesh`.
+
+    From torch 2.12 on this is one FSDP module. Before, `inner` is an FSDP module inside of `module`, with which torch
+    2.13 cannot recompute activations selectively.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_init
+    from torch.distributed.tensor import Shard
+
+    if not hasattr(_fsdp_common, "ShardPlacementResult"):
+        fully_shard(inner, mesh=inner_mesh, **options)
+        fully_shard(module, mesh=mesh, **options)
+        return
+    inner_params = set(inner.parameters())
+    inner_info: Any = _fsdp_init._get_mesh_info(inner_mesh, None)
+    placement = _fsdp_common.ShardPlacementResult(Shard(0), inner_info)
+    fully_shard(
+        module,
+        mesh=mesh,
+        shard_placement_fn=lambda parameter: placement if parameter in inner_params else None,
+        **options,
+    )
+
+
+def set_sharded_collectives(module: Any, all_gather: Any, reduce_scatter: Any) -> None:
+    """Replace the collectives of an FSDP module on each of its meshes that has more than one shard.
+
+    `set_custom_all_gather` of torch refuses a module with two meshes.
+    """
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in groups:
+        if group is not None and group.mesh_info.shard_mesh_size > 1:
+            group._all_gather_comm, group._reduce_scatter_comm = all_gather, reduce_scatter
 
 
 class MappedAdamW(optim.AdamW):
@@ -139,6 +178,13 @@ def set_activation_memory_budget(budget: float) -> None:
     from torch._functorch import config
 
     config.activation_memory_budget = budget
+
+
+def trace_sizes_from_tensors() -> None:
+    """Let the compiler trace `tensor.tolist()`, so that a block whose shapes depend on data stays one graph."""
+    import torch._dynamo.config
+
+    torch._dynamo.config.capture_scalar_outputs = True
 
 
 def fuse_collectives(graph_pass: Any, source_files: Iterable[str], group_name: Any) -> None:

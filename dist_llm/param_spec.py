@@ -4,11 +4,11 @@ Each module that owns parameters has a method `param_specs`, which describes the
 tensor parallelism and resized vocabularies read these descriptions. They never compare names of parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class ParamSpec:
     `dims` names the logical dimension of each dimension of the tensor:
     vocab: padded vocabulary; position: learned positions; bucket: relative distances; embed: d_model;
     heads and kv_heads: (heads or key-value heads) * head_dim; head_index: heads; head_dim: one head;
-    ffn: hidden units of the feed-forward layer.
+    ffn: hidden units of the feed-forward layer; expert: experts, each with expert_ffn hidden units; expert_logit: the
+    logits of the router, one per expert.
     """
 
     dims: tuple[str, ...]
@@ -40,7 +41,9 @@ class ParamSpec:
     decay: bool = True  # whether AdamW and SGD apply weight decay
     muon: bool = False  # whether optim.name=muon updates this parameter by Muon instead of AdamW
     is_embedding: bool = False  # weight decay only with optim.decay_embeddings
-    is_shared_by_heads: bool = False  # applied to each head, so a tensor-parallel rank applies it to its own heads only
+    # A tensor-parallel rank applies this replicated parameter to its own heads or tokens only, so its gradient on one
+    # rank is a partial sum.
+    is_partial_under_tp: bool = False
 
 
 ParamSpecs = Mapping[str, ParamSpec]
@@ -87,10 +90,16 @@ def norm_specs(name: str, norm: nn.Module | None, dim: str = "embed", by_head: b
     """Describe the weight and the bias of a normalization layer over `dim`. `by_head`: it normalizes each head."""
     values = {"weight": ZEROS if getattr(norm, "plus_one", False) else ONES, "bias": ZEROS}
     return {
-        f"{name}.{key}": ParamSpec((dim,), init, decay=False, is_shared_by_heads=by_head)
+        f"{name}.{key}": ParamSpec((dim,), init, decay=False, is_partial_under_tp=by_head)
         for key, init in values.items()
         if getattr(norm, key, None) is not None
     }
+
+
+def iter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of all that a checkpoint stores of a model: its parameters and its buffers."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def list_vocab_params(specs: ParamSpecs) -> list[str]:

@@ -34,6 +34,8 @@ def is_sharded_over(tensor: Tensor, axis: str) -> bool:
     if not isinstance(tensor, DTensor):
         return False
     names = tensor.device_mesh.mesh_dim_names or ()
+    if "ep" in names:  # the experts of a layer are spread over all ranks of these axes together
+        return axis in ("dp_shard", "cp", "tp")
     return axis in names and not tensor.placements[names.index(axis)].is_replicate()
 
 

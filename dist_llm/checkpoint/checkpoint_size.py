@@ -5,7 +5,7 @@ import torch
 from dist_llm.config.schema import Config
 from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import select_muon_params
-from dist_llm.param_spec import collect_param_specs
+from dist_llm.param_spec import collect_param_specs, iter_weights
 
 STEP_BYTES = 4  # step counter of AdamW, one per parameter
 
@@ -15,10 +15,11 @@ def count_checkpoint_bytes(config: Config) -> int:
     with torch.device("meta"):
         model = build_model(config.model)
     parameters = list(model.named_parameters())
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for _, parameter in parameters)
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in iter_weights(model))
     optim = config.optim
     if optim.name == "sgd":
-        return weight_bytes + (weight_bytes if optim.momentum else 0)
+        parameter_bytes = sum(parameter.numel() * parameter.element_size() for _, parameter in parameters)
+        return weight_bytes + (parameter_bytes if optim.momentum else 0)
     muon_params = select_muon_params(parameters, collect_param_specs(model)) if optim.name == "muon" else {}
     momentum_bytes = sum(parameter.numel() * parameter.element_size() for parameter in muon_params.values())
     adamw_params = [parameter for name, parameter in parameters if name not in muon_params]

@@ -62,10 +62,12 @@ class Progress:
         return content
 
 
-class HasNamedParameters(Protocol):
+class HasNamedTensors(Protocol):
     """A model, or an engine that has parts of a model."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 class CheckpointState(Protocol):
@@ -75,7 +77,7 @@ class CheckpointState(Protocol):
     """
 
     def weights(self) -> dict[str, Any]:
-        """Return {"model.NAME": parameter}. A save writes these tensors; a load fills them in place."""
+        """Return {"model.NAME": parameter or buffer}. A save writes these tensors; a load fills them in place."""
         ...
 
     def moments(self) -> dict[str, Any]:
@@ -101,12 +103,13 @@ class TorchState:
     `drop_gathered` drops gathered weights, which the next forward pass would use instead of the loaded weights.
     """
 
-    model: HasNamedParameters
+    model: HasNamedTensors
     optimizer: optim.Optimizer | None = None
     drop_gathered: Callable[[], None] = lambda: None
 
     def weights(self) -> dict[str, Any]:
-        return {f"model.{name}": parameter.detach() for name, parameter in self._unique_parameters().items()}
+        tensors = self._unique_parameters() | dict(self.model.named_buffers())
+        return {f"model.{name}": tensor.detach() for name, tensor in tensors.items()}
 
     def moments(self) -> dict[str, Any]:
         if self.optimizer is None:

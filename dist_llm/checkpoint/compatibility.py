@@ -23,6 +23,7 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
+from dist_llm.param_spec import iter_weights
 
 log = logging.getLogger("dist_llm")
 
@@ -111,7 +112,7 @@ def compare_parameters(
     config requests such differences. If not, the function raises CheckpointError for them.
     """
     with torch.device("meta"):
-        model_names = {f"model.{name}" for name, _ in build_model(model).named_parameters()}
+        model_names = {f"model.{name}" for name, _ in iter_weights(build_model(model))}
     checkpoint_names = {name for name in saved if name.startswith("model.")}
     added, dropped = sorted(model_names - checkpoint_names), sorted(checkpoint_names - model_names)
     if (added or dropped) and not requested:

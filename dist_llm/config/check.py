@@ -15,6 +15,7 @@ from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
 from dist_llm.config.check_layers import check_each_kind, check_layers, check_one_layer, check_residuals
 from dist_llm.config.check_layout import check_budget, check_layout
+from dist_llm.config.check_moe import check_moe
 from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.load import Violation
@@ -58,6 +59,7 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
         *data_violations,
         *check_layers(config.model),
         *check_each_kind(config, check_one_layer),
+        *check_each_kind(config, check_moe),
         *check_residuals(config.model),
         *_check_relative(config.model),
         *_check_lengths(config, tokenizer_size),

@@ -22,7 +22,14 @@ def _has_positions(kind: str) -> Callable[[UnresolvedConfig], bool]:
     return lambda config: any(model.positions == kind for _, model in iter_layer_models(config.model))
 
 
+def _has_feedforward(name: str) -> Callable[[UnresolvedConfig], bool]:
+    """Return a function that returns whether a layer of a config has this kind of feed-forward layer."""
+    return lambda config: any(model.feedforward.name == name for _, model in iter_layer_models(config.model))
+
+
 RULES: tuple[Rule, ...] = (
+    ("model.d_ff", _has_feedforward("dense"), "a layer with feedforward.name=dense"),
+    ("parallel.ep", _has_feedforward("moe"), "a layer with model.feedforward.name=moe"),
     ("model.rope_theta", _has_positions("rope"), "model.positions=rope"),
     ("model.rotary_fraction", _has_positions("rope"), "model.positions=rope"),
     ("model.rope_scaling", _has_positions("rope"), "model.positions=rope"),

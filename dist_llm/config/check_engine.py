@@ -10,8 +10,8 @@ from dist_llm.config.schema import AccelerateConfig, DeepSpeedConfig, Unresolved
 
 # Third-party engine -> the axes that the engine does not support.
 UNSUPPORTED_AXES = {
-    "deepspeed": ("dp_replicate", "cp", "tp"),
-    "accelerate": ("dp_replicate", "cp", "tp", "pp"),
+    "deepspeed": ("dp_replicate", "cp", "tp", "ep"),
+    "accelerate": ("dp_replicate", "cp", "tp", "ep", "pp"),
 }
 NATIVE_DEFAULTS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": None}
 

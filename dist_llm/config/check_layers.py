@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dist_llm.config.derive import count_rotated_dims, format_divisors, iter_layer_models, resolve_d_ff
+from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.load import Violation
 from dist_llm.config.mixer_names import check_mixer, check_mixer_layout
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, UnresolvedModelConfig
@@ -113,9 +114,13 @@ def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
 def check_layer_layout(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of the sizes of a layer that are sharded over tp, and of its mixer under the layout."""
     model, tp = config.model, config.parallel.tp
-    sizes: list[tuple[tuple[str, ...], str, int]] = [
-        (("model.d_ff", "model.d_model"), "hidden units", resolve_d_ff(model))
-    ]
+    sizes: list[tuple[tuple[str, ...], str, int]] = []
+    moe = model.feedforward
+    if not isinstance(moe, MoEConfig):
+        sizes.append((("model.d_ff", "model.d_model"), "hidden units", resolve_d_ff(model)))
+    elif moe.n_shared_experts:
+        keys_of_size = ("model.feedforward.d_expert", "model.feedforward.n_shared_experts")
+        sizes.append((keys_of_size, "hidden units of shared experts", moe.d_expert * moe.n_shared_experts))
     if model.mixer == ATTENTION:
         num_kv_heads = model.n_kv_heads or model.n_heads
         sizes[:0] = [

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 
 from dist_llm.config.check_fp8 import check_fp8_sizes
 from dist_llm.config.check_layers import check_each_kind, check_layer_layout, indivisible_by_tp
+from dist_llm.config.check_moe import check_expert_layout
 from dist_llm.config.derive import (
     AXES,
     SPLIT_BACKWARD,
@@ -35,6 +37,8 @@ def check_layout(config: UnresolvedConfig, world_size: int, tokenizer_size: int)
         )
     yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])
     yield from check_each_kind(config, check_layer_layout)
+    num_expert_ranks = sizes["dp_shard"] * parallel.cp * parallel.tp
+    yield from check_each_kind(config, partial(check_expert_layout, num_ranks=num_expert_ranks))
     yield from _check_tensor(config, tokenizer_size)
     yield from check_each_kind(config, check_fp8_sizes)
     yield from _check_context(config)

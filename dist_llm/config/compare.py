@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dist_llm.config.derive import resolve_attention_scale, round_up
+from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
@@ -31,6 +32,7 @@ MODEL_ROLES: dict[str, Role] = {
     "n_heads": "fixed",
     "n_kv_heads": "fixed",
     "head_dim": "fixed",
+    "feedforward": "requestable",
     "d_ff": "fixed",
     "vocab_size": "requestable",
     "vocab_multiple": "training",  # padding rows are never predicted
@@ -85,6 +87,8 @@ OBJECTIVE_ROLES: dict[str, Role] = {
     "fim_rate": "training",
     "fim_spm_rate": "training",
 }
+# The keys of `model.feedforward` that do not change the function.
+MOE_TRAINING_KEYS = ("balance_loss", "balance_over", "router_z_loss", "selection_bias_rate")
 REQUESTABLE = (*(f"model.{name}" for name, role in MODEL_ROLES.items() if role == "requestable"), "objective")
 
 # Requestable keys that add parameters to the model or remove parameters.
@@ -92,6 +96,7 @@ PARAMETER_KEYS = {
     f"model.{name}"
     for name in (
         "n_layers",
+        "feedforward",
         "positions",
         "norm",
         "norm_order",
@@ -157,6 +162,9 @@ def _get_layer_keys(layer: ModelConfig) -> dict[str, Any]:
         fields[name] = layer.bias or fields[name]
     if layer.mixer != ATTENTION:
         fields |= dict.fromkeys(ATTENTION_KEYS)
+    if isinstance(layer.feedforward, MoEConfig):
+        fields["d_ff"] = None
+        fields["feedforward"] = layer.feedforward.model_dump(exclude=set(MOE_TRAINING_KEYS))
     return fields
 
 

@@ -117,7 +117,10 @@ def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iter
 
 
 def _describe_field(name: str, field: Any) -> KeyHelp:
-    default = "required" if field.is_required() else str(yaml.safe_dump(field.default)).split("\n")[0]
+    default = "required"
+    if not field.is_required():
+        value = field.default.model_dump() if isinstance(field.default, Section) else field.default
+        default = str(yaml.safe_dump(value, default_flow_style=True)).split("\n")[0]
     known_names = [" | ".join((*mark.names, "...")) for mark in field.metadata if isinstance(mark, KnownNames)]
     kind = known_names[0] if known_names else type_name(field.annotation)
     if OFF in field.metadata:

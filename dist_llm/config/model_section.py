@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, create_model, model_serializer
 
+from dist_llm.config.feedforward_sections import DenseConfig, FeedForwardConfig
 from dist_llm.config.rope_sections import RopeScaling
 from dist_llm.config.section import (
     MAX_IDS,
@@ -65,6 +66,9 @@ class LayerKeys(Section):
     n_heads: PositiveWidth = key("number of query heads")
     n_kv_heads: DerivedWidth = key("number of key-value heads (grouped-query attention); null: n_heads", None)
     head_dim: DerivedWidth = key("size of a head; null: d_model / n_heads", None)
+    feedforward: FeedForwardConfig = key(
+        "kind of the feed-forward layer: dense, or moe, a mixture of experts", DenseConfig()
+    )
     d_ff: DerivedWidth = key(
         "hidden size of the feed-forward layer; null: 4 d_model, or for gated activations 8/3 d_model rounded up to "
         "a multiple of 64",

@@ -16,6 +16,11 @@ class UnresolvedParallelConfig(Section):
     )
     cp: Positive = key("context-parallel degree: each rank has a part of every sequence", 1)
     tp: Positive = key("tensor-parallel degree: each rank has some heads, hidden units and vocabulary rows", 1)
+    ep: Positive = key(
+        "expert-parallel degree of a mixture of experts: each of ep neighboring ranks has some experts. It divides "
+        "dp_shard x cp x tp, and is not a factor of the number of ranks",
+        1,
+    )
     pp: Positive = key("pipeline-parallel degree: each rank has some of the layers", 1)
     reshard: Literal["default", "always", "never"] = key(
         "free gathered weights after forward; default: in all blocks but the last, and never under pp", "default"

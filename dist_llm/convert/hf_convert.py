@@ -24,7 +24,7 @@ from dist_llm.convert.weights import LazyWeights, Weights
 from dist_llm.convert.write_weights import SHARD_BYTES, write_safetensors
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model, build_param_specs
-from dist_llm.param_spec import list_vocab_params
+from dist_llm.param_spec import iter_weights, list_vocab_params
 from dist_llm.text.bpe_tokenizer import BPETokenizer
 from dist_llm.text.char_tokenizer import CharTokenizer
 from dist_llm.text.hf_folder import GENERATION_FILE, TOKEN_ID_KEYS
@@ -67,9 +67,9 @@ TIED_NAMES = {
 
 
 def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return {native parameter name: shape}; the vocabulary is padded."""
+    """Return {native name of a parameter or buffer: shape}; the vocabulary is padded."""
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in build_model(model).named_parameters()}
+        return {name: tuple(tensor.shape) for name, tensor in iter_weights(build_model(model))}
 
 
 def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights:

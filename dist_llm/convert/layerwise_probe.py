@@ -14,6 +14,7 @@ from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.weights import Weights
 from dist_llm.convert.write_weights import DTYPES
 from dist_llm.models.build_model import build_model
+from dist_llm.param_spec import iter_weights
 
 
 @torch.no_grad()
@@ -23,11 +24,13 @@ def compute_probe_layerwise(weights: Weights, config: ModelConfig, dtype: str = 
         model = build_model(config).eval()
 
     def load(names: Iterable[str]) -> None:
-        """Read parameters into the model."""
+        """Read parameters and buffers into the model."""
         for name in names:
             owner, _, attribute = name.rpartition(".")
             value = weights.read(f"model.{name}").to(DTYPES[dtype]).float()
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+            module = model.get_submodule(owner)
+            is_buffer = attribute in dict(module.named_buffers(recurse=False))
+            setattr(module, attribute, value if is_buffer else nn.Parameter(value, requires_grad=False))
 
     def free(block: nn.Module) -> None:
         """Replace the parameters of a block by meta tensors."""
@@ -37,7 +40,7 @@ def compute_probe_layerwise(weights: Weights, config: ModelConfig, dtype: str = 
 
     load([name for name, _ in model.named_parameters() if not name.startswith("blocks.")])
     for block_name, block in model.blocks.items():
-        names = [f"blocks.{block_name}.{name}" for name, _ in block.named_parameters()]
+        names = [f"blocks.{block_name}.{name}" for name, _ in iter_weights(block)]
         block.register_forward_pre_hook(lambda _module, _inputs, names=names: load(names))
         block.register_forward_hook(lambda module, _inputs, _output: free(module))
     head_inputs: list[tuple[Any, ...]] = []

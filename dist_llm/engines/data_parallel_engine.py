@@ -39,6 +39,10 @@ class DataParallelEngine:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
 
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the buffers of the model."""
+        return self.model.named_buffers()
+
     @property
     def replica_groups(self) -> ReplicaGroups:
         """One group with all parameters, or an empty list if FSDP or ZeRO stage 3 shards the parameters."""

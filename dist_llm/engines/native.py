@@ -14,7 +14,9 @@ from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
 from dist_llm.engines.gradient_norm import compute_grad_norm
 from dist_llm.engines.optimizer_step import clip_and_unscale_, step_and_zero_grad
+from dist_llm.engines.router_balance import RouterBalancer, count_experts
 from dist_llm.models.build_model import build_param_specs
+from dist_llm.models.router_stats import RouterStats
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.build_optimizer import build_optimizer, select_muon_params
 from dist_llm.optim.loss_scale import LossScale
@@ -27,6 +29,7 @@ from dist_llm.parallel.mesh import (
     DATA_AXES,
     all_gather_ints,
     all_reduce_over_axes_,
+    build_expert_mesh,
     build_mesh,
 )
 from dist_llm.parallel.parallelize import build_model_parts
@@ -43,7 +46,13 @@ class NativeEngine:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
         self.mesh = build_mesh(config.parallel, device.type) if dist.is_initialized() else None
-        self.model_parts = build_model_parts(config, self.mesh, device)
+        expert_mesh = None
+        if self.mesh is not None and count_experts(config.model):
+            expert_mesh = build_expert_mesh(config.parallel, device.type)
+        self.model_parts = build_model_parts(config, self.mesh, device, expert_mesh)
+        self.router_balancer = RouterBalancer(config, self.model_parts, self.mesh, device)
+        self.router_stats: dict[int, RouterStats] = {}  # of the last step, by layer
+        self._num_microbatches = 0
         self.pipeline: Pipeline | None = None
         if self.mesh is not None and config.parallel.pp > 1:
             self.pipeline = Pipeline(config, self.mesh, self.model_parts, device)
@@ -79,6 +88,11 @@ class NativeEngine:
         the shards in the modules by gathered weights.
         """
         yield from self._named_parameters
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the buffers of this rank, which are equal on all ranks that hold the layer."""
+        for model_part in self.model_parts:
+            yield from model_part.named_buffers()
 
     @property
     def state(self) -> CheckpointState:
@@ -124,6 +138,8 @@ class NativeEngine:
             self._fit_activation_budget(batches[0], step)
         scale = self.loss_scale.value if self.loss_scale else 1.0
         num_valid_tokens = num_valid_tokens.clamp(min=1) / scale
+        self._num_microbatches = len(batches)
+        self.router_balancer.start_step(scale)
         if self.pipeline is None:
             losses = self._accumulate_in_sequence(batches, num_valid_tokens, step)
         else:
@@ -176,12 +192,14 @@ class NativeEngine:
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         scale = self.loss_scale.value if self.loss_scale else 1.0
         norm = self._compute_grad_norm() / scale
-        if self._update_loss_scale(norm) and (should_apply is None or should_apply(norm)):
+        is_applied = self._update_loss_scale(norm) and (should_apply is None or should_apply(norm))
+        if is_applied:
             parameters = (parameter for _, parameter in self._named_parameters)
             clip_and_unscale_(parameters, norm, self.config.optim.clip, scale)
             step_and_zero_grad(self.optimizer, lr)
         else:
             self.optimizer.zero_grad()
+        self.router_stats = self.router_balancer.finish_step(self._num_microbatches, is_applied)
         return norm
 
     @torch.no_grad()

@@ -14,8 +14,11 @@ from dist_llm.models.cost import Cost
 from dist_llm.models.feedforward import FeedForward
 from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.mixer import get_mixer_class
+from dist_llm.models.moe import MoE
 from dist_llm.models.norm import build_norm
 from dist_llm.param_spec import ParamSpec, norm_specs
+
+FEEDFORWARD_CLASSES: dict[str, type[FeedForward | MoE]] = {"dense": FeedForward, "moe": MoE}
 
 
 class Block(nn.Module):
@@ -37,7 +40,7 @@ class Block(nn.Module):
         self.norm_cross = build_norm(config) if has_cross_attention else None
         self.cross = CrossAttention(config, layer) if has_cross_attention else None
         self.norm_feedforward = build_norm(config) if config.parallel_residual != "one_norm" else None
-        self.feedforward = FeedForward(config, layer)
+        self.feedforward = FEEDFORWARD_CLASSES[config.feedforward.name](config, layer)
         is_sandwich = config.norm_order == "sandwich"
         self.norm_attention_out = build_norm(config) if is_sandwich else None
         self.norm_feedforward_out = build_norm(config) if is_sandwich else None
@@ -46,7 +49,7 @@ class Block(nn.Module):
     @staticmethod
     def cost(config: ModelConfig) -> Cost:
         """Return the cost of the mixer and the feed-forward layer; cross-attention depends on the encoder input."""
-        return get_mixer_class(config.mixer).cost(config) + FeedForward.cost(config)
+        return get_mixer_class(config.mixer).cost(config) + FEEDFORWARD_CLASSES[config.feedforward.name].cost(config)
 
     def param_specs(self) -> dict[str, ParamSpec]:
         """Describe the parameters of the norms. The sublayers describe their own."""
@@ -58,10 +61,14 @@ class Block(nn.Module):
         x_BSD: Tensor,
         context: LayerContext,
         memory_BTD: Tensor | None = None,
-    ) -> Tensor:
-        """[B, S, D] -> [B, S, D]. `memory_BTD` is the output of the encoder."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> ([B, S, D], packed `RouterStats` of a mixture of experts or None).
 
+        `memory_BTD` is the output of the encoder. The statistics are an output, because a recomputed forward would
+        repeat any side effect.
+        """
         depth_scale_BS1 = context.depth_scale_BS1
+        router_stats: list[Tensor] = []
 
         def scale_output(out_BSD: Tensor) -> Tensor:
             out_BSD = self.dropout(out_BSD)
@@ -75,12 +82,20 @@ class Block(nn.Module):
             out_BSD: Tensor = mixer(x_BSD, context)
             return out_BSD
 
+        def feed_forward(x_BSD: Tensor) -> Tensor:
+            if isinstance(self.feedforward, FeedForward):
+                return self.feedforward(x_BSD)
+            out_BSD, stats = self.feedforward(x_BSD, context.router_loss_scale)
+            router_stats.append(stats)
+            return out_BSD
+
         if self.config.parallel_residual != "off":
             normed_BSD = cast_to_autocast_dtype(self.norm_attention(x_BSD))
             feedforward_in_BSD = normed_BSD
             if self.norm_feedforward is not None:
                 feedforward_in_BSD = cast_to_autocast_dtype(self.norm_feedforward(x_BSD))
-            return x_BSD + scale_output(attend(normed_BSD)) + scale_output(self.feedforward(feedforward_in_BSD))
+            x_BSD = x_BSD + scale_output(attend(normed_BSD)) + scale_output(feed_forward(feedforward_in_BSD))
+            return x_BSD, router_stats[0] if router_stats else None
 
         def apply_sublayer(
             x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor], out_norm: nn.Module | None = None
@@ -96,7 +111,8 @@ class Block(nn.Module):
             assert self.norm_cross is not None
             x_BSD = apply_sublayer(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, context))
         assert self.norm_feedforward is not None
-        return apply_sublayer(x_BSD, self.norm_feedforward, self.feedforward, self.norm_feedforward_out)
+        x_BSD = apply_sublayer(x_BSD, self.norm_feedforward, feed_forward, self.norm_feedforward_out)
+        return x_BSD, router_stats[0] if router_stats else None
 
 
 def cast_to_autocast_dtype(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.norm import build_norm
 from dist_llm.models.positional_encoding import AlibiBias, RelativeBias, SinusoidalEncoding
 from dist_llm.models.rope import RotaryCosSin, compute_rotary_cos_sin
+from dist_llm.models.router_stats import RouterLog
 from dist_llm.models.stochastic_depth import stochastic_depth_scale
 from dist_llm.param_spec import ZEROS, ParamSpec, linear_specs, norm_specs
 
@@ -172,6 +173,7 @@ class Decoder(nn.Module):
             {str(layer): Block(config.layer_config(layer), layer) for layer in range(config.n_layers)}
         )
         self.head: Head | None = Head(config, loss or CrossEntropy())
+        self.router_log = RouterLog()
 
     def trim_to_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
         """Remove all but these blocks; remove the embedding and the head unless this is the first or the last stage.
@@ -219,8 +221,16 @@ class Decoder(nn.Module):
         x_BSD = self.embed(inputs, positions_BS) if self.embed is not None and self.is_first_stage else inputs
         rotations = self._rotary_cos_sin(positions_BS)
         for layer, block in self._iter_blocks():
-            depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-            x_BSD = block(x_BSD, LayerContext(masks[layer], rotations[layer], cache, depth_scale_BS1))
+            context = LayerContext(
+                masks[layer],
+                rotations[layer],
+                cache,
+                self._depth_scale(sample_hash_B, layer),
+                router_loss_scale=self.router_log.loss_scale if self.training else None,
+            )
+            x_BSD, router_stats = block(x_BSD, context)
+            if router_stats is not None and self.training and torch.is_grad_enabled():
+                self.router_log.add(layer, router_stats)
         if cache is not None:
             cache.length += shape_BS[1]
         return x_BSD if self.head is None else self._apply_head(x_BSD, targets_BS)

@@ -98,7 +98,7 @@ class EncoderDecoder(Decoder):
         for layer, block in decoder_blocks:
             depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
             context = LayerContext(masks[layer], rotations[layer], cache, depth_scale_BS1, memory_mask)
-            x_BSD = block(x_BSD, context, memory_BTD)
+            x_BSD, _ = block(x_BSD, context, memory_BTD)
         if cache is not None:
             cache.length += S
         if self.head is None:
@@ -122,7 +122,7 @@ class EncoderDecoder(Decoder):
             rotations = self._rotary_cos_sin(positions_BT)
             for layer, block in encoder_blocks:
                 depth_scale_BS1 = self._depth_scale(sample_hash_B, layer)
-                x_BTD = block(x_BTD, LayerContext(masks[layer], rotations[layer], None, depth_scale_BS1))
+                x_BTD, _ = block(x_BTD, LayerContext(masks[layer], rotations[layer], None, depth_scale_BS1))
         return x_BTD if self.source_norm is None else self.source_norm(x_BTD)
 
     def _materialize_memory_mask(

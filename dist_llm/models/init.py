@@ -6,14 +6,21 @@ A rank computes only its own shard of a parameter, in time and memory proportion
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 from dist_llm.param_spec import InitRule
+
+
+class HasFeatures(Protocol):
+    """A linear layer, or a linear layer per expert."""
+
+    in_features: int
+    out_features: int
 
 
 def embedding_init(config: ModelConfig, has_vocab_rows: bool = False) -> InitRule:
@@ -27,7 +34,7 @@ def embedding_init(config: ModelConfig, has_vocab_rows: bool = False) -> InitRul
     return InitRule("normal", std, num_used_rows=config.vocab_size if has_vocab_rows else None)
 
 
-def matrix_init(config: ModelConfig, linear: nn.Linear) -> InitRule:
+def matrix_init(config: ModelConfig, linear: HasFeatures) -> InitRule:
     """Return the rule of a weight matrix outside of the blocks: that of `block_matrix_init`, without its scaling."""
     if config.init == "he":
         return InitRule("normal", math.sqrt(2 / linear.in_features))
@@ -37,7 +44,7 @@ def matrix_init(config: ModelConfig, linear: nn.Linear) -> InitRule:
 
 
 def block_matrix_init(
-    config: ModelConfig, layer: int, linear: nn.Linear, role: Literal["input", "query_or_key", "residual_output"]
+    config: ModelConfig, layer: int, linear: HasFeatures, role: Literal["input", "query_or_key", "residual_output"]
 ) -> InitRule:
     """Return the rule of a weight matrix of block `layer`, by `model.init`:
 
@@ -60,7 +67,7 @@ def block_matrix_init(
     return matrix_init(config, linear)
 
 
-def _xavier_bound(linear: nn.Linear) -> float:
+def _xavier_bound(linear: HasFeatures) -> float:
     return math.sqrt(6 / (linear.in_features + linear.out_features))
 
 

@@ -5,6 +5,7 @@ Shape suffixes: N matrices of R rows and C columns.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -51,11 +52,23 @@ class Muon:
             parameter.grad = None
         for parameter, update in zip(group["params"], self.orthogonalize(updates), strict=True):
             weights = to_local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
-            weights.add_(to_local(update), alpha=-0.2 * group["lr"] * max(parameter.shape) ** 0.5)
+            weights.add_(to_local(update), alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
 
 
 def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Orthogonalize each matrix [R, C], computed in `dtype` (None: its own dtype). Batch matrices of equal shape."""
+    """Orthogonalize each matrix [R, C], computed in `dtype` (None: its own dtype). Batch matrices of equal shape.
+
+    A tensor [E, R, C] is a matrix per expert.
+    """
+    if any(matrix.ndim == 3 for matrix in matrices):
+        counts = [len(matrix) if matrix.ndim == 3 else 1 for matrix in matrices]
+        flat = [part for matrix in matrices for part in (matrix if matrix.ndim == 3 else (matrix,))]
+        results = iter(orthogonalize(flat, dtype))
+        stacks = [list(islice(results, count)) for count in counts]
+        return [
+            (torch.stack(stack) if stack else matrix) if matrix.ndim == 3 else stack[0]
+            for matrix, stack in zip(matrices, stacks, strict=True)
+        ]
     orthogonalized: dict[int, Tensor] = {}
     indices_by_shape = defaultdict(list)
     for index, matrix in enumerate(matrices):

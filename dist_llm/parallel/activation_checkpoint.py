@@ -27,8 +27,10 @@ from dist_llm.compat import (
     saved_by_selective_checkpoint,
     saved_tensors,
     set_activation_memory_budget,
+    trace_sizes_from_tensors,
 )
 from dist_llm.config.parallel_section import ParallelConfig
+from dist_llm.models import grouped_linear  # noqa: F401  # registers the operation of SAVED_OPS
 from dist_llm.models.decoder import Decoder
 
 RecomputeMode = Literal["none", "selective", "full"]
@@ -45,6 +47,9 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     functional_collectives.reduce_scatter_tensor.default,
     functional_collectives.all_reduce.default,
+    functional_collectives.all_to_all_single.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.dist_llm.grouped_linear.default,  # models/grouped_linear.py
 }
 
 
@@ -52,6 +57,8 @@ def compile_blocks(model: Decoder, parallel: ParallelConfig) -> None:
     """Compile each block separately. All layers then share one graph, and the hooks of FSDP stay outside of it."""
     if parallel.recompute_budget < 1:
         set_activation_memory_budget(parallel.recompute_budget)
+    if parallel.ep > 1:
+        trace_sizes_from_tensors()
     for block in model.blocks.values():
         block.forward = torch.compile(block.forward)
 

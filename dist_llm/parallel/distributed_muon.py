@@ -24,12 +24,14 @@ class DistributedOrthogonalizer:
 
     One all-to-all sends the shards of the updates to the owners, and a second one sends the results back. The owners
     are chosen to balance the work over the ranks. The owner gathers and orthogonalizes an update in `dtype`: bf16 has
-    half the traffic of fp32.
+    half the traffic of fp32. The matrices of experts, [E, R, C], are never split, so a rank orthogonalizes its own.
     """
 
     def __init__(self, mesh: DeviceMesh, matrices: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.group, self.dtype, self.device = get_stage_group(mesh), dtype, mesh.device_type
         self.rank, self.num_ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.is_expert = [matrix.ndim == 3 for matrix in matrices]
+        matrices = [matrix for matrix in matrices if matrix.ndim == 2]
         self.shapes = [tuple(matrix.shape) for matrix in matrices]
         boxes: list[list[ShardBox]] = [[]] * self.num_ranks  # boxes[rank][index of the matrix]
         local_boxes = [(offset, tuple(shard.shape)) for shard, offset in map(local_with_offset, matrices)]
@@ -53,7 +55,10 @@ class DistributedOrthogonalizer:
 
     def __call__(self, updates: Sequence[Tensor]) -> Sequence[Tensor]:
         """Orthogonalize each update in place. `updates` are sharded like the matrices, in the same order."""
-        shards = [to_local(update) for update in updates]
+        experts = [to_local(update) for update, is_expert in zip(updates, self.is_expert, strict=True) if is_expert]
+        for shard, result in zip(experts, orthogonalize(experts, self.dtype), strict=True):
+            shard.copy_(result)
+        shards = [to_local(update) for update, is_expert in zip(updates, self.is_expert, strict=True) if not is_expert]
         gathered = {index: shards[index].new_empty(self.shapes[index], dtype=self.dtype) for index in self.owned}
         sent_shards = [[shards[index] for index in indices] for indices in self.shards_to_send]
         for (index, box), shard in self._all_to_all(sent_shards, self.shards_to_receive):

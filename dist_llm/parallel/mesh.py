@@ -6,6 +6,8 @@ has size 1. Two meshes are derived from the mesh of all ranks:
 - `get_fsdp_mesh`: replicas and shards of the weights, for FSDP (fsdp.py).
 - `get_stage_group`: the ranks of one pipeline stage, for Muon (distributed_muon.py).
 
+Experts have a second mesh over the same ranks, `build_expert_mesh`.
+
 As in torch, a function whose name ends in `_` changes its argument. The other functions return a new tensor.
 """
 
@@ -26,11 +28,23 @@ from dist_llm.parallel import p2p_collectives
 
 DATA_AXES = ("dp_replicate", "dp_shard", "cp")  # the axes along which ranks hold different tokens
 SHARD_AXES = ("dp_shard", "cp")  # the axes along which FSDP shards a parameter
+EXPERT_SHARD_AXIS = "expert_shard"  # the axis of the expert mesh along which FSDP shards the experts of a rank
 
 
 def build_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
     """Build the mesh (pp, dp_replicate, dp_shard, cp, tp). tp is innermost, so its ranks share a node if possible."""
     return init_device_mesh(device_type, tuple(getattr(parallel, axis) for axis in AXES), mesh_dim_names=AXES)
+
+
+def build_expert_mesh(parallel: ParallelConfig, device_type: str) -> DeviceMesh:
+    """Build the mesh (pp, dp_replicate, expert_shard, ep) of the experts, over the same ranks as `build_mesh`.
+
+    The dp_shard x cp x tp ranks of a stage are split into groups of ep neighbors. The ranks of a group hold different
+    experts, and FSDP shards the experts of a rank over expert_shard, the groups.
+    """
+    num_ranks = parallel.dp_shard * parallel.cp * parallel.tp
+    sizes = (parallel.pp, parallel.dp_replicate, num_ranks // parallel.ep, parallel.ep)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("pp", "dp_replicate", EXPERT_SHARD_AXIS, "ep"))
 
 
 def get_fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from dist_llm.compat import set_sharded_collectives
 from dist_llm.models.decoder import Decoder
 
 
@@ -29,8 +30,7 @@ def use_p2p_collectives(model: Decoder, device_type: str) -> None:
         return
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(P2PAllGather())  # type: ignore[arg-type]  # torch's base classes are not public
-            module.set_custom_reduce_scatter(P2PReduceScatter())  # type: ignore[arg-type]
+            set_sharded_collectives(module, P2PAllGather(), P2PReduceScatter())
     modules: list[Any] = [model, *model.blocks.values()]
     for module, next_module in pairwise(modules):
         module.set_modules_to_forward_prefetch([next_module])

@@ -8,9 +8,11 @@ from dist_llm.losses.cross_entropy import CrossEntropy
 from dist_llm.models.build_model import build_model, build_param_specs
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import init_param_
+from dist_llm.models.moe import MoE
 from dist_llm.parallel.activation_checkpoint import checkpoint_blocks, compile_blocks
 from dist_llm.parallel.async_tp import enable_async_tp
 from dist_llm.parallel.context_parallel import apply_context_parallel
+from dist_llm.parallel.expert_parallel import apply_expert_parallel
 from dist_llm.parallel.fp8 import check_float8_support, use_float8_linears
 from dist_llm.parallel.fsdp import apply_fsdp
 from dist_llm.parallel.mesh import DATA_AXES
@@ -19,30 +21,39 @@ from dist_llm.parallel.tp_plan import apply_tensor_parallel
 from dist_llm.sharded import local_with_offset
 
 
-def build_model_parts(config: Config, mesh: DeviceMesh | None, device: torch.device) -> list[Decoder]:
-    """Build the parts of the model on this rank: one, or one per pipeline stage of this rank."""
+def build_model_parts(
+    config: Config, mesh: DeviceMesh | None, device: torch.device, expert_mesh: DeviceMesh | None = None
+) -> list[Decoder]:
+    """Build the parts of the model on this rank: one, or one per pipeline stage of this rank.
+
+    `expert_mesh` is the mesh of the experts, if the model has experts and there are several ranks.
+    """
     if config.fp8:
         check_float8_support(device)
     model_parts = _build_stages(config, mesh)
     for model_part in model_parts:
-        parallelize_model(model_part, config, mesh)
+        parallelize_model(model_part, config, mesh, expert_mesh)
         model_part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
         init_parameters(model_part, config)
     return model_parts
 
 
-def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -> None:
+def parallelize_model(
+    model: Decoder, config: Config, mesh: DeviceMesh | None, expert_mesh: DeviceMesh | None = None
+) -> None:
     """Apply all forms of parallelism to `model`, whose parameters are on the meta device.
 
-    The order matters. Float8, context and tensor parallelism change what a block computes. Compilation and activation
-    checkpointing then wrap the forward of a block, and FSDP adds hooks around this forward. The caller initializes the
-    parameters afterwards, because each rank initializes only its shards.
+    The order matters. Float8, context, expert and tensor parallelism change what a block computes. Compilation and
+    activation checkpointing then wrap the forward of a block, and FSDP adds hooks around this forward. The caller
+    initializes the parameters afterwards, because each rank initializes only its shards.
     """
     parallel = config.parallel
     if config.fp8:
         use_float8_linears(model)
     if mesh is not None and parallel.cp > 1:
         apply_context_parallel(model, mesh["cp"])
+    if mesh is not None and expert_mesh is not None:
+        apply_expert_parallel(model, mesh, expert_mesh, parallel.sequence_parallel)
     if mesh is not None and parallel.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
         if parallel.async_tp:
@@ -51,8 +62,10 @@ def parallelize_model(model: Decoder, config: Config, mesh: DeviceMesh | None) -
         compile_blocks(model, parallel)
     if parallel.recompute != "none" or parallel.activations_gib:
         checkpoint_blocks(model, parallel.recompute, config.compile)
-    if mesh is not None and any(mesh[axis].size() > 1 for axis in DATA_AXES):
-        apply_fsdp(model, config, mesh)
+    # Experts are not split over tp, so their gradients are summed over tp too.
+    summed_axes = DATA_AXES if expert_mesh is None else (*DATA_AXES, "tp")
+    if mesh is not None and any(mesh[axis].size() > 1 for axis in summed_axes):
+        apply_fsdp(model, config, mesh, expert_mesh)
 
 
 def init_parameters(model: Decoder, config: Config) -> None:
@@ -61,6 +74,9 @@ def init_parameters(model: Decoder, config: Config) -> None:
     for name, parameter in model.named_parameters():
         shard, offset = local_with_offset(parameter.detach())
         init_param_(shard, name, specs[name].init, config.run.seed, parameter.shape, offset)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.init_buffers_()
 
 
 def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:

@@ -24,6 +24,7 @@ from dist_llm.parallel.tensor_parallel import TensorParallelRegion
 from dist_llm.param_spec import ParamSpec, collect_param_specs
 
 # A tensor is sharded over `tp` along the first of its dimensions that is listed here; otherwise it is replicated.
+EXPERT = "expert"  # the first dimension of parameters that are on the mesh of the experts
 SHARDED_DIMS = ("vocab", "heads", "kv_heads", "head_index", "ffn")
 
 # (class of a layer, dimension of its weight that is sharded; None: replicated) -> class that replaces it. A
@@ -51,7 +52,9 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
     specs = collect_param_specs(model)
     for path, module in list(model.named_modules()):
         own_specs = {
-            name: specs[f"{path}.{name}".removeprefix(".")] for name, _ in module.named_parameters(recurse=False)
+            name: spec
+            for name, _ in module.named_parameters(recurse=False)
+            if (spec := specs[f"{path}.{name}".removeprefix(".")]).dims[0] != EXPERT
         }
         if own_specs:
             _shard_layer(module, own_specs, region)
@@ -78,7 +81,7 @@ def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: Tens
         setattr(module, name, nn.Parameter(parameter))
         # A rank applies a replicated parameter to only a part of the tokens, or of the heads, so its gradient must be
         # summed over ranks. `tensor_parallel.all_reduce_replicated_grads` does this once per step.
-        if dim is None and (region.sequence_parallel or spec.is_shared_by_heads):
+        if dim is None and (region.sequence_parallel or spec.is_partial_under_tp):
             partial_grad_params.append(name)
     module.partial_grad_params = tuple(partial_grad_params)  # type: ignore[assignment]
     layer_class = next((base for base in LAYER_CLASSES if isinstance(module, base)), None)

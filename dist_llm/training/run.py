@@ -46,6 +46,7 @@ from dist_llm.launch.process_group import keep_freed_memory, process_group, sele
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
+from dist_llm.models.build_model import format_parameter_counts
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
@@ -100,7 +101,9 @@ def train(config: Config, world: World) -> int:
                 clear_stop_marker(run_dir)
             engine = build_engine(config, device)
             layout = format_layout({axis: getattr(config.parallel, axis) for axis in AXES})
+            layout += f", ep {config.parallel.ep}" if config.parallel.ep > 1 else ""
             log.info("ranks: %d (%s), engine: %s", world.world_size, layout, config.engine)
+            log.info("parameters: %s", format_parameter_counts(config.model))
             planned_config = plan_learning_rate(config, verified)
             context = RunContext(planned_config, world, sources, vocabulary, store, engine, watchdog)
             stop_signal = context.run(verified or initial_weights)

@@ -18,6 +18,7 @@ from dist_llm.config.compare import (
     find_resume_differences,
     get_function_keys,
 )
+from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.model_section import LayerKind, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveConfig
 from dist_llm.config.rope_sections import LinearScaling
@@ -39,6 +40,7 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "n_heads": (4, {}),
     "n_kv_heads": (2, {}),
     "head_dim": (8, {}),
+    "feedforward": (MoEConfig(n_experts=8, top_k=2, d_expert=16), {}),
     "d_ff": (64, {}),
     "vocab_size": (129, {}),
     "vocab_multiple": (8, {}),

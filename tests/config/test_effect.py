@@ -36,6 +36,12 @@ WITHOUT_EFFECT = [
         ({"model__bias": True, f"model__{name}": True}, f"model.{name}", "model.bias=false")
         for name in ("qkv_bias", "out_bias", "feedforward_bias")
     ),
+    (
+        {"model__feedforward": {"name": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16}, "model__d_ff": 64},
+        "model.d_ff",
+        "feedforward.name=dense",
+    ),
+    ({"parallel__ep": 2}, "parallel.ep", "model.feedforward.name=moe"),
     ({"model__norm_bias": True}, "model.norm_bias", "model.norm=layernorm"),
     ({"model__head": "mlm", "model__head_bias": True}, "model.head_bias", "model.head=linear"),
     ({"model__relative_buckets": 16}, "model.relative_buckets", "model.positions=relative"),
@@ -125,6 +131,14 @@ RUNS: list[dict[str, Any]] = [
             "norm_bias": True,
             "layers": [f"kind{index}" for index in range(len(ROPE_SCALINGS))],
             "kinds": {f"kind{index}": {"rope_scaling": scaling} for index, scaling in enumerate(ROPE_SCALINGS)},
+        },
+    },
+    {
+        "model": {
+            "feedforward": {
+                **{"name": "moe", "n_experts": 4, "top_k": 2, "d_expert": 16, "balance_loss": 0.1},
+                **{"selection_bias": True, "n_groups": 2},
+            },
         },
     },
     {

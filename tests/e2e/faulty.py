@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -55,7 +56,7 @@ def run() -> int:
             elif fault == "flip":
                 to_local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= 1 << 20
             elif fault == "wrong_block":
-                with patch.object(Block, "forward", lambda *args: 1.01 * original_forward(*args).roll(1, -1)):
+                with patch.object(Block, "forward", forward_wrong_block):
                     return original_step(self)
             elif fault in FAULTY_ACCUMULATE:
                 with patch.object(NativeEngine, "accumulate", FAULTY_ACCUMULATE[fault]):
@@ -68,8 +69,13 @@ def run() -> int:
         return main(arguments)
 
 
-original_forward: Callable[..., Tensor] = Block.forward
+original_forward = Block.forward
 original_accumulate: Callable[..., Tensor] = NativeEngine.accumulate
+
+
+def forward_wrong_block(self: Block, *args: Any) -> tuple[Tensor, Tensor | None]:
+    x_BSD, router_stats = original_forward(self, *args)
+    return 1.01 * x_BSD.roll(1, -1), router_stats
 
 
 def accumulate_nan_gradients(self: NativeEngine, *args: object) -> Tensor:

@@ -64,7 +64,7 @@ class RankTrace:
     """What one rank records in a run.
 
     Of each step: the loss, the number of valid tokens and the gradient norm. Of the first and the last step: the shards
-    of gradients and parameters on this rank.
+    of gradients and parameters on this rank, and the buffers, which are among the parameters.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -77,8 +77,9 @@ class RankTrace:
     def record(self, engine: "RecordingEngine") -> None:
         """Record the gradients and the parameters after a step."""
         self.gradients.append(engine.last_gradients)
-        self.parameters.append(copy_local_shards(engine.named_parameters()))
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in engine.named_parameters()}
+        tensors = [*engine.named_parameters(), *engine.named_buffers()]
+        self.parameters.append(copy_local_shards(tensors))
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
 @dataclass

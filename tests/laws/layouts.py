@@ -101,6 +101,28 @@ PHI: dict[str, Any] = {
 NEOX: dict[str, Any] = {"parallel_residual": "two_norms", "norm": "layernorm", "norm_weight": "none"}
 # Like BLOOM: a bias that grows with the distance, and a norm after the embeddings.
 BLOOM: dict[str, Any] = {"positions": "alibi", "norm_embedding": True, "norm": "layernorm", "bias": True}
+# Like Mixtral: softmax over 8 experts of which a token uses 2, balanced per sequence.
+MOE: dict[str, Any] = {
+    "d_ff": None,
+    "feedforward": {
+        **{"name": "moe", "n_experts": 8, "top_k": 2, "d_expert": 24},
+        **{"balance_loss": 0.1, "router_z_loss": 0.01},
+    },
+    "init_std": 0.1,
+}
+# Like DeepSeek-V3: sigmoid scores, groups of experts, a shared expert, a selection bias, a dense first layer.
+DEEPSEEK: dict[str, Any] = {
+    "feedforward": {
+        **{"name": "moe", "n_experts": 8, "top_k": 3, "d_expert": 16, "n_shared_experts": 1, "score": "sigmoid"},
+        **{"weight_scale": 2.5, "n_groups": 4, "top_groups": 2, "balance_loss": 0.05, "router_bias": True},
+        **{"balance_over": "previous_step", "selection_bias": True, "selection_bias_rate": 0.01},
+    },
+    "feedforward_bias": True,
+    "layers": ["dense", "moe", "moe", "moe"],
+    "kinds": {"dense": {"feedforward": {"name": "dense"}}, "moe": {}},
+    "init_std": 0.1,
+    "tie_embeddings": True,
+}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -116,6 +138,8 @@ MODELS = {
     "phi": PHI,
     "neox": NEOX,
     "bloom": BLOOM,
+    "moe": MOE,
+    "deepseek": DEEPSEEK,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
