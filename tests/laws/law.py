@@ -36,7 +36,7 @@ from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.examples import TokenWindow
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.step import train_step
-from tests.laws import bugs
+from tests.laws import bugs, moe_bugs  # noqa: F401  # moe_bugs registers its bugs
 from tests.laws.layouts import MODELS, OBJECTIVE_OF_ARCHITECTURE, Layout
 from tests.laws.worlds import get_world, restart_world
 
@@ -63,13 +63,15 @@ ShardsByName = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 class RankTrace:
     """What one rank records in a run.
 
-    Of each step: the loss, the number of valid tokens and the gradient norm. Of the first and the last step: the shards
-    of gradients and parameters on this rank, and the buffers, which are among the parameters.
+    Of each step: the loss, the number of valid tokens, the gradient norm, and the number of tokens of each expert by
+    layer. Of the first and the last step: the shards of gradients and parameters on this rank, and the buffers, which
+    are among the parameters.
     """
 
     losses: list[float] = field(default_factory=list)
     num_valid_tokens: list[int] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    expert_counts: list[dict[int, list[float]]] = field(default_factory=list)
     gradients: list[ShardsByName] = field(default_factory=list)
     parameters: list[ShardsByName] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the full parameters
@@ -89,6 +91,7 @@ class Trace:
     losses: list[float] = field(default_factory=list)
     num_valid_tokens: list[int] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    expert_counts: list[dict[int, list[float]]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -193,6 +196,12 @@ class RecordingEngine(NativeEngine):
 
     last_gradients: ShardsByName
 
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        for name, buffer in self.named_buffers():
+            if name.endswith("selection_bias"):  # a bias of 0 would hide where it must not be added
+                buffer.copy_(torch.where(torch.arange(len(buffer)) % 3 == 0, 0.1, -0.1))
+
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
         self.last_gradients = copy_local_shards(
             (name, parameter.grad) for name, parameter in self.named_parameters() if parameter.grad is not None
@@ -248,6 +257,9 @@ def _record_trace(config: Config, steps: int, lr_decay: float) -> RankTrace:
         rank_trace.losses.append(report.loss.item())
         rank_trace.num_valid_tokens.append(int(report.num_valid_tokens))
         rank_trace.grad_norms.append(report.grad_norm.item())
+        if engine.router_stats:
+            counts = {layer: stats.counts_E.tolist() for layer, stats in engine.router_stats.items()}
+            rank_trace.expert_counts.append(counts)
         if step in (0, steps - 1):
             rank_trace.record(engine)
     return rank_trace
@@ -272,7 +284,7 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
     """Merge the traces of all ranks. Values that several ranks report must be equal bit for bit."""
     rank_0 = by_rank[0]
     for rank, rank_trace in enumerate(by_rank[1:], 1):
-        for name in ("losses", "num_valid_tokens", "grad_norms"):
+        for name in ("losses", "num_valid_tokens", "grad_norms", "expert_counts"):
             assert getattr(rank_trace, name) == getattr(rank_0, name), f"{name} of rank {rank} differ from rank 0"
     shapes = {name: shape for rank_trace in by_rank for name, shape in rank_trace.shapes.items()}
     gradients = [
@@ -281,7 +293,8 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
     parameters = [
         merge_shards(shards, shapes) for shards in zip(*(rank_trace.parameters for rank_trace in by_rank), strict=True)
     ]
-    return Trace(rank_0.losses, rank_0.num_valid_tokens, rank_0.grad_norms, gradients, parameters)
+    scalars = rank_0.losses, rank_0.num_valid_tokens, rank_0.grad_norms, rank_0.expert_counts
+    return Trace(*scalars, gradients, parameters)
 
 
 def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -356,6 +369,7 @@ def assert_traces_match(
     assert actual_trace.num_valid_tokens == expected_trace.num_valid_tokens, (
         f"valid tokens {actual_trace.num_valid_tokens}, one process {expected_trace.num_valid_tokens}"
     )
+    assert actual_trace.expert_counts == expected_trace.expert_counts, "the numbers of tokens of the experts differ"
     for label, actual_values, expected_values in (
         ("loss", actual_trace.losses, expected_trace.losses),
         ("gradient norm", actual_trace.grad_norms, expected_trace.grad_norms),

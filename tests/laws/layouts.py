@@ -296,6 +296,35 @@ def _layouts_of_layer_model(model: str) -> list[Layout]:
     ]
 
 
+def _layouts_with_experts(model: str) -> list[Layout]:
+    """Return expert-parallel degrees on each axis, with each schedule, and with three axes together."""
+    schedules = ("1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
+    return [
+        _layout(2, model, dp_replicate=2),
+        _layout(2, model, micro_batch=4, dp_shard=2),
+        _layout(2, model, micro_batch=4, dp_shard=2, ep=2),
+        _layout(3, model, dp_shard=3),
+        _layout(2, model, tp=2),
+        _layout(2, model, tp=2, sequence_parallel=False),
+        _layout(2, model, micro_batch=3, tp=2, ep=2),
+        _layout(2, model, tp=2, ep=2, sequence_parallel=False),
+        _with_sections(_layout(2, model, cp=2), **DOCUMENTS),
+        _with_sections(_layout(2, model, cp=2, ep=2), **PREFIX),
+        *(_layout(2, model, micro_batch=6, pp=2, pp_schedule=schedule) for schedule in schedules),
+        _layout(4, model, micro_batch=3, dp_replicate=2, dp_shard=2, ep=2),
+        _layout(4, model, micro_batch=3, dp_shard=4, ep=2, reshard="always"),
+        _layout(4, model, dp_shard=4, ep=4, reshard="never"),
+        _layout(4, model, dp_shard=4, ep=2, reduce_each_microbatch=True),
+        _layout(4, model, dp_shard=2, tp=2, ep=4, cpu_offload=True),
+        *(_layout(4, model, micro_batch=3, pp=2, dp_shard=2, ep=2, pp_schedule=schedule) for schedule in schedules),
+        _layout(8, model, micro_batch=3, dp_shard=8, ep=8),
+        _layout(8, model, micro_batch=2, dp_shard=2, cp=2, tp=2, ep=8),
+        _layout(8, model, micro_batch=2, dp_replicate=2, dp_shard=2, tp=2, ep=4, sequence_parallel=False),
+        _layout(8, model, micro_batch=3, pp=2, dp_shard=2, tp=2, ep=2, pp_schedule="interleaved_1f1b"),
+        _layout(8, model, micro_batch=3, pp=2, dp_shard=2, cp=2, ep=4, pp_schedule="zbv"),
+    ]
+
+
 ARCHITECTURE_LAYOUTS = index_by_name(
     # encoders
     _layout(2, "bert", micro_batch=4, dp_shard=2),
@@ -330,6 +359,8 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     _with_sections(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
     # layers of several kinds, other norm placements, parallel sublayers
     *(layout for model in ("gemma", "olmo", "phi", "neox", "bloom") for layout in _layouts_of_layer_model(model)),
+    # mixtures of experts, with the experts of a layer on one rank or spread over ranks
+    *(layout for model in ("moe", "deepseek") for layout in _layouts_with_experts(model)),
     # bounded logits and stochastic depth
     _layout(2, "bounded", micro_batch=4, dp_shard=2),
     _layout(2, "bounded", micro_batch=3, tp=2),

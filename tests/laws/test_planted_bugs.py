@@ -50,6 +50,37 @@ LAYOUT_OF_BUG = {
     "windows_are_one_key_short_on_context_ranks": Layout(2, {"cp": 2}, "gemma", sections=DOCUMENTS),
     "stages_use_the_rotations_of_the_first_layers": Layout(2, {"pp": 2}, "olmo", micro_batch=6),
     "qk_norm_gradients_are_not_reduced": Layout(2, {"tp": 2, "sequence_parallel": False}, "bounded"),
+    **{
+        name: Layout(2, {"dp_shard": 2, "ep": 2}, "moe", micro_batch=4)
+        for name in (
+            "expert_gradients_are_multiplied_by_ep",
+            "expert_gradients_are_averaged_over_data_ranks",
+            "no_gradient_flows_through_the_weights_of_experts",
+            "balance_losses_are_divided_by_the_number_of_microbatches",
+            "balance_losses_are_means_over_the_sequences_of_a_rank",
+            "balance_losses_are_divided_by_the_number_of_valid_tokens",
+            "the_load_is_that_of_a_microbatch",
+            "outputs_of_experts_are_weighted_twice",
+            "received_rows_are_not_sorted_by_expert",
+            "outputs_return_to_other_tokens",
+            "expert_gradients_are_not_clipped",
+            "all_ranks_initialize_the_same_experts",
+            "tokens_choose_among_the_experts_of_their_rank",
+        )
+    },
+    "expert_gradients_are_averaged_over_expert_shards": Layout(2, {"dp_shard": 2}, "moe"),
+    "the_counts_of_a_sequence_are_not_summed_over_its_ranks": Layout(2, {"cp": 2}, "moe"),
+    "the_router_z_loss_is_a_mean_over_the_tokens_of_a_rank": Layout(2, {"cp": 2}, "moe"),
+    "the_gradient_norm_lacks_the_experts_of_other_tensor_ranks": Layout(2, {"tp": 2, "ep": 2}, "moe"),
+    "router_gradients_are_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2, "sequence_parallel": False}, "moe"),
+    "every_tensor_rank_routes_all_tokens": Layout(2, {"tp": 2, "sequence_parallel": False}, "moe"),
+    "the_selection_bias_follows_the_counts_of_one_rank": Layout(2, {"dp_shard": 2}, "deepseek"),
+    "the_selection_bias_counts_the_forward_that_infers_shapes": Layout(2, {"pp": 2}, "deepseek", micro_batch=6),
+    "the_selection_bias_follows_the_last_microbatch": Layout(2, {"dp_shard": 2}, "deepseek", micro_batch=4),
+    "recomputation_counts_tokens_twice": Layout(2, {"dp_shard": 2, "recompute": "full"}, "deepseek", micro_batch=4),
+    "the_selection_bias_is_part_of_the_weights": Layout(2, {"dp_shard": 2}, "deepseek"),
+    "shared_experts_are_left_out": Layout(2, {"tp": 2}, "deepseek"),
+    "groups_of_experts_do_not_limit_the_choice": Layout(2, {"dp_shard": 2, "ep": 2}, "deepseek"),
 }
 # Distinct layouts by name. The name contains the microbatch size, which `str(layout)` omits.
 LAYOUT_OF_NAME = {layout.name: layout for layout in LAYOUT_OF_BUG.values()}

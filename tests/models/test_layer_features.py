@@ -224,7 +224,7 @@ def the_feedforward_reads_the_updated_residual_stream():
         scale = self.config.residual_scale
         x_BSD = x_BSD + scale * self.attention(self.norm_attention(x_BSD), context)
         norm = self.norm_feedforward or self.norm_attention
-        return x_BSD + scale * self.feedforward(norm(x_BSD))
+        return x_BSD + scale * self.feedforward(norm(x_BSD)), None
 
     with patch.object(Block, "forward", forward):
         yield
