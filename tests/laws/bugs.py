@@ -17,7 +17,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from dist_llm import sharded
 from dist_llm.engines.native import NativeEngine
-from dist_llm.models import attention, decoder
+from dist_llm.models import attention, banded_attention, decoder
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.positional_encoding import AlibiBias
 from dist_llm.models.rope import compute_rotary_cos_sin
@@ -422,8 +422,10 @@ def every_tensor_rank_has_the_slopes_of_the_first_heads() -> Iterator[Any]:
 
 @register_bug
 def windows_ignore_documents() -> Iterator[Any]:
-    original = attention._band_mask
-    with patch.object(attention, "_band_mask", lambda mask, *args: original(replace(mask, documents_BT=None), *args)):
+    original = banded_attention._band_mask
+    with patch.object(
+        banded_attention, "_band_mask", lambda mask, *args: original(replace(mask, documents_BT=None), *args)
+    ):
         yield
 
 
