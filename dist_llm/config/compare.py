@@ -63,6 +63,7 @@ MODEL_ROLES: dict[str, Role] = {
     "attention_scale": "requestable",
     "qk_norm": "requestable",
     "attention_cap": "requestable",
+    "attention_sinks": "requestable",
     "logit_cap": "requestable",
     "dropout": "training",
     "stochastic_depth": "training",
@@ -108,6 +109,7 @@ PARAMETER_KEYS = {
         "tie_embeddings",
         "head",
         "qk_norm",
+        "attention_sinks",
     )
 }
 

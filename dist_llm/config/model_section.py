@@ -96,12 +96,17 @@ class LayerKeys(Section):
         False,
     )
     attention_cap: Limit = key("softcap of attention scores: cap * tanh(score / cap) (Gemma 2)", None)
+    attention_sinks: bool = key(
+        "a learned logit per query head in the denominator of the softmax, so that a head can attend to nothing "
+        "(gpt-oss)",
+        False,
+    )
 
 
 # The keys of LayerKeys that other mixers than attention do not read.
 ATTENTION_KEYS = (
     *("n_heads", "n_kv_heads", "head_dim", "positions", "rope_theta", "rotary_fraction", "rope_scaling", "window"),
-    *("qkv_bias", "out_bias", "attention_scale", "qk_norm", "attention_cap"),
+    *("qkv_bias", "out_bias", "attention_scale", "qk_norm", "attention_cap", "attention_sinks"),
 )
 
 

@@ -5,10 +5,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from dist_llm.compat import disable_current_modes
 from dist_llm.config.derive import resolve_attention_scale
@@ -21,7 +20,9 @@ from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.mixer import Mixer
 from dist_llm.models.norm import RMSNorm
 from dist_llm.models.rope import apply_rotary
-from dist_llm.param_spec import ParamSpec, linear_specs, norm_specs
+from dist_llm.models.softmax_attention import causal_mask, dense_attention, softmax_attention
+from dist_llm.param_spec import ZEROS, ParamSpec, linear_specs, norm_specs
+from dist_llm.sharded import to_local
 
 # Shape suffixes: B batch, S queries, T keys, D d_model, H query heads, K key-value heads, E head_dim.
 
@@ -45,6 +46,7 @@ class Attention(Mixer):
             self.norm_q, self.norm_k = (
                 RMSNorm(num * config.head_dim, config.norm_eps, config.norm_weight) for num in num_heads
             )
+        self.sinks = nn.Parameter(torch.empty(config.n_heads)) if config.attention_sinks else None
         self.kernel = AttentionKernel(config.dropout, resolve_attention_scale(config), config.attention_cap)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias or config.out_bias)
 
@@ -56,7 +58,7 @@ class Attention(Mixer):
             q_BSHE, k_BSKE = apply_rotary(q_BSHE, *context.rotation), apply_rotary(k_BSKE, *context.rotation)
         if context.cache is not None:
             k_BSKE, v_BSKE = context.cache.append(self.layer, k_BSKE, v_BSKE, self.config.window)
-        return self.out(self.kernel(q_BSHE, k_BSKE, v_BSKE, context.mask).flatten(-2))
+        return self._attend(q_BSHE, k_BSKE, v_BSKE, context.mask)
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:
@@ -65,9 +67,11 @@ class Attention(Mixer):
         return Cost(weights, config.n_heads * config.head_dim, config.window)
 
     def param_specs(self) -> dict[str, ParamSpec]:
-        """Describe the parameters: the projections are sharded by heads."""
+        """Describe the parameters: the projections and the sinks are sharded by heads."""
         config, layer = self.config, self.layer
+        sinks = {} if self.sinks is None else {"sinks": ParamSpec(("head_index",), ZEROS, decay=False)}
         return {
+            **sinks,
             **linear_specs(
                 "q", self.q, ("heads", "embed"), block_matrix_init(config, layer, self.q, role="query_or_key")
             ),
@@ -81,6 +85,11 @@ class Attention(Mixer):
                 "out", self.out, ("embed", "heads"), block_matrix_init(config, layer, self.out, role="residual_output")
             ),
         }
+
+    def _attend(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask) -> Tensor:
+        """Return the output of the layer, [B, S, D]."""
+        sinks_H = None if self.sinks is None else to_local(self.sinks)
+        return self.out(self.kernel(q_BSHE, k_BTKE, v_BTKE, mask, sinks_H).flatten(-2))
 
     def _project_queries(self, x_BSD: Tensor) -> Tensor:
         return self._split_heads(self.q(x_BSD), self.norm_q)
@@ -114,7 +123,7 @@ class CrossAttention(Attention):
             k_BTKE, v_BTKE = self._project_keys_and_values(memory_BTD)
         if cache is not None:
             cache.memory[self.layer] = (k_BTKE, v_BTKE)
-        return self.out(self.kernel(self._project_queries(x_BSD), k_BTKE, v_BTKE, context.memory_mask).flatten(-2))
+        return self._attend(self._project_queries(x_BSD), k_BTKE, v_BTKE, context.memory_mask)
 
 
 class AttentionKernel(nn.Module):
@@ -124,10 +133,12 @@ class AttentionKernel(nn.Module):
         super().__init__()
         self.dropout, self.scale, self.cap = dropout, scale, cap
 
-    def forward(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask) -> Tensor:
-        """Queries [B, S, H, E], keys and values [B, T, K, E] -> [B, S, H, E]."""
+    def forward(
+        self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask, sinks_H: Tensor | None = None
+    ) -> Tensor:
+        """Queries [B, S, H, E], keys and values [B, T, K, E], sinks [H] -> [B, S, H, E]."""
         dropout = self.dropout if self.training else 0.0
-        return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale, self.cap)
+        return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale, self.cap, sinks_H)
 
 
 def materialize_mask(
@@ -137,22 +148,27 @@ def materialize_mask(
     dense: bool,
     bias_HST: Tensor | None = None,
     allow_bands: bool = True,
+    has_sinks: bool = False,
 ) -> AttentionMask:
     """Return `mask` with `mask.materialized` in the form that the attention kernel needs, for all layers.
 
     `shape` is (B, S, T). `materialized` stays None if `mask.causal` alone describes the mask: this is the fast path of
     the kernels. It also stays None if `banded_attention` computes the mask, which `allow_bands` permits. On a GPU it
-    becomes a FlexAttention block mask, which skips masked blocks. On a CPU, with `dense`, or with a bias it becomes a
-    boolean mask [B, 1, S, T] or the bias with -inf at masked positions, [B, H, S, T].
+    becomes a FlexAttention block mask, which skips masked blocks; with sinks also if `mask.causal` describes the mask.
+    On a CPU, with `dense`, or with a bias it becomes a boolean mask [B, 1, S, T] or the bias with -inf at masked
+    positions, [B, H, S, T].
     """
     B, S, T = shape
     if mask.window >= T:
         mask = replace(mask, window=0)
-    if mask.is_trivial and bias_HST is None:
+    can_use_flex = device.type == "cuda" and bias_HST is None and not dense
+    # In generation, T grows with each token, and FlexAttention would be compiled for each T.
+    needs_flex = has_sinks and can_use_flex and (S == T or mask.num_keys > 0)
+    if mask.is_trivial and bias_HST is None and not needs_flex:
         return mask
     if allow_bands and bias_HST is None and device.type == "cpu" and can_use_bands(mask, S, T):
         return mask
-    if device.type == "cuda" and bias_HST is None and not dense:
+    if can_use_flex:
         block_mask = create_block_mask(lambda b, h, q, k: mask.allows(S, T, b, q, k), B, None, S, T, device=device)
         return replace(mask, materialized=block_mask)
     b, q, k = (torch.arange(size, device=device) for size in (B, S, T))
@@ -170,60 +186,48 @@ def scaled_dot_product(
     dropout: float,
     scale: float | None = None,
     cap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention, [B, S, H, E]. If S < T, the queries are the last S of the T tokens.
 
     `mask` comes from `materialize_mask`. `scale` multiplies the products of queries and keys; None: 1 / sqrt(E). `cap`
-    limits the scores.
+    limits the scores. `sinks_H` are the attention sinks (softmax_attention.py).
     """
     S, T = q_BSHE.shape[1], k_BTKE.shape[1]
     q, k, v = q_BSHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
-    if cap is not None:
-        return _capped_attention(q, k, v, mask, dropout, scale or q.shape[-1] ** -0.5, cap).transpose(1, 2)
-    if mask.window and mask.materialized is None:
-        return banded_attention(q, k, v, mask, dropout, scale).transpose(1, 2)
-    enable_gqa = q_BSHE.shape[2] != k_BTKE.shape[2]
     materialized = mask.materialized
-    if isinstance(materialized, BlockMask):
-        flex = _compiled_flex_attention()
-        return flex(q, k, v, block_mask=materialized, scale=scale, enable_gqa=enable_gqa).transpose(1, 2)
-    if isinstance(materialized, Tensor) and materialized.is_floating_point():
-        materialized = materialized.to(q.dtype)
     # A single query is the last token and attends to all keys, so it needs no mask. With S == T, `is_causal` is the
     # fast path of the kernels. Otherwise the causal mask is aligned to the last key.
-    is_causal = mask.causal and materialized is None
-    if is_causal and 1 < S < T:
+    is_causal = mask.causal and materialized is None and S > 1
+    if cap is not None:
+        materialized = causal_mask(S, T, q.device) if is_causal else materialized
+        return dense_attention(q, k, v, materialized, dropout, scale, cap, sinks_H).transpose(1, 2)
+    if mask.window and materialized is None:
+        return banded_attention(q, k, v, mask, dropout, scale, sinks_H).transpose(1, 2)
+    if isinstance(materialized, BlockMask):
+        return _flex_attention(q, k, v, materialized, scale, sinks_H).transpose(1, 2)
+    if isinstance(materialized, Tensor) and materialized.is_floating_point():
+        materialized = materialized.to(q.dtype)
+    if is_causal and S < T and sinks_H is not None:
+        materialized = causal_mask(S, T, q.device)
+    elif is_causal and S < T:
         with disable_current_modes():  # selective checkpointing's dispatch mode rejects this tensor subclass
             materialized = causal_lower_right(S, T)
-    out_BHSE = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=materialized,
-        dropout_p=dropout,
-        is_causal=is_causal and S == T and S > 1,
-        enable_gqa=enable_gqa,
-        scale=scale,
-    )
-    return out_BHSE.transpose(1, 2)
+    return softmax_attention(q, k, v, materialized, dropout, is_causal and S == T, scale, sinks_H).transpose(1, 2)
 
 
-def _capped_attention(
-    q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: AttentionMask, dropout: float, scale: float, cap: float
+def _flex_attention(
+    q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask: BlockMask, scale: float | None, sinks_H: Tensor | None
 ) -> Tensor:
-    """Attention whose scores are cap * tanh(score / cap) (Gemma Team 2024, section 2). It stores all scores."""
-    (S, T), groups = (q_BHSE.shape[2], k_BKTE.shape[2]), q_BHSE.shape[1] // k_BKTE.shape[1]
-    k_BHTE, v_BHTE = k_BKTE.repeat_interleave(groups, dim=1), v_BKTE.repeat_interleave(groups, dim=1)
-    scores_BHST = cap * torch.tanh(q_BHSE @ k_BHTE.transpose(-1, -2) * (scale / cap))
-    materialized = mask.materialized
-    if materialized is None and mask.causal:
-        materialized = torch.ones(S, T, dtype=torch.bool, device=q_BHSE.device).tril(T - S)
-    if materialized is not None and materialized.is_floating_point():
-        scores_BHST = scores_BHST + materialized.to(scores_BHST.dtype)
-    elif materialized is not None:
-        scores_BHST = scores_BHST.masked_fill(~materialized, -torch.inf)
-    probabilities = F.softmax(scores_BHST, dim=-1, dtype=torch.promote_types(scores_BHST.dtype, torch.float32))
-    return F.dropout(probabilities.to(q_BHSE.dtype), dropout) @ v_BHTE
+    """Attention with a block mask. Sinks multiply the output by exp(lse) / (exp(lse) + exp(sink))."""
+    flex, enable_gqa = _compiled_flex_attention(), q_BHSE.shape[1] != k_BKTE.shape[1]
+    if sinks_H is None:
+        out_BHSE: Tensor = flex(q_BHSE, k_BKTE, v_BKTE, block_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        return out_BHSE
+    out_BHSE, aux = flex(
+        q_BHSE, k_BKTE, v_BKTE, block_mask=mask, scale=scale, enable_gqa=enable_gqa, return_aux=AuxRequest(lse=True)
+    )
+    return out_BHSE * torch.sigmoid(aux.lse - sinks_H[:, None])[..., None].to(out_BHSE.dtype)
 
 
 @cache

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.softmax_attention import softmax_attention
 
 MIN_BLOCK = 32  # queries of a block, so that narrow windows do not make tiny products
 
@@ -22,7 +23,13 @@ def can_use_bands(mask: AttentionMask, S: int, T: int) -> bool:
 
 
 def banded_attention(
-    q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: AttentionMask, dropout: float, scale: float | None
+    q_BHSE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    mask: AttentionMask,
+    dropout: float,
+    scale: float | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention with a window, in blocks of queries that attend only to the keys of their window.
 
@@ -30,7 +37,7 @@ def banded_attention(
     instead of S^2. Smaller blocks compute fewer masked scores, but store more copies of each key: about 1 + window / b.
     With a quarter of the window, these are 1.25 window scores per query and 5 copies of each key.
     """
-    B, H, S, _ = q_BHSE.shape
+    B, _, S, _ = q_BHSE.shape
     window = mask.window
     block = min(S, max(-(-window // 4), MIN_BLOCK))
     num_blocks = -(-S // block)
@@ -43,15 +50,8 @@ def banded_attention(
         return padded.unfold(2, span, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
     q = F.pad(q_BHSE, (0, 0, 0, padding)).unflatten(2, (num_blocks, block)).transpose(1, 2).flatten(0, 1)
-    out = F.scaled_dot_product_attention(
-        q,
-        split_keys(k_BKSE),
-        split_keys(v_BKSE),
-        attn_mask=_band_mask(mask, S, block, num_blocks, q.device).expand(B, -1, -1, -1, -1).flatten(0, 1),
-        dropout_p=dropout,
-        enable_gqa=k_BKSE.shape[1] != H,
-        scale=scale,
-    )
+    band_mask = _band_mask(mask, S, block, num_blocks, q.device).expand(B, -1, -1, -1, -1).flatten(0, 1)
+    out = softmax_attention(q, split_keys(k_BKSE), split_keys(v_BKSE), band_mask, dropout, False, scale, sinks_H)
     return out.unflatten(0, (B, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :S]
 
 

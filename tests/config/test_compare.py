@@ -71,6 +71,7 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "attention_scale": (1.0, {}),
     "qk_norm": (True, {}),
     "attention_cap": (0.5, {}),
+    "attention_sinks": (True, {}),
     "logit_cap": (5.0, {}),
     "dropout": (0.1, {}),
     "stochastic_depth": (0.1, {}),

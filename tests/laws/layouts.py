@@ -101,6 +101,14 @@ PHI: dict[str, Any] = {
 NEOX: dict[str, Any] = {"parallel_residual": "two_norms", "norm": "layernorm", "norm_weight": "none"}
 # Like BLOOM: a bias that grows with the distance, and a norm after the embeddings.
 BLOOM: dict[str, Any] = {"positions": "alibi", "norm_embedding": True, "norm": "layernorm", "bias": True}
+# Like gpt-oss: attention sinks in layers with and without a window, all biases of attention.
+GPT_OSS: dict[str, Any] = {
+    "attention_sinks": True,
+    "qkv_bias": True,
+    "out_bias": True,
+    "layers": ["local", "global"],
+    "kinds": {"local": {"window": 5}, "global": {}},
+}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -116,6 +124,7 @@ MODELS = {
     "phi": PHI,
     "neox": NEOX,
     "bloom": BLOOM,
+    "gpt_oss": GPT_OSS,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -305,7 +314,11 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     _with_sections(_layout(2, "gpt", tp=2), **DOCUMENTS, **UL2),
     _with_sections(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
     # layers of several kinds, other norm placements, parallel sublayers
-    *(layout for model in ("gemma", "olmo", "phi", "neox", "bloom") for layout in _layouts_of_layer_model(model)),
+    *(
+        layout
+        for model in ("gemma", "olmo", "phi", "neox", "bloom", "gpt_oss")
+        for layout in _layouts_of_layer_model(model)
+    ),
     # bounded logits and stochastic depth
     _layout(2, "bounded", micro_batch=4, dp_shard=2),
     _layout(2, "bounded", micro_batch=3, tp=2),

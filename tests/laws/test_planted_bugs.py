@@ -46,6 +46,8 @@ LAYOUT_OF_BUG = {
     "norm_over_all_heads_sees_only_the_heads_of_its_rank": Layout(2, {"tp": 2}, "olmo"),
     "norm_over_all_heads_does_not_reduce_its_gradient": Layout(2, {"tp": 2}, "olmo"),
     "every_tensor_rank_has_the_slopes_of_the_first_heads": Layout(2, {"tp": 2}, "bloom"),
+    "every_tensor_rank_has_the_sinks_of_the_first_heads": Layout(2, {"tp": 2}, "gpt_oss"),
+    "the_second_chunk_of_a_context_rank_has_no_sinks": Layout(2, {"cp": 2}, "gpt_oss"),
     "windows_ignore_documents": Layout(2, {"tp": 2}, "olmo", sections=DOCUMENTS),
     "windows_are_one_key_short_on_context_ranks": Layout(2, {"cp": 2}, "gemma", sections=DOCUMENTS),
     "stages_use_the_rotations_of_the_first_layers": Layout(2, {"pp": 2}, "olmo", micro_batch=6),
