@@ -64,6 +64,7 @@ MODEL_ROLES: dict[str, Role] = {
     "qk_norm": "requestable",
     "attention_cap": "requestable",
     "attention_sinks": "requestable",
+    "output_gate": "requestable",
     "logit_cap": "requestable",
     "dropout": "training",
     "stochastic_depth": "training",
@@ -110,6 +111,7 @@ PARAMETER_KEYS = {
         "head",
         "qk_norm",
         "attention_sinks",
+        "output_gate",
     )
 }
 

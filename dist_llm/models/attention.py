@@ -46,6 +46,8 @@ class Attention(Mixer):
             self.norm_q, self.norm_k = (
                 RMSNorm(num * config.head_dim, config.norm_eps, config.norm_weight) for num in num_heads
             )
+        num_gates = _count_gates(config)
+        self.gate = nn.Linear(config.d_model, num_gates, bias=bias) if num_gates else None
         self.sinks = nn.Parameter(torch.empty(config.n_heads)) if config.attention_sinks else None
         self.kernel = AttentionKernel(config.dropout, resolve_attention_scale(config), config.attention_cap)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias or config.out_bias)
@@ -58,20 +60,26 @@ class Attention(Mixer):
             q_BSHE, k_BSKE = apply_rotary(q_BSHE, *context.rotation), apply_rotary(k_BSKE, *context.rotation)
         if context.cache is not None:
             k_BSKE, v_BSKE = context.cache.append(self.layer, k_BSKE, v_BSKE, self.config.window)
-        return self._attend(q_BSHE, k_BSKE, v_BSKE, context.mask)
+        return self._attend(x_BSD, q_BSHE, k_BSKE, v_BSKE, context.mask)
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:
-        """Return the cost of the four projections and of the scores."""
+        """Return the cost of the projections and of the scores."""
         weights = 2 * config.d_model * config.head_dim * (config.n_heads + config.n_kv_heads)
-        return Cost(weights, config.n_heads * config.head_dim, config.window)
+        return Cost(weights + config.d_model * _count_gates(config), config.n_heads * config.head_dim, config.window)
 
     def param_specs(self) -> dict[str, ParamSpec]:
-        """Describe the parameters: the projections and the sinks are sharded by heads."""
+        """Describe the parameters: the projections, the gates and the sinks are sharded by heads."""
         config, layer = self.config, self.layer
-        sinks = {} if self.sinks is None else {"sinks": ParamSpec(("head_index",), ZEROS, decay=False)}
+        optional_specs: dict[str, ParamSpec] = {}
+        if self.sinks is not None:
+            optional_specs["sinks"] = ParamSpec(("head_index",), ZEROS, decay=False)
+        if self.gate is not None:
+            dim = "head_index" if config.output_gate == "per_head" else "heads"
+            gate_init = block_matrix_init(config, layer, self.gate, role="input")
+            optional_specs |= linear_specs("gate", self.gate, (dim, "embed"), gate_init)
         return {
-            **sinks,
+            **optional_specs,
             **linear_specs(
                 "q", self.q, ("heads", "embed"), block_matrix_init(config, layer, self.q, role="query_or_key")
             ),
@@ -86,10 +94,17 @@ class Attention(Mixer):
             ),
         }
 
-    def _attend(self, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask) -> Tensor:
-        """Return the output of the layer, [B, S, D]."""
+    def _attend(self, x_BSD: Tensor, q_BSHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, mask: AttentionMask) -> Tensor:
+        """Return the output of the layer, [B, S, D]. `x_BSD` is its input."""
         sinks_H = None if self.sinks is None else to_local(self.sinks)
-        return self.out(self.kernel(q_BSHE, k_BTKE, v_BTKE, mask, sinks_H).flatten(-2))
+        out_BSHE = self.kernel(q_BSHE, k_BTKE, v_BTKE, mask, sinks_H)
+        if self.gate is not None:
+            out_BSHE = self._apply_gate(out_BSHE, self.gate(x_BSD))
+        return self.out(out_BSHE.flatten(-2))
+
+    def _apply_gate(self, out_BSHE: Tensor, gate_BSG: Tensor) -> Tensor:
+        """Multiply the output of each head by its gate, or its dimensions by their gates (Qiu et al. 2025)."""
+        return out_BSHE * torch.sigmoid(gate_BSG.unflatten(-1, (out_BSHE.shape[2], -1)))
 
     def _project_queries(self, x_BSD: Tensor) -> Tensor:
         return self._split_heads(self.q(x_BSD), self.norm_q)
@@ -109,6 +124,11 @@ class Attention(Mixer):
         return "head_dim" if self.normalizes_each_head else heads
 
 
+def _count_gates(config: ModelConfig) -> int:
+    """Return the number of output gates of a token."""
+    return {"off": 0, "per_head": config.n_heads, "elementwise": config.n_heads * config.head_dim}[config.output_gate]
+
+
 class CrossAttention(Attention):
     """Attention of the decoder tokens to the encoder output (the memory), without positional encoding."""
 
@@ -123,7 +143,7 @@ class CrossAttention(Attention):
             k_BTKE, v_BTKE = self._project_keys_and_values(memory_BTD)
         if cache is not None:
             cache.memory[self.layer] = (k_BTKE, v_BTKE)
-        return self._attend(self._project_queries(x_BSD), k_BTKE, v_BTKE, context.memory_mask)
+        return self._attend(x_BSD, self._project_queries(x_BSD), k_BTKE, v_BTKE, context.memory_mask)
 
 
 class AttentionKernel(nn.Module):

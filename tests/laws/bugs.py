@@ -445,6 +445,20 @@ def the_second_chunk_of_a_context_rank_has_no_sinks() -> Iterator[Any]:
 
 
 @register_bug
+def every_tensor_rank_has_the_gates_of_the_first_heads() -> Iterator[Any]:
+    """A rank multiplies the outputs of its heads by the gates of the heads of the first rank."""
+    original = attention.Attention._apply_gate
+
+    def use_first_gates(self: Any, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        first_gate = gate.detach().clone()
+        dist.broadcast(first_gate, 0)
+        return original(self, out, gate + (first_gate - gate.detach()))
+
+    with patch.object(attention.Attention, "_apply_gate", use_first_gates):
+        yield
+
+
+@register_bug
 def windows_ignore_documents() -> Iterator[Any]:
     original = banded_attention._band_mask
     with patch.object(

@@ -101,13 +101,18 @@ PHI: dict[str, Any] = {
 NEOX: dict[str, Any] = {"parallel_residual": "two_norms", "norm": "layernorm", "norm_weight": "none"}
 # Like BLOOM: a bias that grows with the distance, and a norm after the embeddings.
 BLOOM: dict[str, Any] = {"positions": "alibi", "norm_embedding": True, "norm": "layernorm", "bias": True}
-# Like gpt-oss: attention sinks in layers with and without a window, all biases of attention.
-GPT_OSS: dict[str, Any] = {
+# Like gpt-oss and Qwen3-Next: attention sinks in layers with and without a window, gates of both forms, all biases of
+# attention.
+SINKS_AND_GATES: dict[str, Any] = {
     "attention_sinks": True,
     "qkv_bias": True,
     "out_bias": True,
-    "layers": ["local", "global"],
-    "kinds": {"local": {"window": 5}, "global": {}},
+    "layers": ["local", "elementwise", "per_head"],
+    "kinds": {
+        "local": {"window": 5},
+        "elementwise": {"output_gate": "elementwise"},
+        "per_head": {"output_gate": "per_head"},
+    },
 }
 MODELS = {
     "llama": LLAMA,
@@ -124,7 +129,7 @@ MODELS = {
     "phi": PHI,
     "neox": NEOX,
     "bloom": BLOOM,
-    "gpt_oss": GPT_OSS,
+    "sinks_and_gates": SINKS_AND_GATES,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -316,7 +321,7 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     # layers of several kinds, other norm placements, parallel sublayers
     *(
         layout
-        for model in ("gemma", "olmo", "phi", "neox", "bloom", "gpt_oss")
+        for model in ("gemma", "olmo", "phi", "neox", "bloom", "sinks_and_gates")
         for layout in _layouts_of_layer_model(model)
     ),
     # bounded logits and stochastic depth

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.models import attention, rope, softmax_attention
+from dist_llm.models.attention import Attention
 from dist_llm.models.block import Block
 from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.norm import LayerNorm, RMSNorm
@@ -42,6 +43,16 @@ MODELS = {
             "all": {},
             "capped": {"attention_cap": 0.4},
             "plain": {"attention_sinks": False},
+        },
+    },
+    "output gates": {
+        "layers": ["elementwise", "per_head", "off"],
+        "n_layers": 3,
+        "n_kv_heads": 2,
+        "kinds": {
+            "elementwise": {"output_gate": "elementwise", "qkv_bias": True},
+            "per_head": {"output_gate": "per_head", "window": 3},
+            "off": {},
         },
     },
     "partial rotation": {"rotary_fraction": 0.25, "qkv_bias": True, "out_bias": True},
@@ -113,6 +124,9 @@ class Reference:
         allowed = (distance >= 0) & (distance < (setting["window"] or math.inf))
         weights_HST = self.divide(scores_HST.masked_fill(~allowed, -torch.inf).exp(), name)
         out_SHE = torch.einsum("hst,the->she", weights_HST, v.repeat_interleave(groups, 1))
+        if f"{name}gate.weight" in self.values:  # a gate per head, or per dimension of each head
+            gates = self.project(x_SD, name + "gate").unflatten(-1, (self.config.n_heads, -1))
+            out_SHE = out_SHE / (1 + (-gates).exp())
         return self.project(out_SHE.flatten(-2), name + "out")
 
     def divide(self, exp_HST, name):
@@ -326,7 +340,33 @@ def backward_uses_the_output_without_the_sink():
         yield
 
 
+@contextmanager
+def gates_belong_to_the_next_head():
+    original = Attention._apply_gate
+    with patch.object(Attention, "_apply_gate", lambda self, out, gate: original(self, out, gate.roll(1, dims=-1))):
+        yield
+
+
+@contextmanager
+def gates_are_applied_without_sigmoid():
+    def apply_gate(self, out_BSHE, gate_BSG):
+        return out_BSHE * gate_BSG.unflatten(-1, (out_BSHE.shape[2], -1))
+
+    with patch.object(Attention, "_apply_gate", apply_gate):
+        yield
+
+
+@contextmanager
+def gates_have_no_gradient():
+    original = Attention._apply_gate
+    with patch.object(Attention, "_apply_gate", lambda self, out, gate: original(self, out, gate.detach() + 0 * gate)):
+        yield
+
+
 FAULTS = [
+    (gates_belong_to_the_next_head, "output gates", assert_equals_the_reference),
+    (gates_are_applied_without_sigmoid, "output gates", assert_equals_the_reference),
+    (gates_have_no_gradient, "output gates", assert_gradients_equal_the_reference),
     (no_head_has_a_sink, "attention sinks", assert_equals_the_reference),
     (sinks_belong_to_the_heads_in_reverse_order, "attention sinks", assert_equals_the_reference),
     (sinks_are_capped, "attention sinks", assert_equals_the_reference),
