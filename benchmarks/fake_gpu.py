@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import CausalBias
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -268,12 +268,19 @@ def _compile(model: Any = None, **options: Any) -> Any:
 
 
 def _flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, scale: Any = None, enable_gqa: bool = False
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    scale: Any = None,
+    enable_gqa: bool = False,
+    return_aux: AuxRequest | None = None,
+) -> Any:
     """Replace the compiled FlexAttention by FlashAttention, which allocates the same tensors."""
     if block_mask.kv_num_blocks.device.type != q.device.type:
         raise RuntimeError(f"the block mask is on {block_mask.kv_num_blocks.device}, and the queries on {q.device}")
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)[0]
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, scale=scale)
+    return out if return_aux is None else (out, AuxOutput(lse=lse))
 
 
 def _to_empty(module: nn.Module, *, device: Any, recurse: bool = True) -> nn.Module:

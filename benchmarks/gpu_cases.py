@@ -105,7 +105,8 @@ def iter_cases() -> Iterator[BenchmarkCase]:
     yield make_check("one rank", check_one_rank, expected_seconds=8)
     yield make_training_case("llama-1b", 4 * K, 4)
     yield BenchmarkCase("limits", "limits", measure_limits)
-    yield make_check("attention flex", check_attention, expected_seconds=10, kernel="flex")
+    for kernel in ("flex", "sinks"):
+        yield make_check(f"attention {kernel}", check_attention, expected_seconds=10, kernel=kernel)
     yield make_check("compile", check_compile, expected_seconds=20, limit_seconds=120)
     yield make_training_case("llama-1b", 4 * K, 4, COMPILED, expected_seconds=20)
     yield make_check("fp8 step, eager", check_fp8_step, expected_seconds=4, compiled=False)

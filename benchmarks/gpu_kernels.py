@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from attention import MASKS, SDPA_BACKENDS, Heads, materialize_for_kernel
+from attention import MASKS, SDPA_BACKENDS, materialize_for_kernel
 from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.losses.cross_entropy import IGNORE_INDEX, CrossEntropy
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
@@ -20,18 +20,19 @@ from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.parallel import fp8
 from gpu_context import CaseContext, Comparison, SkippedError
 
+Heads = tuple[Tensor, ...]  # q [B, S, H, E], k and v [B, T, KV heads, E], and for the kernel "sinks" the sinks [H]
 BATCH, SEQ_LEN, HEADS, KV_HEADS, HEAD_DIM = 2, 256, 4, 2, 64
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the largest expected value
 # SDPA raises these errors if a backend does not support a mask, a dtype or a head dimension. Other errors are failures.
 UNSUPPORTED_ERRORS = ("No available kernel", "No viable backend", "Invalid backend")
-TENSORS = ("out", "q", "k", "v")  # the output, and the tensors whose gradients are compared
-REQUIRED_KERNELS = ("chosen", "math", "flex")  # must support all masks
+TENSORS = ("out", "q", "k", "v", "sinks")  # the output, and the tensors whose gradients are compared
+REQUIRED_KERNELS = ("chosen", "math", "flex", "sinks")  # must support all masks
 
 
 def check_attention(context: CaseContext, kernel: str, seq_len: int = SEQ_LEN) -> dict[str, object]:
     """Compare the output and gradients of a kernel with attention in fp64, for each mask.
 
-    The kernel `chosen` is the one that the model chooses.
+    The kernel `chosen` is the one that the model chooses, and `sinks` the one that it chooses with attention sinks.
     """
     if kernel == "flex" and context.device_kind == "cpu":
         raise SkippedError("FlexAttention has no backward on a CPU")
@@ -45,6 +46,8 @@ def check_attention(context: CaseContext, kernel: str, seq_len: int = SEQ_LEN) -
         for name, (attention_mask, num_queries) in cases.items():
             label = f"{name} {str(dtype).removeprefix('torch.')}"
             heads = _make_heads(seq_len, num_queries, kv_heads, dtype, context.device)
+            if kernel == "sinks":
+                heads = *heads, torch.linspace(-2, 2, HEADS, device=context.device).to(dtype).requires_grad_()
             try:
                 actual = _compute_attention(kernel, heads, attention_mask)
             except RuntimeError as error:
@@ -53,7 +56,9 @@ def check_attention(context: CaseContext, kernel: str, seq_len: int = SEQ_LEN) -
                 unsupported.append(label)
                 continue
             expected = _reference_attention(heads, attention_mask) if context.has_values else actual
-            for tensor_name, actual_tensor, expected_tensor in zip(TENSORS, actual, expected, strict=True):
+            for tensor_name, actual_tensor, expected_tensor in zip(
+                TENSORS[: len(actual)], actual, expected, strict=True
+            ):
                 comparison.check_close(f"{label} {tensor_name}", actual_tensor, expected_tensor, tolerance)
     if len(unsupported) == len(cases) * len(TOLERANCES):
         raise SkippedError("this kernel supports none of the masks on this device")
@@ -72,16 +77,16 @@ def _make_heads(seq_len: int, num_queries: int, kv_heads: int, dtype: torch.dtyp
 
 
 def _compute_attention(kernel: str, heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
-    """Compute the output and the gradients of q, k and v with a kernel."""
+    """Compute the output and the gradients of q, k, v and the sinks with a kernel."""
     q, k = heads[0], heads[1]
     shape = (len(q), q.shape[1], k.shape[1])
     with sdpa_kernel(SDPA_BACKENDS[kernel]) if kernel in SDPA_BACKENDS else nullcontext():
         mask = (
-            materialize_mask(attention_mask, shape, q.device, dense=False)
-            if kernel == "chosen"
+            materialize_mask(attention_mask, shape, q.device, dense=False, has_sinks=kernel == "sinks")
+            if kernel in ("chosen", "sinks")
             else materialize_for_kernel(kernel, attention_mask, shape, q.device)
         )
-        out = scaled_dot_product(*heads, mask, dropout=0.0)
+        out = scaled_dot_product(q, k, heads[2], mask, dropout=0.0, sinks_H=heads[3] if kernel == "sinks" else None)
         return (out, *torch.autograd.grad(out, heads, _make_output_grad(out)))
 
 
@@ -92,16 +97,19 @@ def _make_output_grad(out: Tensor) -> Tensor:
 
 
 def _reference_attention(heads: Heads, attention_mask: AttentionMask) -> tuple[Tensor, ...]:
-    """Compute the output and the gradients of q, k and v by the formula of attention, in fp64."""
-    q, k, v = (tensor.detach().double().requires_grad_() for tensor in heads)
+    """Compute the output and the gradients of q, k, v and the sinks by the formula of attention, in fp64."""
+    exact = [tensor.detach().double().requires_grad_() for tensor in heads]
+    q, k, v, *sinks = exact
     S, T, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     b, s, t = (torch.arange(size, device=q.device) for size in (len(q), S, T))
     allowed_BST = attention_mask.allows(S, T, b[:, None, None], s[None, :, None], t).expand(len(q), S, T)
     k_BTHE, v_BTHE = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     scores_BHST = torch.einsum("bshe,bthe->bhst", q, k_BTHE) * q.shape[-1] ** -0.5
-    weights_BHST = scores_BHST.masked_fill(~allowed_BST[:, None], -torch.inf).softmax(-1)
+    scores_BHST = scores_BHST.masked_fill(~allowed_BST[:, None], -torch.inf)
+    sinks_BHS1 = [sinks_H[:, None, None].expand(len(q), -1, S, 1) for sinks_H in sinks]
+    weights_BHST = torch.cat((scores_BHST, *sinks_BHS1), dim=-1).softmax(-1)[..., :T]
     out = torch.einsum("bhst,bthe->bshe", weights_BHST, v_BTHE)
-    return (out, *torch.autograd.grad(out, (q, k, v), _make_output_grad(out)))
+    return (out, *torch.autograd.grad(out, exact, _make_output_grad(out)))
 
 
 def check_loss(context: CaseContext) -> dict[str, object]:

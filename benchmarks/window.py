@@ -27,8 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_llm.models.attention import can_use_bands, materialize_mask, scaled_dot_product
+from dist_llm.models.attention import materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
+from dist_llm.models.banded_attention import can_use_bands
 from measure import ResourceUsage, measure_seconds, take_turns
 from results import Results, format_table, make_parser
 

@@ -31,6 +31,9 @@ __all__ = ["disable_current_modes", "is_traceable_wrapper_subclass", "pytree"]
 functional_collectives = torch.ops._c10d_functional
 
 scaled_mm = torch._scaled_mm  # product of float8 matrices
+# Attention on a CPU, which also returns the log-sum-exp of the scores, and its gradients.
+cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 foreach_norm = torch._foreach_norm  # norms of many tensors in few kernels
 foreach_mul_ = torch._foreach_mul_  # product of many tensors with one scalar, in place
 

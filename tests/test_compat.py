@@ -63,6 +63,12 @@ OPERATIONS = {
     "_c10d_functional.reduce_scatter_tensor": ("input", "reduce_op", "group_size", "group_name"),
     "_c10d_functional.all_reduce": ("input", "reduce_op", "group_name"),
     "_c10d_functional.wait_tensor": ("tensor",),
+    "aten._scaled_dot_product_flash_attention_for_cpu": (
+        *("query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"),
+    ),
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": (
+        *("grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask", "scale"),
+    ),
     "aten._scaled_mm": (
         *("self", "mat2", "scale_a", "scale_b", "bias", "scale_result", "out_dtype", "use_fast_accum"),
     ),

@@ -33,6 +33,7 @@ def check_fp8_sizes(config: UnresolvedConfig) -> Iterator[Violation]:
         (("model.n_heads", "model.head_dim"), model.n_heads * head_dim, tp),
         (("model.n_kv_heads", "model.head_dim"), (model.n_kv_heads or model.n_heads) * head_dim, tp),
         (("model.d_ff",), resolve_d_ff(model), tp),
+        *(((("model.n_heads", "model.output_gate"), model.n_heads, tp),) if model.output_gate == "per_head" else ()),
     )
     for keys, size, num_shards in dimensions:
         if size % num_shards == 0 and size // num_shards % FP8_MULTIPLE:

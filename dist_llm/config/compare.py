@@ -65,6 +65,8 @@ MODEL_ROLES: dict[str, Role] = {
     "attention_scale": "requestable",
     "qk_norm": "requestable",
     "attention_cap": "requestable",
+    "attention_sinks": "requestable",
+    "output_gate": "requestable",
     "logit_cap": "requestable",
     "dropout": "training",
     "stochastic_depth": "training",
@@ -113,6 +115,8 @@ PARAMETER_KEYS = {
         "tie_embeddings",
         "head",
         "qk_norm",
+        "attention_sinks",
+        "output_gate",
     )
 }
 

@@ -90,7 +90,7 @@ class LayerKeys(Section):
     activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu_squared"] = key(
         "feed-forward activation; swiglu and geglu gate a second projection", "swiglu"
     )
-    qkv_bias: bool = key("biases of queries, keys and values, independent of `bias` (Qwen2)", False)
+    qkv_bias: bool = key("biases of queries, keys, values and output gates, independent of `bias` (Qwen2)", False)
     out_bias: bool = key("bias of the output projection of attention, independent of `bias`", False)
     feedforward_bias: bool = key("biases of the feed-forward layer, independent of `bias`", False)
     attention_scale: DerivedFloat = key("factor of the attention scores; null: 1 / sqrt(head_dim); T5 uses 1", None)
@@ -100,12 +100,22 @@ class LayerKeys(Section):
         False,
     )
     attention_cap: Limit = key("softcap of attention scores: cap * tanh(score / cap) (Gemma 2)", None)
+    attention_sinks: bool = key(
+        "a learned logit per query head in the denominator of the softmax, so that a head can attend to nothing "
+        "(gpt-oss)",
+        False,
+    )
+    output_gate: Literal["off", "elementwise", "per_head"] = key(
+        "multiply the output of attention, before its projection, by the sigmoid of a projection of the input of the "
+        "layer; elementwise: one gate per dimension of each head (Qwen3-Next); per_head: one per head",
+        "off",
+    )
 
 
 # The keys of LayerKeys that other mixers than attention do not read.
 ATTENTION_KEYS = (
     *("n_heads", "n_kv_heads", "head_dim", "positions", "rope_theta", "rotary_fraction", "rope_scaling", "window"),
-    *("qkv_bias", "out_bias", "attention_scale", "qk_norm", "attention_cap"),
+    *("qkv_bias", "out_bias", "attention_scale", "qk_norm", "attention_cap", "attention_sinks", "output_gate"),
 )
 
 

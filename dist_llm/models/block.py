@@ -5,11 +5,11 @@ Shape suffixes: B batch, S tokens, T encoder tokens, D d_model.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.attention import Attention, CrossAttention
+from dist_llm.models.autocast import cast_to_autocast_dtype
 from dist_llm.models.cost import Cost
 from dist_llm.models.feedforward import FeedForward
 from dist_llm.models.layer_context import LayerContext
@@ -113,9 +113,3 @@ class Block(nn.Module):
         assert self.norm_feedforward is not None
         x_BSD = apply_sublayer(x_BSD, self.norm_feedforward, feed_forward, self.norm_feedforward_out)
         return x_BSD, router_stats[0] if router_stats else None
-
-
-def cast_to_autocast_dtype(x: Tensor) -> Tensor:
-    """Cast to the autocast dtype once, instead of once per consumer (q, k, v)."""
-    device_type = x.device.type
-    return x.to(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else x

@@ -268,23 +268,23 @@ class Decoder(nn.Module):
     ) -> dict[int, AttentionMask]:
         """Compute the mask of each layer. It includes the relative position bias if there is one.
 
-        Layers with the same window share a mask, if their scores are alike capped or not.
+        Layers share a mask if they have the same window, and alike have capped scores and sinks or not.
         """
         B, S = shape_BS
-        masks: dict[tuple[int | None, bool], AttentionMask] = {}
+        masks: dict[tuple[int | None, bool, bool], AttentionMask] = {}
         by_layer = {}
         for layer, block in self._iter_blocks():
             config = block.config
-            window, has_cap = config.window, config.attention_cap is not None
-            if (window, has_cap) not in masks:
+            key = window, has_cap, has_sinks = config.window, config.attention_cap is not None, config.attention_sinks
+            if key not in masks:
                 # With a window, the cache has the last window - 1 tokens.
                 T = mask.num_keys or S + (num_cached if window is None else min(num_cached, window - 1))
                 bias_HST = None if relative is None else self._relative_bias(relative, mask, S, T, device)
                 window_mask = mask if window is None else replace(mask, window=window)
-                masks[window, has_cap] = materialize_mask(
-                    window_mask, (B, S, T), device, self._needs_dense_mask, bias_HST, allow_bands=not has_cap
+                masks[key] = materialize_mask(
+                    window_mask, (B, S, T), device, self._needs_dense_mask, bias_HST, not has_cap, has_sinks
                 )
-            by_layer[layer] = masks[window, has_cap]
+            by_layer[layer] = masks[key]
         return by_layer
 
     def _relative_bias(

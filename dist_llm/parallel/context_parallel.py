@@ -61,19 +61,21 @@ class AllGatherAttention(nn.Module):
         self.dropout, self.scale, self.cap = kernel.dropout, kernel.scale, kernel.cap
         self.group, self.cp_rank, self.cp_size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
 
-    def forward(self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: AttentionMask) -> Tensor:
+    def forward(
+        self, q_BSHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: AttentionMask, sinks_H: Tensor | None = None
+    ) -> Tensor:
         """Return the attention output of the queries of this rank, [B, S, H, E]."""
         dropout = self.dropout if self.training else 0.0
         k_BTKE, v_BTKE = self._all_gather_keys_and_values(k_BSKE, v_BSKE)
         if mask.materialized is not None or not mask.causal:
-            return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale, self.cap)
+            return scaled_dot_product(q_BSHE, k_BTKE, v_BTKE, mask, dropout, self.scale, self.cap, sinks_H)
         chunk_tokens = q_BSHE.shape[1] // 2
         chunk_indices = self.cp_rank, 2 * self.cp_size - 1 - self.cp_rank
         outputs = []
         for q_chunk, index in zip(q_BSHE.chunk(2, dim=1), chunk_indices, strict=True):
             end = (index + 1) * chunk_tokens  # the causal mask aligns the last query with the last key
             keys, values = k_BTKE[:, :end], v_BTKE[:, :end]
-            outputs.append(scaled_dot_product(q_chunk, keys, values, mask, dropout, self.scale, self.cap))
+            outputs.append(scaled_dot_product(q_chunk, keys, values, mask, dropout, self.scale, self.cap, sinks_H))
         return torch.cat(outputs, dim=1)
 
     def _all_gather_keys_and_values(self, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,12 @@ VIOLATIONS = [  # (changed keys, world size, key of the violation, pattern of th
         "a matrix dimension of 8 is not supported in float8, which needs multiples of 16; change it, or set fp8",
     ),
     (
+        {"fp8": True, "precision": "bf16", "model__output_gate": "per_head"},
+        1,
+        "model.n_heads",
+        "a matrix dimension of 4 is not supported in float8, which needs multiples of 16; change it, or set fp8",
+    ),
+    (
         {"fp8": True, "precision": "bf16", "model__d_model": 40, "model__n_heads": 2, "model__head_dim": 16},
         1,
         "model.d_model",

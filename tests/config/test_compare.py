@@ -73,6 +73,8 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "attention_scale": (1.0, {}),
     "qk_norm": (True, {}),
     "attention_cap": (0.5, {}),
+    "attention_sinks": (True, {}),
+    "output_gate": ("per_head", {}),
     "logit_cap": (5.0, {}),
     "dropout": (0.1, {}),
     "stochastic_depth": (0.1, {}),

@@ -236,6 +236,8 @@ def test_weights_are_written_in_half_precision_and_several_files(
         ({"positions": "sinusoidal"}, "positions sinusoidal"),
         ({"residual_scale": 0.5, "qk_norm": True}, "residual_scale 0.5"),
         ({"attention_scale": 0.3, "attention_cap": 20.0}, "attention_cap 20.0"),
+        ({"attention_sinks": True}, "attention_sinks True"),
+        ({"output_gate": "per_head"}, "output_gate per_head"),
         ({"layers": ("a", "b"), "kinds": {"a": {"n_heads": 8}, "b": {}}}, r"n_heads \[8, 4\]"),
         (
             {"positions": "learned", "norm": "layernorm", "bias": True, "activation": "gelu", "head_dim": 9},

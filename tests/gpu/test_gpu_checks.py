@@ -12,6 +12,7 @@ import torch
 from dist_llm.checkpoint import store
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses import fused_linear_cross_entropy
+from dist_llm.models import softmax_attention
 from dist_llm.parallel import fp8
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # its programs import each other by bare names
@@ -44,6 +45,13 @@ CPU = CaseContext("cpu", tiny=True, folder=Path("unused"))
             {"kernel": "chosen", "seq_len": 64},
         ),
         (
+            softmax_attention,
+            "cpu_flash_attention",
+            lambda correct: lambda *args, **kwargs: correct(*args, **kwargs | {"scale": 0.13}),
+            gpu_kernels.check_attention,
+            {"kernel": "sinks", "seq_len": 64},
+        ),
+        (
             fp8,
             "scaled_matmul",
             lambda correct: lambda *args: correct(*args) * 1.02,
@@ -65,7 +73,7 @@ CPU = CaseContext("cpu", tiny=True, folder=Path("unused"))
             {},
         ),
     ],
-    ids=["loss", "attention", "fp8", "generation", "checkpoint"],
+    ids=["loss", "attention", "sinks", "fp8", "generation", "checkpoint"],
 )
 def test_a_wrong_value_breaks_the_check(owner: Any, name: str, bug: Any, check: Any, options: dict[str, Any]) -> None:
     """The check passes without the bug and fails with it."""

@@ -17,7 +17,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from dist_llm import sharded
 from dist_llm.engines.native import NativeEngine
-from dist_llm.models import attention, decoder
+from dist_llm.models import attention, banded_attention, decoder
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.positional_encoding import AlibiBias
 from dist_llm.models.rope import compute_rotary_cos_sin
@@ -421,9 +421,49 @@ def every_tensor_rank_has_the_slopes_of_the_first_heads() -> Iterator[Any]:
 
 
 @register_bug
+def every_tensor_rank_has_the_sinks_of_the_first_heads() -> Iterator[Any]:
+    """The sinks are a parameter of attention itself, which reads the shard of its rank (config key attention_sinks)."""
+
+    def read_first_heads(parameter: torch.Tensor) -> torch.Tensor:
+        local = sharded.to_local(parameter)
+        return local if local is parameter else parameter.full_tensor()[: len(local)]  # type: ignore[attr-defined]
+
+    with patch.object(attention, "to_local", read_first_heads):
+        yield
+
+
+@register_bug
+def the_second_chunk_of_a_context_rank_has_no_sinks() -> Iterator[Any]:
+    original: Any = context_parallel.scaled_dot_product  # type: ignore[attr-defined]
+
+    def omit_sinks(q: torch.Tensor, k: torch.Tensor, *args: Any) -> torch.Tensor:
+        is_second_chunk = k.shape[1] > q.shape[1] * dist.get_world_size()
+        return original(q, k, *args[:-1], None if is_second_chunk else args[-1])
+
+    with patch.object(context_parallel, "scaled_dot_product", omit_sinks):
+        yield
+
+
+@register_bug
+def every_tensor_rank_has_the_gates_of_the_first_heads() -> Iterator[Any]:
+    """A rank multiplies the outputs of its heads by the gates of the heads of the first rank."""
+    original = attention.Attention._apply_gate
+
+    def use_first_gates(self: Any, out: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        first_gate = gate.detach().clone()
+        dist.broadcast(first_gate, 0)
+        return original(self, out, gate + (first_gate - gate.detach()))
+
+    with patch.object(attention.Attention, "_apply_gate", use_first_gates):
+        yield
+
+
+@register_bug
 def windows_ignore_documents() -> Iterator[Any]:
-    original = attention._band_mask
-    with patch.object(attention, "_band_mask", lambda mask, *args: original(replace(mask, documents_BT=None), *args)):
+    original = banded_attention._band_mask
+    with patch.object(
+        banded_attention, "_band_mask", lambda mask, *args: original(replace(mask, documents_BT=None), *args)
+    ):
         yield
 
 

@@ -123,6 +123,19 @@ DEEPSEEK: dict[str, Any] = {
     "init_std": 0.1,
     "tie_embeddings": True,
 }
+# Like gpt-oss and Qwen3-Next: attention sinks in layers with and without a window, gates of both forms, all biases of
+# attention.
+SINKS_AND_GATES: dict[str, Any] = {
+    "attention_sinks": True,
+    "qkv_bias": True,
+    "out_bias": True,
+    "layers": ["local", "elementwise", "per_head"],
+    "kinds": {
+        "local": {"window": 5},
+        "elementwise": {"output_gate": "elementwise"},
+        "per_head": {"output_gate": "per_head"},
+    },
+}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -140,6 +153,7 @@ MODELS = {
     "bloom": BLOOM,
     "moe": MOE,
     "deepseek": DEEPSEEK,
+    "sinks_and_gates": SINKS_AND_GATES,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
@@ -358,7 +372,11 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     _with_sections(_layout(2, "gpt", tp=2), **DOCUMENTS, **UL2),
     _with_sections(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
     # layers of several kinds, other norm placements, parallel sublayers
-    *(layout for model in ("gemma", "olmo", "phi", "neox", "bloom") for layout in _layouts_of_layer_model(model)),
+    *(
+        layout
+        for model in ("gemma", "olmo", "phi", "neox", "bloom", "sinks_and_gates")
+        for layout in _layouts_of_layer_model(model)
+    ),
     # mixtures of experts, with the experts of a layer on one rank or spread over ranks
     *(layout for model in ("moe", "deepseek") for layout in _layouts_with_experts(model)),
     # bounded logits and stochastic depth

@@ -113,8 +113,8 @@ def test_all_elements_have_different_values(shape, monkeypatch):
 
 def test_a_parameter_without_a_spec_is_an_error(settings):
     model = Decoder(settings())
-    model.blocks["0"].attention.sinks = nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"no module describes parameter blocks\.0\.attention\.sinks"):
+    model.blocks["0"].attention.temperature = nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"no module describes parameter blocks\.0\.attention\.temperature"):
         collect_param_specs(model)
 
 

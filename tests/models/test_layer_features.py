@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from dist_llm.config.model_section import UnresolvedModelConfig
-from dist_llm.models import rope
+from dist_llm.models import attention, rope, softmax_attention
+from dist_llm.models.attention import Attention
 from dist_llm.models.block import Block
 from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.norm import LayerNorm, RMSNorm
@@ -31,6 +32,29 @@ MODELS = {
             "unrotated": {"positions": "none", "attention_scale": None, "attention_cap": 1.5},
         },
     },
+    "attention sinks": {
+        "attention_sinks": True,
+        "layers": ["narrow", "wide", "all", "capped", "plain"],
+        "n_layers": 5,
+        "n_kv_heads": 2,
+        "kinds": {
+            "narrow": {"window": 3},
+            "wide": {"window": 9},
+            "all": {},
+            "capped": {"attention_cap": 0.4},
+            "plain": {"attention_sinks": False},
+        },
+    },
+    "output gates": {
+        "layers": ["elementwise", "per_head", "off"],
+        "n_layers": 3,
+        "n_kv_heads": 2,
+        "kinds": {
+            "elementwise": {"output_gate": "elementwise", "qkv_bias": True},
+            "per_head": {"output_gate": "per_head", "window": 3},
+            "off": {},
+        },
+    },
     "partial rotation": {"rotary_fraction": 0.25, "qkv_bias": True, "out_bias": True},
     "sandwich norms with 1 + weight": {"norm_order": "sandwich", "norm_weight": "plus_one", "residual_scale": 0.6},
     "layer norms with 1 + weight": {**LAYERNORM, "norm_weight": "plus_one"},
@@ -46,7 +70,9 @@ class Reference:
 
     def __init__(self, model):
         self.config = model.config
-        self.values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        self.values = {
+            name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()
+        }
 
     def compute_logits(self, tokens_S):
         config = self.config
@@ -96,9 +122,18 @@ class Reference:
             scores_HST = cap * torch.tanh(scores_HST / cap)
         distance = torch.arange(len(x_SD))[:, None] - torch.arange(len(x_SD))
         allowed = (distance >= 0) & (distance < (setting["window"] or math.inf))
-        weights_HST = scores_HST.masked_fill(~allowed, -torch.inf).softmax(-1)
+        weights_HST = self.divide(scores_HST.masked_fill(~allowed, -torch.inf).exp(), name)
         out_SHE = torch.einsum("hst,the->she", weights_HST, v.repeat_interleave(groups, 1))
+        if f"{name}gate.weight" in self.values:  # a gate per head, or per dimension of each head
+            gates = self.project(x_SD, name + "gate").unflatten(-1, (self.config.n_heads, -1))
+            out_SHE = out_SHE / (1 + (-gates).exp())
         return self.project(out_SHE.flatten(-2), name + "out")
+
+    def divide(self, exp_HST, name):
+        """Divide exp(score) by the sum over the keys, and by exp(sink) of the head if there is one."""
+        sums_HS1 = exp_HST.sum(-1, keepdim=True)
+        sinks_H = self.values.get(f"{name}sinks")
+        return exp_HST / (sums_HS1 if sinks_H is None else sums_HS1 + sinks_H[:, None, None].exp())
 
     def get_settings(self, layer):
         names = ("positions", "rope_theta", "rotary_fraction", "attention_scale", "attention_cap", "window")
@@ -152,6 +187,21 @@ def assert_equals_the_reference(model):
     torch.testing.assert_close(model(tokens_BS)[0], Reference(model).compute_logits(tokens_BS[0]), rtol=1e-5, atol=1e-5)
 
 
+def assert_gradients_equal_the_reference(model):
+    """Compare the gradients of all parameters. Equal logits do not prove them: the backward of sinks is ours."""
+    tokens_BS, reference = make_tokens(), Reference(model)
+    weights_SV = torch.randn(S, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (model(tokens_BS)[0] * weights_SV).sum().backward()
+    (reference.compute_logits(tokens_BS[0]) * weights_SV).sum().backward()
+    for name, parameter in model.named_parameters():
+        expected = reference.values[name].grad
+        assert expected.abs().max() > 1e-4, f"{name} has no gradient, so the comparison proves nothing"
+        tolerance = 1e-5 * float(expected.abs().max())  # RoPE computes its angles in fp32
+        torch.testing.assert_close(
+            parameter.grad, expected, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 @torch.no_grad()
 def assert_generation_equals_the_full_sequence(model):
     """Compare one token at a time, with the rolling cache, with the logits of the full sequence."""
@@ -163,6 +213,11 @@ def assert_generation_equals_the_full_sequence(model):
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_the_reference(name, build_visible):
     assert_equals_the_reference(build_visible(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_the_reference(name, build_visible):
+    assert_gradients_equal_the_reference(build_visible(name))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -230,7 +285,93 @@ def the_feedforward_reads_the_updated_residual_stream():
         yield
 
 
+@contextmanager
+def no_head_has_a_sink():
+    original = attention.scaled_dot_product
+    with patch.object(attention, "scaled_dot_product", lambda *args: original(*args[:-1], None)):
+        yield
+
+
+@contextmanager
+def sinks_belong_to_the_heads_in_reverse_order():
+    original = attention.scaled_dot_product
+
+    def reverse(*args):
+        return original(*args[:-1], None if args[-1] is None else args[-1].flip(0))
+
+    with patch.object(attention, "scaled_dot_product", reverse):
+        yield
+
+
+@contextmanager
+def sinks_are_capped():
+    original = attention.dense_attention
+
+    def cap_sinks(*args):
+        *rest, cap, sinks_H = args
+        return original(*rest, cap, None if sinks_H is None else cap * torch.tanh(sinks_H / cap))
+
+    with patch.object(attention, "dense_attention", cap_sinks):
+        yield
+
+
+@contextmanager
+def backward_divides_by_the_sum_without_the_sink():
+    """The backward kernel then gets the log-sum-exp that the forward kernel returned."""
+    original = softmax_attention.cpu_flash_attention_backward
+
+    def backward(grad, q, k, v, out, lse, *args, **kwargs):
+        _, lse = softmax_attention.cpu_flash_attention(q, k, v, *args, **kwargs)
+        return original(grad, q, k, v, out, lse, *args, **kwargs)
+
+    with patch.object(softmax_attention, "cpu_flash_attention_backward", backward):
+        yield
+
+
+@contextmanager
+def backward_uses_the_output_without_the_sink():
+    original = softmax_attention.cpu_flash_attention_backward
+
+    def backward(grad, q, k, v, out, lse, *args, **kwargs):
+        out, _ = softmax_attention.cpu_flash_attention(q, k, v, *args, **kwargs)
+        return original(grad, q, k, v, out, lse, *args, **kwargs)
+
+    with patch.object(softmax_attention, "cpu_flash_attention_backward", backward):
+        yield
+
+
+@contextmanager
+def gates_belong_to_the_next_head():
+    original = Attention._apply_gate
+    with patch.object(Attention, "_apply_gate", lambda self, out, gate: original(self, out, gate.roll(1, dims=-1))):
+        yield
+
+
+@contextmanager
+def gates_are_applied_without_sigmoid():
+    def apply_gate(self, out_BSHE, gate_BSG):
+        return out_BSHE * gate_BSG.unflatten(-1, (out_BSHE.shape[2], -1))
+
+    with patch.object(Attention, "_apply_gate", apply_gate):
+        yield
+
+
+@contextmanager
+def gates_have_no_gradient():
+    original = Attention._apply_gate
+    with patch.object(Attention, "_apply_gate", lambda self, out, gate: original(self, out, gate.detach() + 0 * gate)):
+        yield
+
+
 FAULTS = [
+    (gates_belong_to_the_next_head, "output gates", assert_equals_the_reference),
+    (gates_are_applied_without_sigmoid, "output gates", assert_equals_the_reference),
+    (gates_have_no_gradient, "output gates", assert_gradients_equal_the_reference),
+    (no_head_has_a_sink, "attention sinks", assert_equals_the_reference),
+    (sinks_belong_to_the_heads_in_reverse_order, "attention sinks", assert_equals_the_reference),
+    (sinks_are_capped, "attention sinks", assert_equals_the_reference),
+    (backward_divides_by_the_sum_without_the_sink, "attention sinks", assert_gradients_equal_the_reference),
+    (backward_uses_the_output_without_the_sink, "attention sinks", assert_gradients_equal_the_reference),
     (
         the_rolling_cache_keeps_one_key_too_many,
         "windows and scales by kind",

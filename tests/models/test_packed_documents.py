@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_llm.models.attention import can_use_bands
 from dist_llm.models.attention_mask import AttentionMask
+from dist_llm.models.banded_attention import can_use_bands
 
 LENGTHS = [[5, 1, 9, 5], [12, 2, 2, 4]]  # documents of each row
 S, VOCAB = 20, 40

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_llm.models.attention import banded_attention, can_use_bands, materialize_mask, scaled_dot_product
+from dist_llm.models.attention import materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL
+from dist_llm.models.banded_attention import banded_attention, can_use_bands
 from dist_llm.models.kv_cache import KVCache
 
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ SHAPE = {"d_model": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim":
 SHAPE |= {"vocab_size": 10, "max_seq_len": 16}
 SWIGLU = ModelConfig(**SHAPE, activation="swiglu", vocab_multiple=64)
 GELU = ModelConfig(**SHAPE, activation="gelu", positions="learned", bias=True, norm="layernorm", tie_embeddings=True)
+GATED = [ModelConfig(**SHAPE, output_gate=gate) for gate in ("elementwise", "per_head")]
 
 
 def test_the_weight_count_matches_a_manual_count():
@@ -40,7 +41,7 @@ def count_product(into, left, right, out_shape=None, **options):
 IN_PLACE = {torch.ops.aten.addmm_: count_product}  # unknown to torch's counter
 
 
-@pytest.mark.parametrize("config", [SWIGLU, GELU], ids=["swiglu", "gelu"])
+@pytest.mark.parametrize("config", [SWIGLU, GELU, *GATED], ids=["swiglu", "gelu", "gates", "gates of heads"])
 def test_the_flop_count_matches_the_counter_of_torch(config):
     """The forward pass is a third of the FLOPs of forward and backward."""
     torch.manual_seed(0)
