@@ -15,6 +15,7 @@ from dist_llm.config.check_fp8 import check_fp8
 from dist_llm.config.check_guard import check_guard
 from dist_llm.config.check_layers import check_each_kind, check_layers, check_one_layer, check_residuals
 from dist_llm.config.check_layout import check_budget, check_layout
+from dist_llm.config.check_param_groups import check_param_groups
 from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.load import Violation
@@ -65,6 +66,7 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
         *_check_checkpoints(config),
         *check_init(config),
         *_check_optim(config),
+        *check_param_groups(config),
         *check_budget(config.parallel),
         *check_guard(config),
         *check_engine(config, world_size),

@@ -119,6 +119,42 @@ VIOLATIONS = [  # (changed keys, world size, key of the violation, pattern of th
         "set eval.every to a divisor of checkpoint.every",
     ),
     (
+        {"optim__groups": [{"pattern": "a", "freeze": True}, {"pattern": "b"}]},
+        1,
+        "optim.groups.1.pattern",
+        "the group changes nothing; set lr_mult",
+    ),
+    (
+        {"optim__groups": [{"pattern": "a", "freeze": True, "lr_mult": 2.0}]},
+        1,
+        "optim.groups.0.lr_mult",
+        "has no effect on frozen parameters",
+    ),
+    (
+        {"optim__weight_decay": 0.0, "optim__groups": [{"pattern": "a", "weight_decay_mult": 2.0}]},
+        1,
+        "optim.groups.0.weight_decay_mult",
+        "without optim.weight_decay above 0",
+    ),
+    (
+        {"engine": "deepspeed", "optim__groups": [{"pattern": "a", "freeze": True}]},
+        1,
+        "optim.groups.0.freeze",
+        "DeepSpeed keeps the weights of a run",
+    ),
+    (
+        {
+            "parallel__pp": 2,
+            "parallel__pp_schedule": "interleaved_zero_bubble",
+            "model__n_layers": 4,
+            "data__micro_batch": 3,
+            "optim__groups": [{"pattern": "a", "freeze": True}],
+        },
+        2,
+        "optim.groups.0.freeze",
+        "interleaved_zero_bubble computes wrong gradients",
+    ),
+    (
         {"optim__name": "muon", "parallel__cpu_offload": True},
         2,
         "optim.name",

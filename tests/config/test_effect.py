@@ -112,7 +112,7 @@ RUNS: list[dict[str, Any]] = [
     {
         "model": {"architecture": "encoder_decoder", "positions": "relative"},
         "objective": {"mixture": [{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}]},
-        "optim": {"name": "sgd"},
+        "optim": {"name": "sgd", "groups": [{"pattern": "blocks.*", "lr_mult": 0.5}]},
         "schedule": {"name": "inverse_sqrt"},
         "guard": {"not_finite": "rewind"},
     },
