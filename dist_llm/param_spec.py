@@ -41,6 +41,10 @@ class ParamSpec:
     muon: bool = False  # whether optim.name=muon updates this parameter by Muon instead of AdamW
     is_embedding: bool = False  # weight decay only with optim.decay_embeddings
     is_shared_by_heads: bool = False  # applied to each head, so a tensor-parallel rank applies it to its own heads only
+    # Factors of optim.lr, optim.weight_decay and optim.eps that follow from model.parametrization.
+    lr_mult: float = 1.0
+    weight_decay_mult: float = 1.0
+    eps_mult: float = 1.0
 
 
 ParamSpecs = Mapping[str, ParamSpec]

@@ -22,6 +22,7 @@ from dist_llm.config.load import Violation
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.config.objective_sections import CausalSpec, MixtureConfig
 from dist_llm.config.optim_sections import DecayKeys
+from dist_llm.config.parametrization import check_parametrization
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.sequence_lengths import compute_inputs_len, compute_sequence_lengths, count_objective_ids
 
@@ -67,6 +68,7 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
         *check_init(config),
         *_check_optim(config),
         *check_param_groups(config),
+        *check_parametrization(config),
         *check_budget(config.parallel),
         *check_guard(config),
         *check_engine(config, world_size),

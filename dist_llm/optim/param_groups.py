@@ -1,7 +1,7 @@
 """Parameter groups: the learning rate and weight decay of each parameter, and which parameters are frozen.
 
-A group comes from three sources: the description of the parameter (vectors do not decay), `optim.groups` (patterns of
-names), and Muon (matrices of the blocks).
+A group comes from three sources: the description of the parameter (vectors do not decay, and `model.parametrization`
+scales), `optim.groups` (patterns of names), and Muon (matrices of the blocks).
 """
 
 from collections import defaultdict
@@ -25,6 +25,7 @@ class GroupSettings(NamedTuple):
     is_decay_exempt: bool
     lr_mult: float
     weight_decay_mult: float
+    eps_mult: float
 
 
 def find_group(groups: Sequence[ParamGroup], name: str) -> ParamGroup | None:
@@ -60,7 +61,7 @@ def build_param_groups(
     for name, parameter in parameters:
         if not is_frozen(config, name):
             by_settings[_get_settings(config, name, specs[name], name in muon_names)].append(parameter)
-    no_parameters: dict[GroupSettings, list[nn.Parameter]] = {GroupSettings(False, False, 1.0, 1.0): []}
+    no_parameters: dict[GroupSettings, list[nn.Parameter]] = {GroupSettings(False, False, 1.0, 1.0, 1.0): []}
     ordered = sorted((by_settings or no_parameters).items(), key=lambda item: item[0][:2])
     return [{"params": group_params, **_to_options(config, settings)} for settings, group_params in ordered]
 
@@ -105,7 +106,8 @@ def find_group_violations(config: OptimKeys, specs: ParamSpecs) -> Iterator[Viol
 def _get_settings(config: OptimKeys, name: str, spec: ParamSpec, is_muon: bool) -> GroupSettings:
     group = find_group(config.groups, name) or ParamGroup(pattern=name)
     is_decay_exempt = not decays(config, spec)
-    return GroupSettings(is_muon, is_decay_exempt, group.lr_mult, 1.0 if is_decay_exempt else group.weight_decay_mult)
+    weight_decay_mult = 1.0 if is_decay_exempt else spec.weight_decay_mult * group.weight_decay_mult
+    return GroupSettings(is_muon, is_decay_exempt, spec.lr_mult * group.lr_mult, weight_decay_mult, spec.eps_mult)
 
 
 def _to_options(config: OptimConfig, settings: GroupSettings) -> dict[str, Any]:
@@ -114,6 +116,8 @@ def _to_options(config: OptimConfig, settings: GroupSettings) -> dict[str, Any]:
     options: dict[str, Any] = {"weight_decay": weight_decay, "lr_mult": settings.lr_mult}
     if config.name == "muon" and settings.is_muon:
         options["momentum"] = config.muon_momentum
+    if config.name != "sgd":
+        options["eps"] = config.eps * settings.eps_mult
     return options
 
 

@@ -119,6 +119,44 @@ VIOLATIONS = [  # (changed keys, world size, key of the violation, pattern of th
         "set eval.every to a divisor of checkpoint.every",
     ),
     (
+        {"optim__name": "sgd", "model__parametrization": {"base_d_model": 8}},
+        1,
+        "optim.name",
+        "sgd with parametrization: learning rates are scaled for AdamW; set adamw",
+    ),
+    (
+        {"model__init": "xavier", "model__parametrization": {"base_d_model": 8}},
+        1,
+        "model.init",
+        "the other initial values depend on the width by themselves; set gpt2",
+    ),
+    (
+        {
+            "model__norm_order": "post",
+            "model__parametrization": {"name": "completep", "base_d_model": 8, "base_n_layers": 2},
+        },
+        1,
+        "model.norm_order",
+        "completep scales pre-norm residuals; set pre",
+    ),
+    (
+        {
+            "model__architecture": "encoder_decoder",
+            "objective__name": "span",
+            "data__seq_len": 64,
+            "model__parametrization": {"name": "completep", "base_d_model": 8, "base_n_layers": 2},
+        },
+        1,
+        "model.parametrization.name",
+        "an encoder_decoder has two; set parametrization.name=mup",
+    ),
+    (
+        {"model__attention_scale": 1.0, "model__parametrization": {"base_d_model": 8, "base_head_dim": 8}},
+        1,
+        "model.parametrization.base_head_dim",
+        "has no effect with attention_scale 1.0",
+    ),
+    (
         {"optim__groups": [{"pattern": "a", "freeze": True}, {"pattern": "b"}]},
         1,
         "optim.groups.1.pattern",

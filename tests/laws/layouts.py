@@ -101,6 +101,14 @@ PHI: dict[str, Any] = {
 NEOX: dict[str, Any] = {"parallel_residual": "two_norms", "norm": "layernorm", "norm_weight": "none"}
 # Like BLOOM: a bias that grows with the distance, and a norm after the embeddings.
 BLOOM: dict[str, Any] = {"positions": "alibi", "norm_embedding": True, "norm": "layernorm", "bias": True}
+# A model that is wider and deeper than its base model. The exponent 0.5 scales learning rates too.
+COMPLETEP: dict[str, Any] = {
+    "bias": True,
+    "parametrization": {
+        **{"name": "completep", "base_d_model": 8, "base_head_dim": 2},
+        **{"base_n_layers": 2, "depth_exponent": 0.5},
+    },
+}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -116,6 +124,7 @@ MODELS = {
     "phi": PHI,
     "neox": NEOX,
     "bloom": BLOOM,
+    "completep": COMPLETEP,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {

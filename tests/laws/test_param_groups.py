@@ -124,3 +124,27 @@ def test_a_resume_may_freeze_and_unfreeze(is_frozen_first: bool, tmp_path: Path)
     assert (moment in state) == is_frozen_first
     if is_frozen_first:
         assert (state[moment], state["optim.head.out.weight.step"]) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(4, {"dp_shard": 2, "tp": 2}, "completep", micro_batch=4),
+        Layout(2, {"pp": 2}, "completep", micro_batch=6),
+        pytest.param(Layout(2, {"cp": 2}, "completep"), marks=pytest.mark.slow),
+        pytest.param(
+            Layout(2, {"tp": 2, "sequence_parallel": False}, "completep", micro_batch=4), marks=pytest.mark.slow
+        ),
+        pytest.param(Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "completep", micro_batch=6), marks=pytest.mark.slow),
+        pytest.param(Layout(2, {"dp_replicate": 2}, "completep"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_layout_computes_the_steps_of_one_process_with_completep(layout: Layout) -> None:
+    assert_matches_one_process(layout, ADAMW, steps=3)
+
+
+def test_unscaled_learning_rates_of_completep_are_detected() -> None:
+    bug = "parameter_groups_ignore_their_learning_rate"
+    with pytest.raises(AssertionError, match="off by"):
+        assert_matches_one_process(Layout(2, {"tp": 2}, "completep"), ADAMW, steps=3, bug=bug)
