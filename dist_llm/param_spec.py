@@ -44,6 +44,10 @@ class ParamSpec:
     # A tensor-parallel rank applies this replicated parameter to its own heads or tokens only, so its gradient on one
     # rank is a partial sum.
     is_partial_under_tp: bool = False
+    # Factors of optim.lr, optim.weight_decay and optim.eps that follow from model.parametrization.
+    lr_mult: float = 1.0
+    weight_decay_mult: float = 1.0
+    eps_mult: float = 1.0
 
 
 ParamSpecs = Mapping[str, ParamSpec]

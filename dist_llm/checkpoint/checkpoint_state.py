@@ -115,9 +115,8 @@ class TorchState:
         if self.optimizer is None:
             return {}
         optimized_params = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
-        assert optimized_params >= {parameter for _, parameter in self.model.named_parameters()}, (
-            "the optimizer lacks parameters, whose moments would not be saved"
-        )
+        trained_params = {parameter for _, parameter in self.model.named_parameters() if parameter.requires_grad}
+        assert optimized_params >= trained_params, "the optimizer lacks parameters, whose moments would not be saved"
         return {
             f"optim.{name}.{key}": value
             for name, parameter in self._unique_parameters().items()
@@ -131,6 +130,8 @@ class TorchState:
         self.optimizer.state.clear()
         groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # optim.groups freezes it; moments of an earlier part of the run are dropped
             moments = select_moment_shapes(saved, name)
             check_moment_names(name, moments, groups[parameter])
             for key, shape in moments.items():

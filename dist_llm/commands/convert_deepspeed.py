@@ -26,9 +26,9 @@ from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.convert.write_weights import verify_written
 from dist_llm.errors import CheckpointError
-from dist_llm.models.build_model import build_model
+from dist_llm.models.build_model import build_model, build_param_specs
 from dist_llm.optim.build_optimizer import build_optimizer
-from dist_llm.param_spec import collect_param_specs
+from dist_llm.optim.param_groups import is_frozen
 
 
 def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int = 1, universal: bool = False) -> None:
@@ -80,11 +80,19 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
 
 
 def build_optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
-    """Return (parameter names of each group, the groups' other settings, {second name: first} of shared parameters)."""
+    """Return (parameter names of each group, the groups' other settings, {second name: first} of shared parameters).
+
+    Raises CheckpointError if optim.groups freezes parameters: they are in no group, so DeepSpeed would lack them.
+    """
     with torch.device("meta"):
         model = build_model(config.model)
     name_of = {parameter: name for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(config.optim, model.named_parameters(), collect_param_specs(model))
+    if frozen := next((name for name in name_of.values() if is_frozen(config.optim, name)), None):
+        raise CheckpointError(
+            f"{frozen} is frozen by optim.groups, so it is in no parameter group, and checkpoints of DeepSpeed are "
+            "written and read by group; convert to Hugging Face or torch.save instead, which have all weights"
+        )
+    optimizer = build_optimizer(config.optim, model.named_parameters(), build_param_specs(config.model))
     names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     all_names = model.named_parameters(remove_duplicate=False)

@@ -16,12 +16,14 @@ from dist_llm.config.check_guard import check_guard
 from dist_llm.config.check_layers import check_each_kind, check_layers, check_one_layer, check_residuals
 from dist_llm.config.check_layout import check_budget, check_layout
 from dist_llm.config.check_moe import check_moe
+from dist_llm.config.check_param_groups import check_param_groups
 from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.config.objective_sections import CausalSpec, MixtureConfig
 from dist_llm.config.optim_sections import DecayKeys
+from dist_llm.config.parametrization import check_parametrization
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.sequence_lengths import compute_inputs_len, compute_sequence_lengths, count_objective_ids
 
@@ -67,6 +69,8 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
         *_check_checkpoints(config),
         *check_init(config),
         *_check_optim(config),
+        *check_param_groups(config),
+        *check_parametrization(config),
         *check_budget(config.parallel),
         *check_guard(config),
         *check_engine(config, world_size),

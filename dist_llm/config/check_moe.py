@@ -50,6 +50,11 @@ def check_moe(config: UnresolvedConfig) -> Iterator[Violation]:
             f"moe needs engine=native (now {config.engine}), which balances the experts once per step; set it, or "
             "remove the section",
         )
+    if config.model.parametrization is not None:
+        yield Violation(
+            ("model.parametrization", f"{SECTION}.name"),
+            "the rules of muP and CompleteP do not cover routers and experts; remove the key, or the section",
+        )
     if config.fp8:
         yield Violation(
             ("fp8", f"{SECTION}.name"), "grouped matrix products of experts do not support float8; set fp8=false"

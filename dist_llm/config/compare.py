@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dist_llm.config.derive import resolve_attention_scale, round_up
+from dist_llm.config.derive import round_up
 from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
+from dist_llm.config.parametrization import resolve_attention_scale
 from dist_llm.config.schema import Config, UnresolvedConfig
 
 # fixed: the key decides the function; weights trained with another value cannot be loaded.
@@ -74,6 +75,7 @@ MODEL_ROLES: dict[str, Role] = {
     "kinds": "fixed",
     "init": "training",
     "init_std": "training",
+    "parametrization": "requestable",  # scales logits, residuals and attention scores
 }
 OBJECTIVE_ROLES: dict[str, Role] = {
     "name": "requestable",

@@ -84,11 +84,6 @@ def count_rotated_dims(model: UnresolvedModelConfig) -> int:
     return int((model.head_dim or model.d_model // model.n_heads) * model.rotary_fraction)
 
 
-def resolve_attention_scale(model: ModelConfig) -> float:
-    """Return the factor of the attention scores."""
-    return model.attention_scale or model.head_dim**-0.5
-
-
 def count_encoder_layers(model: UnresolvedModelConfig) -> int:
     """Return the number of encoder blocks of an encoder-decoder; 0 for other architectures."""
     return (model.n_encoder_layers or model.n_layers) if model.architecture == "encoder_decoder" else 0

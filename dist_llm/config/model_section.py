@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, create_model, model_serializer
 
 from dist_llm.config.feedforward_sections import DenseConfig, FeedForwardConfig
+from dist_llm.config.parametrization_sections import Parametrization
 from dist_llm.config.rope_sections import RopeScaling
 from dist_llm.config.section import (
     MAX_IDS,
@@ -161,6 +162,11 @@ class StackKeys(Section):
         "gpt2",
     )
     init_std: PositiveFloat = key("standard deviation of embeddings, and under gpt2 of all matrices", 0.02)
+    parametrization: Parametrization | None = key(
+        "change of initial values, learning rates and scales with the size of the model, from a small base model whose "
+        "hyperparameters were tuned; null: none",
+        None,
+    )
 
 
 class KindSection(Section):

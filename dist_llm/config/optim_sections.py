@@ -22,6 +22,18 @@ OPTIMIZER = "optimizer; muon: Muon for the matrices of the blocks, AdamW for the
 SCHEDULE = "learning-rate schedule after warmup; wsd: warmup, stable, linear decay"
 
 
+class ParamGroup(Section):
+    """Settings of the parameters whose names match a pattern."""
+
+    pattern: str = key(
+        "glob pattern of parameter names, such as blocks.*.attention.*; a parameter belongs to the first group that "
+        "matches its name"
+    )
+    lr_mult: PositiveFloat = key("factor of the learning rate", 1.0)
+    weight_decay_mult: NonNegative = key("factor of the weight decay; norms and biases never decay", 1.0)
+    freeze: bool = key("do not train the parameters: no gradients, no optimizer state, no weight decay", False)
+
+
 class OptimKeys(Section):
     """The keys of all optimizers."""
 
@@ -30,6 +42,9 @@ class OptimKeys(Section):
     weight_decay: NonNegative = key("decoupled weight decay (sgd: coupled)", 0.1)
     decay_embeddings: bool = key("also apply weight decay to embeddings; norms and biases never decay", False)
     clip: Limit = key("maximum global gradient norm", 1.0)
+    groups: Annotated[tuple[ParamGroup, ...], Field(strict=False)] = key(
+        "parameter groups with their own learning rate or weight decay, or that are not trained", ()
+    )
 
 
 class AdamWKeys(OptimKeys):

@@ -5,8 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from dist_llm.config.derive import count_rotated_dims, resolve_attention_scale
+from dist_llm.config.derive import count_rotated_dims
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.parametrization import resolve_attention_scale
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.convert.hf_family import (
     ANY_VALUE,

@@ -14,6 +14,7 @@ from dist_llm.convert.deepspeed_layout import PartitionLayout, contiguous_layout
 from dist_llm.engines.base import Engine
 from dist_llm.engines.data_parallel_engine import DataParallelEngine
 from dist_llm.engines.deepspeed_compat import copy_fp32_weights, release_small_weights
+from dist_llm.engines.optimizer_step import set_learning_rate
 from dist_llm.errors import CheckpointError
 from dist_llm.launch.environment import prepare_deepspeed
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -101,8 +102,7 @@ class DeepSpeedEngine(DataParallelEngine):
         if norm is not None and should_apply is not None and not should_apply(norm):
             self.deepspeed.zero_grad()
             return norm
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.deepspeed.optimizer.param_groups, lr)
         self.step()
         if norm is None:
             norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), device=self.device).float()

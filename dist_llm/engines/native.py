@@ -71,7 +71,7 @@ class NativeEngine:
         dtype = torch.get_default_dtype() if self.config.precision == "fp32" else torch.bfloat16
         orthogonalize_fn: Orthogonalize = partial(orthogonalize, dtype=dtype)
         if config.name == "muon" and self.mesh is not None:
-            matrices = list(select_muon_params(self.named_parameters(), specs).values())
+            matrices = list(select_muon_params(config, self.named_parameters(), specs).values())
             orthogonalize_fn = DistributedOrthogonalizer(self.mesh, matrices, dtype)
         return build_optimizer(config, self.named_parameters(), specs, to_local, local_with_offset, orthogonalize_fn)
 

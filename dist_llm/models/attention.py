@@ -10,8 +10,8 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from dist_llm.compat import disable_current_modes
-from dist_llm.config.derive import resolve_attention_scale
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.parametrization import resolve_attention_scale
 from dist_llm.models.attention_mask import AttentionMask
 from dist_llm.models.banded_attention import banded_attention, can_use_bands
 from dist_llm.models.cost import Cost

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.parametrization import resolve_residual_scale
 from dist_llm.models.attention import Attention, CrossAttention
 from dist_llm.models.autocast import cast_to_autocast_dtype
 from dist_llm.models.cost import Cost
@@ -32,6 +33,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, has_cross_attention: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.residual_scale = resolve_residual_scale(config)
         self.normalizes_input = config.norm_order in ("pre", "sandwich")
         self.norm_attention = build_norm(config)
         mixer = get_mixer_class(config.mixer)(config, layer)
@@ -72,8 +74,8 @@ class Block(nn.Module):
 
         def scale_output(out_BSD: Tensor) -> Tensor:
             out_BSD = self.dropout(out_BSD)
-            if self.config.residual_scale != 1:
-                out_BSD = out_BSD * self.config.residual_scale
+            if self.residual_scale != 1:
+                out_BSD = out_BSD * self.residual_scale
             return out_BSD if depth_scale_BS1 is None else out_BSD * depth_scale_BS1.to(out_BSD.dtype)
 
         def attend(x_BSD: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ import torch
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.losses.cross_entropy import CrossEntropy
+from dist_llm.models.block import Block
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.encoder_decoder import EncoderDecoder
 from dist_llm.models.moe import MoE
+from dist_llm.models.parametrization import apply_parametrization
 from dist_llm.param_spec import ParamSpecs, collect_param_specs
 
 
@@ -43,4 +45,9 @@ def format_parameter_counts(config: ModelConfig) -> str:
 def build_param_specs(config: ModelConfig) -> ParamSpecs:
     """Return {parameter name: spec} of the full model, which is built without memory for its weights."""
     with torch.device("meta"):
-        return collect_param_specs(build_model(config))
+        model = build_model(config)
+    block_params = {
+        parameter for block in model.modules() if isinstance(block, Block) for parameter in block.parameters()
+    }
+    block_names = {name for name, parameter in model.named_parameters() if parameter in block_params}
+    return apply_parametrization(collect_param_specs(model), block_names, config)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.parametrization import resolve_logit_scale
 from dist_llm.losses.cross_entropy import CrossEntropy, LossTerms
 from dist_llm.losses.fused_linear_cross_entropy import VocabShard, linear_cross_entropy
 from dist_llm.models.attention import materialize_mask
@@ -123,8 +124,9 @@ class Head(nn.Module):
         x_BSD = self.norm(x_BSD)
         if self.dense is not None:
             x_BSD = self.dense(x_BSD)
+        logit_scale = resolve_logit_scale(self.config)
         # Scaling the vectors scales the logits.
-        return x_BSD if self.config.logit_scale == 1 else x_BSD * self.config.logit_scale
+        return x_BSD if logit_scale == 1 else x_BSD * logit_scale
 
 
 class MLMTransform(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.parametrization import get_base_depth
 from dist_llm.counter_rng import hash64, iter_element_ids, splitmix64
 from dist_llm.param_spec import InitRule
 
@@ -49,7 +50,7 @@ def block_matrix_init(
     """Return the rule of a weight matrix of block `layer`, by `model.init`:
 
     gpt2: normal(init_std); the std of residual outputs is divided by the square root of their number (Radford et al.
-    2019, 2.3).
+    2019, 2.3), under CompleteP of their number in the base model.
     xavier: uniform on +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
     he: normal(sqrt(2 / fan_in)) (He et al. 2015).
     depth: xavier, divided by the square root of the layer number, counted from 1 (Zhang et al. 2019).
@@ -62,7 +63,8 @@ def block_matrix_init(
     if config.init == "tfixup" and role != "query_or_key":
         return InitRule("uniform", _xavier_bound(linear) * _tfixup_scale(block.num_layers, block.has_cross_attention))
     if config.init == "gpt2" and role == "residual_output":
-        num_residual_outputs = (3 if block.has_cross_attention else 2) * block.num_layers
+        num_layers = get_base_depth(config, block.num_layers)
+        num_residual_outputs = (3 if block.has_cross_attention else 2) * num_layers
         return InitRule("normal", config.init_std / math.sqrt(num_residual_outputs))
     return matrix_init(config, linear)
 

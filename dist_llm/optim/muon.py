@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
 from dist_llm.optim.adamw import ToLocal
 
@@ -24,33 +24,32 @@ Orthogonalize = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class Muon:
-    """A pre-step hook of an AdamW optimizer. It updates the parameter groups that have a "momentum".
+    """A pre-step hook of an AdamW optimizer. It updates `matrices`, whose parameter groups have a "momentum".
 
-    It removes the gradients of these groups, so that AdamW skips them. The momentum is Nesterov's. An update is scaled
-    by 0.2 sqrt(max(R, C)) to the size of an AdamW update (Liu et al. 2025, 2.2), so that both optimizers use the same
-    learning rate and weight decay. A missing gradient counts as zero.
+    It removes their gradients, so that AdamW skips them. The momentum is Nesterov's. An update is scaled by
+    0.2 sqrt(max(R, C)) to the size of an AdamW update (Liu et al. 2025, 2.2), so that both optimizers use the same
+    learning rate and weight decay. A missing gradient counts as zero. All groups are orthogonalized together, because
+    the ranks share this work.
     """
 
-    def __init__(self, orthogonalize: Orthogonalize, to_local: ToLocal) -> None:
-        self.orthogonalize, self.to_local = orthogonalize, to_local
+    def __init__(self, matrices: Sequence[nn.Parameter], orthogonalize: Orthogonalize, to_local: ToLocal) -> None:
+        self.matrices, self.orthogonalize, self.to_local = matrices, orthogonalize, to_local
 
     @torch.no_grad()
     def __call__(self, optimizer: optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            if "momentum" in group:
-                self._update_group(group, optimizer.state)
-
-    def _update_group(self, group: dict[str, Any], state: Any) -> None:
-        updates, beta, to_local = [], group["momentum"], self.to_local
-        for parameter in group["params"]:
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        updates, to_local = [], self.to_local
+        for parameter in self.matrices:
+            state, beta = optimizer.state[parameter], groups[parameter]["momentum"]
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if "momentum_buffer" not in state[parameter]:
-                state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer = to_local(state[parameter]["momentum_buffer"]).lerp_(to_local(gradient), 1 - beta)
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = to_local(state["momentum_buffer"]).lerp_(to_local(gradient), 1 - beta)
             to_local(gradient).lerp_(buffer, beta)
             updates.append(gradient)
             parameter.grad = None
-        for parameter, update in zip(group["params"], self.orthogonalize(updates), strict=True):
+        for parameter, update in zip(self.matrices, self.orthogonalize(updates), strict=True):
+            group = groups[parameter]
             weights = to_local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
             weights.add_(to_local(update), alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
 

@@ -9,6 +9,7 @@ from dist_llm.models.build_model import build_model, build_param_specs
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.init import init_param_
 from dist_llm.models.moe import MoE
+from dist_llm.optim.param_groups import freeze_parameters
 from dist_llm.parallel.activation_checkpoint import checkpoint_blocks, compile_blocks
 from dist_llm.parallel.async_tp import enable_async_tp
 from dist_llm.parallel.context_parallel import apply_context_parallel
@@ -43,9 +44,10 @@ def parallelize_model(
 ) -> None:
     """Apply all forms of parallelism to `model`, whose parameters are on the meta device.
 
-    The order matters. Float8, context, expert and tensor parallelism change what a block computes. Compilation and
-    activation checkpointing then wrap the forward of a block, and FSDP adds hooks around this forward. The caller
-    initializes the parameters afterwards, because each rank initializes only its shards.
+    The order matters. Float8, context, expert and tensor parallelism change what a block computes, and create
+    parameters. Freezing comes after them. Compilation and activation checkpointing then wrap the forward of a block,
+    and FSDP adds hooks around this forward. The caller initializes the parameters afterwards, because each rank
+    initializes only its shards.
     """
     parallel = config.parallel
     if config.fp8:
@@ -58,6 +60,7 @@ def parallelize_model(
         apply_tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
         if parallel.async_tp:
             enable_async_tp(mesh["tp"])
+    freeze_parameters(config.optim, model)
     if config.compile:
         compile_blocks(model, parallel)
     if parallel.recompute != "none" or parallel.activations_gib:

@@ -82,4 +82,10 @@ def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str
         if invalid_keys.isdisjoint(violation.keys)
     ]
     raise_violations(violations)
-    return resolve_config(config, world_size, corpus_vocab_size).model_copy(update={"schedule": config.schedule})
+    resolved = resolve_config(config, world_size, corpus_vocab_size)
+    if config.optim.groups:
+        from dist_llm.models.build_model import build_param_specs  # imports torch, so only if needed
+        from dist_llm.optim.param_groups import find_group_violations
+
+        raise_violations(list(find_group_violations(resolved.optim, build_param_specs(resolved.model))))
+    return resolved.model_copy(update={"schedule": config.schedule})

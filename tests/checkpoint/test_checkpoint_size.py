@@ -9,8 +9,14 @@ from dist_llm.training.step import train_step
 from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD
 
+FROZEN = {"groups": [{"pattern": "embed.*", "freeze": True}, {"pattern": "*.attention.*", "freeze": True}]}
+OPTIMIZERS = [
+    *(ADAMW, BF16_MOMENTS, MUON, SGD, SGD | {"momentum": 0.9}),
+    *(MUON | FROZEN, SGD | {"momentum": 0.9} | FROZEN),
+]
 
-@pytest.mark.parametrize("optim", [ADAMW, BF16_MOMENTS, MUON, SGD, SGD | {"momentum": 0.9}], ids=str)
+
+@pytest.mark.parametrize("optim", OPTIMIZERS, ids=str)
 def test_the_size_counts_weights_and_moments(optim: dict[str, object]) -> None:
     config = make_config(1, MODELS["tied"], optim=optim)
     engine = NativeEngine(config, torch.device("cpu"))

@@ -21,6 +21,7 @@ from dist_llm.config.compare import (
 from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.model_section import LayerKind, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveConfig
+from dist_llm.config.parametrization_sections import MupConfig
 from dist_llm.config.rope_sections import LinearScaling
 from dist_llm.config.schema import Config
 from dist_llm.config.section import get_union_members
@@ -82,6 +83,7 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "kinds": ({"a": LayerKind(), "b": LayerKind(rope_theta=100.0)}, KINDS),
     "init": ("xavier", {}),
     "init_std": (0.1, {}),
+    "parametrization": (MupConfig(base_d_model=8), {}),
 }
 
 

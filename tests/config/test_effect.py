@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from dist_llm.config.check import check
 from dist_llm.config.check_effect import RULES
 from dist_llm.config.model_section import LayerKind
+from dist_llm.config.parametrization_sections import Parametrization
 from dist_llm.config.rope_sections import RopeScaling
 from dist_llm.config.section import Section, get_union_members
 from dist_llm.config.sequence_lengths import compute_sequence_lengths
@@ -87,7 +88,11 @@ READ_ELSEWHERE = {
     "AccelerateConfig.plugin",
     "CheckpointConfig.probe",  # read if a probe differs
     "LayerKeys.mixer_options",  # read by the mixer of another package (tests/test_custom_mixer.py)
-    *(f"{scaling.__name__}.name" for scaling in get_union_members(RopeScaling).values()),  # selects the class
+    *(
+        f"{section.__name__}.name"  # selects the class
+        for union in (RopeScaling, Parametrization)
+        for section in get_union_members(union).values()
+    ),
 }
 LONG = {"factor": 2.0, "original_max_seq_len": 8}
 ROPE_SCALINGS: list[dict[str, Any]] = [
@@ -118,11 +123,15 @@ RUNS: list[dict[str, Any]] = [
     {
         "model": {"architecture": "encoder_decoder", "positions": "relative"},
         "objective": {"mixture": [{"name": "span", "mode": "R"}, {"name": "prefix", "mode": "S"}]},
-        "optim": {"name": "sgd"},
+        "optim": {"name": "sgd", "groups": [{"pattern": "blocks.*", "lr_mult": 0.5}]},
         "schedule": {"name": "inverse_sqrt"},
         "guard": {"not_finite": "rewind"},
     },
-    {"objective": {"name": "span", "mode": "R"}},
+    {
+        "objective": {"name": "span", "mode": "R"},
+        "model": {"parametrization": {"name": "completep", "base_d_model": 4, "base_head_dim": 2, "base_n_layers": 1}},
+    },
+    {"model": {"parametrization": {"name": "mup", "base_d_model": 4}}},
     {
         "model": {
             "n_layers": len(ROPE_SCALINGS),

@@ -11,7 +11,7 @@ from dist_llm.config.data_sections import SourceConfig, StageConfig
 from dist_llm.config.describe import describe_keys
 from dist_llm.config.key_suggestions import ALIASES
 from dist_llm.config.load import dump_config, load_config, raise_violations
-from dist_llm.config.optim_sections import AdamWConfig, ScheduleConfig, WSDConfig
+from dist_llm.config.optim_sections import AdamWConfig, ParamGroup, ScheduleConfig, WSDConfig
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.section import get_union_members
 from dist_llm.config.yaml_parser import parse_yaml
@@ -374,6 +374,7 @@ def test_describe_covers_every_key_with_a_description():
     expected_keys = {"base", "model.from"}
     expected_keys |= {f"data.sources.*.{name}" for name in SourceConfig.model_fields}
     expected_keys |= {f"data.stages.*.{name}" for name in StageConfig.model_fields}
+    expected_keys |= {f"optim.groups.*.{name}" for name in ParamGroup.model_fields}
     for name, field in UnresolvedConfig.model_fields.items():
         if name in SECTIONS:
             expected_keys |= {f"{name}.{inner}" for inner in field.annotation.model_fields}

@@ -235,6 +235,7 @@ def test_weights_are_written_in_half_precision_and_several_files(
         ({"logit_cap": 30.0}, "logit_cap 30.0"),
         ({"positions": "sinusoidal"}, "positions sinusoidal"),
         ({"residual_scale": 0.5, "qk_norm": True}, "residual_scale 0.5"),
+        ({"parametrization": {"name": "mup", "base_d_model": 8}}, "parametrization {'name': 'mup'"),
         ({"attention_scale": 0.3, "attention_cap": 20.0}, "attention_cap 20.0"),
         ({"attention_sinks": True}, "attention_sinks True"),
         ({"output_gate": "per_head"}, "output_gate per_head"),

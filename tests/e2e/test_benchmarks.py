@@ -26,6 +26,7 @@ STARTUP_PROGRAM = REPOSITORY / "benchmarks" / "startup.py"
 MEMORY_PROGRAM = REPOSITORY / "benchmarks" / "memory.py"
 COLLECTIVES_PROGRAM = REPOSITORY / "benchmarks" / "collectives.py"
 FAMILIES_PROGRAM = REPOSITORY / "benchmarks" / "families.py"
+COORDINATE_CHECK_PROGRAM = REPOSITORY / "benchmarks" / "coordinate_check.py"
 # Overrides that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 WINDOW_PROGRAM = REPOSITORY / "benchmarks" / "window.py"
@@ -132,6 +133,15 @@ def test_attention_prints_a_line_per_kernel_and_marks_the_chosen_one() -> None:
         row = by_mask[mask]["math"]
         assert row["tflops"] * row["seconds"] * 1e12 == pytest.approx(14 * 16 * 2 * 2 * count, rel=1e-3)
     assert "*: the choice of the model" in completed.stderr
+
+
+def test_coordinate_check_prints_a_table_per_parametrization() -> None:
+    for option, label in (("--widths", "width"), ("--depths", "depth")):
+        sizes = ("32", "64") if label == "width" else ("1", "2")
+        output = run_benchmark(COORDINATE_CHECK_PROGRAM, option, *sizes).stdout
+        for name in ("standard", "mup", "completep"):
+            assert f"{name}, {label}" in output
+        assert output.count("last block.attention") == 3
 
 
 def test_window_prints_a_line_per_case_and_marks_the_chosen_one() -> None:

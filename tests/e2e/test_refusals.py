@@ -23,6 +23,15 @@ def test_all_config_errors_are_in_one_message(corpus: Path, tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pattern_that_matches_no_parameter_is_refused(corpus: Path, tmp_path: Path) -> None:
+    arguments = commands.make_train_arguments(corpus, "optim.groups=[{pattern: layers.*, freeze: true}]")
+    completed = commands.run(*arguments, cwd=tmp_path, succeed=False)
+    assert completed.returncode == 2
+    assert "optim.groups.0.pattern: layers.* matches no parameter; names are embed.tokens.weight" in completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_error_is_printed_once_under_torchrun(corpus: Path, tmp_path: Path) -> None:
     arguments = commands.make_train_arguments(corpus, "parallel.dp_shard=4")
     completed = commands.run(*arguments, ranks=2, cwd=tmp_path, succeed=False)

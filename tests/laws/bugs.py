@@ -23,7 +23,7 @@ from dist_llm.models.positional_encoding import AlibiBias
 from dist_llm.models.rope import compute_rotary_cos_sin
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim import gradient_clipping
-from dist_llm.optim.muon import orthogonalize
+from dist_llm.optim.muon import Muon, orthogonalize
 from dist_llm.optim.sgd import LocalSGD
 from dist_llm.parallel import context_parallel, fsdp, mesh, parallelize, pipeline_parallel, tensor_parallel
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalizer
@@ -552,4 +552,37 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 @register_bug
 def stochastic_rounding_depends_on_the_local_index() -> Iterator[Any]:
     with patch("dist_llm.engines.native.local_with_offset", _local_with_zero_offset):
+        yield
+
+
+@register_bug
+def parameter_groups_ignore_their_learning_rate() -> Iterator[Any]:
+    """Each group gets the rate of the schedule, without its lr_mult."""
+
+    def set_same_rate(param_groups: Any, lr: float) -> None:
+        for group in param_groups:
+            group["lr"] = lr
+
+    with patch("dist_llm.engines.optimizer_step.set_learning_rate", set_same_rate):
+        yield
+
+
+@register_bug
+def tensor_parallel_parameters_are_not_frozen() -> Iterator[Any]:
+    """Freezing before tensor parallelism has no effect, because the latter creates new parameters."""
+    with patch.object(parallelize, "freeze_parameters", _do_nothing):
+        yield
+
+
+@register_bug
+def matrices_are_orthogonalized_in_the_order_of_the_groups() -> Iterator[Any]:
+    """The owner rank of a matrix then takes it for another matrix."""
+    original = Muon.__call__
+
+    def sort_by_group(self: Muon, optimizer: Any, *args: Any) -> None:
+        muon_groups = [group["params"] for group in optimizer.param_groups if "momentum" in group]
+        self.matrices = [parameter for group in muon_groups for parameter in group]
+        original(self, optimizer, *args)
+
+    with patch.object(Muon, "__call__", sort_by_group):
         yield

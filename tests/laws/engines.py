@@ -76,7 +76,7 @@ class EngineTrace:
     losses: list[float] = field(default_factory=list)
     num_valid_tokens: list[int] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    learning_rates: list[list[float]] = field(default_factory=list)  # by parameter group
+    learning_rates: list[list[float]] = field(default_factory=list)  # by parameter group, without lr_mult
     states: list[ShardsByName] = field(default_factory=list)
     heldout_loss: float = 0.0
 
@@ -113,7 +113,8 @@ def run_steps(
             trace.losses.append(report.loss.item())
             trace.num_valid_tokens.append(int(report.num_valid_tokens))
             trace.grad_norms.append(report.grad_norm.item())
-            trace.learning_rates.append([group["lr"] for group in engine.optimizer.param_groups])  # type: ignore[attr-defined]
+            groups = engine.optimizer.param_groups  # type: ignore[attr-defined]
+            trace.learning_rates.append([group["lr"] / group["lr_mult"] for group in groups])
             if step in (steps[0], steps[-1]):
                 trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = make_batches(config, engine, 1000)

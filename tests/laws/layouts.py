@@ -136,6 +136,14 @@ SINKS_AND_GATES: dict[str, Any] = {
         "per_head": {"output_gate": "per_head"},
     },
 }
+# A model that is wider and deeper than its base model. The exponent 0.5 scales learning rates too.
+COMPLETEP: dict[str, Any] = {
+    "bias": True,
+    "parametrization": {
+        **{"name": "completep", "base_d_model": 8, "base_head_dim": 2},
+        **{"base_n_layers": 2, "depth_exponent": 0.5},
+    },
+}
 MODELS = {
     "llama": LLAMA,
     "tied": TIED,
@@ -154,6 +162,7 @@ MODELS = {
     "moe": MOE,
     "deepseek": DEEPSEEK,
     "sinks_and_gates": SINKS_AND_GATES,
+    "completep": COMPLETEP,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.
 OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {

@@ -22,6 +22,7 @@ from tests.laws.engines import (
 )
 from tests.laws.law import Trace, assert_traces_match, make_config
 from tests.laws.layouts import ADAMW, CLIPPED_SGD, MODELS, SGD
+from tests.laws.test_param_groups import GROUPS
 from tests.laws.worlds import WorldError, get_world, restart_world
 
 pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
@@ -44,6 +45,14 @@ def test_an_engine_computes_three_microbatches_on_two_ranks(engine: str, optim: 
     assert_engine_matches_one_process(
         2, make_engine_config(2, ENGINE_SECTIONS[engine], "tied", optim, micro_batch=4), steps=3
     )
+
+
+@pytest.mark.parametrize("engine", ["zero0", pytest.param("zero1", marks=pytest.mark.slow), "zero3", "ddp"])
+def test_an_engine_computes_parameter_groups(engine: str) -> None:
+    """DeepSpeed does not support frozen parameters."""
+    groups = GROUPS if engine == "ddp" else [group for group in GROUPS if "freeze" not in group]
+    config = make_engine_config(2, ENGINE_SECTIONS[engine], "llama", {**ADAMW, "groups": groups}, micro_batch=4)
+    assert_engine_matches_one_process(2, config, steps=3)
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", "ddp"])

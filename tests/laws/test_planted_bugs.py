@@ -87,7 +87,10 @@ LAYOUT_OF_BUG = {
 }
 # Distinct layouts by name. The name contains the microbatch size, which `str(layout)` omits.
 LAYOUT_OF_NAME = {layout.name: layout for layout in LAYOUT_OF_BUG.values()}
-OPTIMIZER_BUG_NAMES = {  # tested in test_optimizers.py
+OPTIMIZER_BUG_NAMES = {  # tested in test_optimizers.py and test_param_groups.py
+    "parameter_groups_ignore_their_learning_rate",
+    "tensor_parallel_parameters_are_not_frozen",
+    "matrices_are_orthogonalized_in_the_order_of_the_groups",
     "shards_are_orthogonalized_separately",
     "shards_are_returned_to_the_wrong_rank",
     "momentum_is_reset_before_each_step",

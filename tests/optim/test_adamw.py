@@ -8,7 +8,8 @@ from torch import nn
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import AdamWConfig, SGDConfig
 from dist_llm.models.decoder import Decoder
-from dist_llm.optim.build_optimizer import build_optimizer, split_weight_decay
+from dist_llm.optim.build_optimizer import build_optimizer
+from dist_llm.optim.param_groups import build_param_groups
 from dist_llm.param_spec import collect_param_specs
 from tests.optim.specs import MATRIX, VECTOR, make_spec
 
@@ -98,10 +99,11 @@ def test_norms_and_biases_have_no_weight_decay(tie, decay_embeddings):
         )
     )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = split_weight_decay(
+    groups = build_param_groups(
         AdamWConfig(decay_embeddings=decay_embeddings), model.named_parameters(), collect_param_specs(model)
     )
-    decay_names, no_decay_names = ({names[id(parameter)] for parameter in group} for group in groups)
+    decay_names, no_decay_names = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
 
     block = {f"attention.{matrix_name}.weight" for matrix_name in ("q", "k", "v", "out")}
     block |= {f"feedforward.{matrix_name}.weight" for matrix_name in ("gate", "up", "down")}

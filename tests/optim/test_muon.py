@@ -77,7 +77,7 @@ def test_muon_applies_to_matrices_of_blocks_only() -> None:
     different_names = [name for name in muon if not torch.equal(muon[name], adamw[name])]
     assert (
         different_names
-        == list(select_muon_params(make_parameters().items(), SPECS))
+        == list(select_muon_params(MuonConfig(), make_parameters().items(), SPECS))
         == [
             "blocks.0.attention.q.weight",
             "blocks.0.feedforward.up.weight",
