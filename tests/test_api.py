@@ -34,7 +34,7 @@ def make_config(corpus: Path, run: Path) -> dict[str, Any]:
 
 
 def test_the_commands_work_as_functions(corpus: Path, tmp_path: Path) -> None:
-    config = make_config(corpus, tmp_path / "run")
+    config = make_config(corpus=corpus, run=tmp_path / "run")
     assert dist_llm.read_config(config, "optim.lr=0.1").optim.lr == 0.1
     run = dist_llm.train(config, "optim.lr=0.1")
     assert run == tmp_path / "run"
@@ -56,7 +56,7 @@ def test_the_commands_work_as_functions(corpus: Path, tmp_path: Path) -> None:
 
 def test_functions_raise_the_errors_of_the_commands(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(dist_llm.UserError, match=r"optim\.leerning_rate: unknown key"):
-        dist_llm.train(make_config(corpus, tmp_path / "run") | {"optim": {"leerning_rate": 1.0}})
+        dist_llm.train(make_config(corpus=corpus, run=tmp_path / "run") | {"optim": {"leerning_rate": 1.0}})
     with pytest.raises(dist_llm.UserError, match="is neither a file nor a config of the package"):
         dist_llm.train("dmeo")
     with pytest.raises(dist_llm.UserError, match="vocabulary: unknown option"):

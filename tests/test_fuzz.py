@@ -128,7 +128,14 @@ def write_corpus(directory: Path, has_prompts: bool = False) -> None:
                 writer.extend(ids, ends=np.array([length]), text_bytes=np.array([length]), prompt_tokens=np.array([3]))
             shards[split] = writer.close()
     BYTE_TOKENIZER.save(directory)
-    Manifest("uint16", 257, BYTE_TOKENIZER.sha256, ("text",), shards, prompts=has_prompts).save(directory)
+    Manifest(
+        "uint16",
+        vocab_size=257,
+        tokenizer_sha256=BYTE_TOKENIZER.sha256,
+        source=("text",),
+        shards=shards,
+        prompts=has_prompts,
+    ).save(directory)
 
 
 def read_corpus(directory: Path) -> None:
@@ -188,7 +195,7 @@ def write_checkpoint(directory: Path) -> None:
     )  # fmt: skip
     files = {
         "config.yaml": dump_config(config).encode(),
-        "progress.json": json.dumps(Progress(3, 4, 5, {"a": 1}).as_dict()).encode(),
+        "progress.json": json.dumps(Progress(step=3, samples=4, tokens=5, source_tokens={"a": 1}).as_dict()).encode(),
         "data.json": data_history.dump_history((segment,)),
         "probe.json": b'{"format": "dist_llm probe 1", "loss": 1.5, "logits": [1.0, null], "precision": "fp32", '
         b'"weights": "fp32"}',
@@ -326,8 +333,8 @@ def read_text(directory: Path, **keys: Any) -> None:
 
 
 def read_metrics(directory: Path) -> None:
-    EarlierSteps.read(directory, 3, make_config()).compare([{"step": 4, "loss": 1.0}])
-    MetricsFile(directory / "metrics.jsonl", 3).close()
+    EarlierSteps.read(directory, step=3, config=make_config()).compare([{"step": 4, "loss": 1.0}])
+    MetricsFile(directory / "metrics.jsonl", resumed_step=3).close()
 
 
 def encode_metrics() -> bytes:
@@ -343,7 +350,7 @@ def write_metrics(directory: Path) -> None:
 def read_yaml(directory: Path) -> None:
     config, _ = load_config(directory / "config.yaml")
     if config is not None:
-        list(check(config, 1, 257))
+        list(check(config, world_size=1, tokenizer_size=257))
 
 
 def write_yaml(directory: Path) -> None:
@@ -363,7 +370,9 @@ def make_read_tokenizer(name: str) -> Callable[[Path], object]:
 def write_report(directory: Path) -> None:
     file_counts = InputFileCounts()
     file_counts.add("read", directory / "x.jsonl", 100)
-    PrepareReport({"source": ["x"]}, 10, 1, inputs=file_counts, unreadable={"y": (3, "gone")}).save(directory)
+    PrepareReport({"source": ["x"]}, rows=10, bad_rows=1, inputs=file_counts, unreadable={"y": (3, "gone")}).save(
+        directory
+    )
 
 
 # By the kind of the files. A name is part of the random seed of its mutations.
@@ -697,17 +706,17 @@ HOSTILE_EDITS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     ),
     "offset": (
         "corpus",
-        make_claim("train-00000.offsets", 16, "<Q", 2**63 + 5),
+        make_claim("train-00000.offsets", offset=16, layout="<Q", value=2**63 + 5),
         "document offsets do not ascend within",
     ),
     "far offset": (
         "corpus",
-        make_claim("train-00000.offsets", 16, "<Q", HUGE_SIZE),
+        make_claim("train-00000.offsets", offset=16, layout="<Q", value=HUGE_SIZE),
         "document offsets do not ascend within",
     ),
     "prompt": (
         "corpus with prompts",
-        make_claim("train-00000.offsets", 8, "<Q", HUGE_SIZE),
+        make_claim("train-00000.offsets", offset=8, layout="<Q", value=HUGE_SIZE),
         "document offsets do not ascend",
     ),
     "shard outside": (
@@ -720,11 +729,19 @@ HOSTILE_EDITS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         make_replace("manifest.json", b'"file": "train-00000.bin"', ABSOLUTE_FILE),
         "outside the corpus",
     ),
-    "sequences": ("megatron", make_claim("x.idx", 18, "<Q", HUGE_SIZE), "truncated: .* but 1000000000000000 sequences"),
-    "negative sequence": ("megatron", make_claim("x.idx", 38, "<i", -3), "byte 38: sequence 1 has -3 tokens"),
+    "sequences": (
+        "megatron",
+        make_claim("x.idx", offset=18, layout="<Q", value=HUGE_SIZE),
+        "truncated: .* but 1000000000000000 sequences",
+    ),
+    "negative sequence": (
+        "megatron",
+        make_claim("x.idx", offset=38, layout="<i", value=-3),
+        "byte 38: sequence 1 has -3 tokens",
+    ),
     "safetensors header": (
         "safetensors",
-        make_claim("model-00001-of-00003.safetensors", 0, "<Q", HUGE_SIZE),
+        make_claim("model-00001-of-00003.safetensors", offset=0, layout="<Q", value=HUGE_SIZE),
         "cannot be read",
     ),
     "safetensors index": (

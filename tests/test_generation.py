@@ -28,7 +28,7 @@ EOT = 256  # the end-of-document token of the byte tokenizer
 VOCABULARY = ObjectiveVocabulary(EOT + 1, EOT)
 START, MASK, MODE_S = (VOCABULARY.special_id(name) for name in ("start", "mask", "S"))
 SENTINEL_0, SENTINEL_1 = VOCABULARY.sentinel_id(0), VOCABULARY.sentinel_id(1)
-CAUSAL_CONFIG = make_config(1, {})
+CAUSAL_CONFIG = make_config(ranks=1)
 
 
 def build_small_model(**changes):
@@ -90,7 +90,7 @@ def test_encoder_runs_once_per_prompt(positions):
 
 def encode_prompt_for(prompt="ab", architecture="decoder", **objective):
     """Encode a prompt for a model that was trained with this objective."""
-    config = make_config(1, {"architecture": architecture, "vocab_size": 400}, objective=objective)
+    config = make_config(ranks=1, model={"architecture": architecture, "vocab_size": 400}, objective=objective)
     return encode_prompt(config, make_byte_tokenizer(), prompt)
 
 
@@ -328,7 +328,7 @@ def test_text_is_yielded_while_it_is_sampled():
         make_byte_tokenizer(),
         encode_prompt(CAUSAL_CONFIG, make_byte_tokenizer(), "p"),
         Sampling(max_tokens=50, temperature=0),
-        100,
+        max_seq_len=100,
     )
     assert list(itertools.islice(strings, 2)) == ["a", "b"]
     assert model.num_calls == 2

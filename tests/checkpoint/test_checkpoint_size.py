@@ -12,8 +12,8 @@ from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD
 
 @pytest.mark.parametrize("optim", [ADAMW, BF16_MOMENTS, MUON, SGD, SGD | {"momentum": 0.9}], ids=str)
 def test_the_size_counts_weights_and_moments(optim: dict[str, object]) -> None:
-    config = make_config(1, MODELS["tied"], optim=optim)
+    config = make_config(ranks=1, model=MODELS["tied"], optim=optim)
     engine = NativeEngine(config, torch.device("cpu"))
-    train_step(engine, make_batches(config, engine, 0), 1e-3)
+    train_step(engine, make_batches(config, engine, step=0), lr=1e-3)
     tensors = (engine.state.weights() | engine.state.moments()).values()
     assert count_checkpoint_bytes(config) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -32,11 +32,11 @@ from tests.laws.layouts import ADAMW
 from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
-CONFIG = make_config(1, {}, optim=ADAMW)
+CONFIG = make_config(ranks=1, optim=ADAMW)
 
 
 def step(engine: NativeEngine, number: int) -> None:
-    train_step(engine, make_batches(engine.config, engine, number), 1e-3, number)
+    train_step(engine, make_batches(engine.config, engine, number), lr=1e-3, step=number)
 
 
 def build_engine_at_step(steps: int) -> NativeEngine:
@@ -154,8 +154,8 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def save_with_limit(directory: Path, limited_rank: int) -> str:
     """Return the error of a save in which one rank may write at most 4 KiB per file; the next save has no limit."""
-    engine = NativeEngine(make_config(2, {}, optim=ADAMW), CPU)
-    step(engine, 0)
+    engine = NativeEngine(make_config(ranks=2, optim=ADAMW), CPU)
+    step(engine, number=0)
     checkpoints = CheckpointStore(directory)
     checkpoints.save(engine.state, Progress(1), {})
     checkpoints.finish()

@@ -38,7 +38,7 @@ def test_boxes_cover_the_range_exactly(shape: list[int], data: st.DataObject) ->
 
 def test_chunks_are_views_of_the_partition() -> None:
     flat = torch.zeros(9)
-    for _, chunk in local_chunks(FlatShard.from_flat((4, 4), flat, 3)):
+    for _, chunk in local_chunks(FlatShard.from_flat((4, 4), flat, start=3)):
         chunk.fill_(1)
     assert flat.tolist() == [1.0] * 9
 

@@ -28,8 +28,8 @@ FILES = {"config.yaml": b"run: {}\n", "tokenizer.json": b"{}\n"}
 
 
 def build_engine(ranks: int = 1) -> NativeEngine:
-    engine = NativeEngine(make_config(ranks, {}, optim=ADAMW), torch.device("cpu"))
-    train_step(engine, make_batches(engine.config, engine, 0), 1e-3, 0)
+    engine = NativeEngine(make_config(ranks=ranks, optim=ADAMW), torch.device("cpu"))
+    train_step(engine, make_batches(engine.config, engine, step=0), lr=1e-3, step=0)
     return engine
 
 

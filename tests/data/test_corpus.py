@@ -100,7 +100,14 @@ def test_writer_closes_its_files_if_the_disk_is_full(tmp_path):
 
 def test_manifest_round_trip(tmp_path):
     shard = Shard("train-00000.bin", tokens=10, documents=2, text_bytes=33, sha256="ab")
-    manifest = Manifest("uint32", 70_000, "cd", ("x", "y"), {"train": (shard, shard), "heldout": ()}, bad_rows=3)
+    manifest = Manifest(
+        "uint32",
+        vocab_size=70_000,
+        tokenizer_sha256="cd",
+        source=("x", "y"),
+        shards={"train": (shard, shard), "heldout": ()},
+        bad_rows=3,
+    )
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
     assert (manifest.count_tokens("train"), manifest.count_documents("train"), manifest.count_text_bytes("train")) == (
@@ -231,7 +238,9 @@ def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
     with (tmp_path / "train-00000.bin").open("wb") as file:
         file.truncate(shard_bytes)
     shard = Shard("train-00000.bin", tokens=shard_bytes // 2, documents=1, text_bytes=shard_bytes, sha256="")
-    Manifest("uint16", 300, "", (), {"train": (shard,), "heldout": ()}).save(tmp_path)
+    Manifest("uint16", vocab_size=300, tokenizer_sha256="", source=(), shards={"train": (shard,), "heldout": ()}).save(
+        tmp_path
+    )
     code = """if True:
         import resource, sys, time
         from pathlib import Path

@@ -103,7 +103,7 @@ def test_microbatches_keep_the_order_of_the_local_batch(micro_batch, corpus):
     whole_loader = make_loader(corpus, dp_rank=1, dp_size=2, micro_batch=local_batch)
     batches = micro_loader.load_batches(0)
     assert [len(batch.inputs_BS) for batch in batches] == [micro_batch] * (local_batch // micro_batch)
-    assert read_first_tokens(micro_loader, 1) == read_first_tokens(whole_loader, 1)
+    assert read_first_tokens(micro_loader, step=1) == read_first_tokens(whole_loader, step=1)
 
 
 def test_targets_are_the_next_tokens(corpus):
@@ -164,7 +164,7 @@ def test_prefetch_builds_each_step_once(corpus, monkeypatch):
 
 def test_close_stops_the_prefetch_thread(corpus):
     loader = make_loader(corpus, prefetch=2)
-    read_first_tokens(loader, 0)
+    read_first_tokens(loader, step=0)
     assert any(thread.name.startswith("loader") for thread in threading.enumerate())
     loader.close()
     assert not any(thread.name.startswith("loader") for thread in threading.enumerate())
@@ -218,7 +218,7 @@ def test_build_order_follows_the_config(corpus):
 
 def test_random_order_reaches_both_ends_of_the_corpus(make_counting_corpus):
     corpus = make_counting_corpus(SEQ + 3)
-    order = build_order(make_data_config(order="random"), corpus, 0, LENGTHS)
+    order = build_order(make_data_config(order="random"), corpus, seed=0, lengths=LENGTHS)
     windows = corpus.read(order.locate_windows(np.arange(200)), SEQ + 1)
     assert (windows.min(), windows.max()) == (0, SEQ + 2)
 
@@ -230,13 +230,13 @@ def test_a_corpus_shorter_than_a_window_is_rejected(num_tokens, order, make_coun
     hint = r"lower seq_len \(to make it \d+ or fewer\) or prepare more text" if num_tokens > 1 else "prepare more text"
     message = f"{num_tokens} train tokens are too few for a window of 5, which data.seq_len 4 needs; {hint}$"
     with pytest.raises(DataError, match=message):
-        build_order(make_data_config(order=order), corpus, 0, LENGTHS)
+        build_order(make_data_config(order=order), corpus, seed=0, lengths=LENGTHS)
 
 
 def test_the_shortest_corpus_has_one_window(make_counting_corpus):
     corpus = make_counting_corpus(SEQ + 1)
     for order in ("shuffle", "random"):
-        built_order = build_order(make_data_config(order=order), corpus, 0, LENGTHS)
+        built_order = build_order(make_data_config(order=order), corpus, seed=0, lengths=LENGTHS)
         assert built_order.locate_windows(np.arange(4)).tolist() == [0] * 4
 
 

@@ -57,7 +57,9 @@ def write_corpus(directory, sizes=DOCUMENT_SIZES, prompts=None):
         prompt_lengths = None if prompts is None else np.array([prompts[index]])
         writer.extend(ids, np.array([size]), np.array([size - 1]), prompt_lengths)
     shards = {"train": writer.close(), "heldout": ()}
-    Manifest("uint16", 100, "none", ("count",), shards, prompts=prompts is not None).save(directory)
+    Manifest(
+        "uint16", vocab_size=100, tokenizer_sha256="none", source=("count",), shards=shards, prompts=prompts is not None
+    ).save(directory)
     return Corpus(directory)
 
 
@@ -72,10 +74,10 @@ def make_config(corpus, global_batch=1, **data):
 
 def load_epoch(corpus, **data):
     """Return all windows of one epoch as one batch."""
-    plan = build_fresh_plan(make_config(corpus, **data))
+    plan = build_fresh_plan(make_config(corpus=corpus, **data))
     stream = plan.streams[0]
     num_windows = stream.packed_windows.num_windows if stream.packed_windows else stream.order.num_windows
-    config = make_config(corpus, num_windows, **data)
+    config = make_config(corpus=corpus, global_batch=num_windows, **data)
     loader = build_loader(config, plan, ObjectiveVocabulary(100, EOT), dp_rank=0, dp_size=1, pin=False)
     (batch,) = loader.load_batches(0)
     return batch
@@ -107,7 +109,7 @@ def test_packing_does_not_change_the_loss(tmp_path):
     corpus = write_corpus(tmp_path)
     unpacked, packed = load_epoch(corpus, windows="document"), load_epoch(corpus, windows="packed")
     assert len(packed.inputs_BS) < len(unpacked.inputs_BS)
-    model = build_model(make_config(corpus).model)
+    model = build_model(make_config(corpus=corpus).model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -181,7 +183,7 @@ def test_prompts_are_inputs_without_a_loss(windows, tmp_path):
 def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     """This holds also if training uses windows of varying lengths."""
     corpus = write_corpus(tmp_path, prompts=PROMPT_LENGTHS)
-    config = make_config(corpus, windows="document", score_prompts=score_prompts)
+    config = make_config(corpus=corpus, windows="document", score_prompts=score_prompts)
     objective = build_objective(config, ObjectiveVocabulary(100, EOT), masks_prompts(config.data, [corpus]))
     heldout = EvaluationSetup({"": corpus}, objective, micro_batch=4, score_prompts=score_prompts)
     batches = iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1)
@@ -194,7 +196,7 @@ def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
 
 def test_padding_is_not_a_target_and_not_attended_to(tmp_path):
     corpus = write_corpus(tmp_path)
-    sections = make_config(corpus, windows="packed").model_dump()
+    sections = make_config(corpus=corpus, windows="packed").model_dump()
     sections["model"] |= {"architecture": "encoder", "vocab_size": None}
     sections["objective"] = {"name": "masked", "mask_rate": 0.5}
     config = resolve_config(UnresolvedConfig.model_validate(sections), world_size=1, tokenizer_size=100)

@@ -111,7 +111,13 @@ def corpus(tmp_path):
     for document in documents:
         writer.add(document, text_bytes=len(document))
     digest = hashlib.sha256(TOKENIZER).hexdigest()
-    Manifest("uint16", 300, digest, ("random",), {"train": writer.close(), "heldout": ()}).save(directory)
+    Manifest(
+        "uint16",
+        vocab_size=300,
+        tokenizer_sha256=digest,
+        source=("random",),
+        shards={"train": writer.close(), "heldout": ()},
+    ).save(directory)
     (directory / "tokenizer.json").write_bytes(TOKENIZER)
     return directory, np.concatenate(documents)
 
@@ -216,7 +222,9 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     )
     for name in ("train-00001.bin", "train-00001.offsets", "train-00002.bin"):
         (directory / name).unlink()
-    Manifest("uint16", 300, "", (), {"train": tuple(shards), "heldout": ()}).save(directory)
+    Manifest(
+        "uint16", vocab_size=300, tokenizer_sha256="", source=(), shards={"train": tuple(shards), "heldout": ()}
+    ).save(directory)
     opened_corpus = Corpus(directory, cache=str(tmp_path / "cache"))
     opened_corpus.check_shard_sizes()
     assert np.array_equal(opened_corpus.read(np.array([0]), len(stream))[0], stream)
@@ -228,8 +236,8 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
     batches = []
     for location in (str(directory), serve(server, directory)):
         keys = {"path": location, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
-        config = make_config(1, {}, data=keys)
-        vocabulary = ObjectiveVocabulary(300, 256)
+        config = make_config(ranks=1, data=keys)
+        vocabulary = ObjectiveVocabulary(num_tokenizer_ids=300, eot=256)
         loader = build_loader(config, build_fresh_plan(config), vocabulary, dp_rank=0, dp_size=1, pin=False)
         batches.append(loader.load_batches(0)[0].inputs_BS)
         loader.close()
@@ -404,7 +412,7 @@ def test_sixteen_processes_share_one_cache(server, corpus, tmp_path):
     directory, stream = corpus
     server.pause_seconds = 0.1
     url, cache = serve(server, directory), tmp_path / "cache"
-    assert start_readers(url, cache, tmp_path / "result", 16).wait(timeout=120) == 0
+    assert start_readers(url, cache, tmp_path / "result", num_processes=16).wait(timeout=120) == 0
     expected = stream.astype("<u2").tobytes()
     assert [(tmp_path / f"result{index}").read_bytes() == expected for index in range(16)] == [True] * 16
     assert server.requested_paths.count("/c/train-00000.bin") == 1, "several processes fetched the shard"

@@ -23,8 +23,8 @@ class Layout:
 
 
 ONE_PROCESS = Layout()
-SHARDED = Layout(2, ("parallel.dp_shard=2",))
-REPLICATED = Layout(2, ("parallel.dp_replicate=2",))
+SHARDED = Layout(ranks=2, overrides=("parallel.dp_shard=2",))
+REPLICATED = Layout(ranks=2, overrides=("parallel.dp_replicate=2",))
 
 
 @pytest.fixture(scope="session")

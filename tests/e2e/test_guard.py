@@ -70,7 +70,9 @@ def test_a_machine_fault_skips_no_samples(corpus: Path, tmp_path: Path, uninterr
 def test_samples_stay_skipped_after_a_stop(corpus: Path, tmp_path: Path) -> None:
     """The run rewinds, then stops before the samples to skip. A resume skips them."""
     options = (*REWIND, "log.every=20")
-    code, output, _ = wait_for_end(start_with_fault(("nan+usr1", 0, "12+10"), corpus, tmp_path, *options, ranks=0), 120)
+    code, output, _ = wait_for_end(
+        start_with_fault(("nan+usr1", 0, "12+10"), corpus, tmp_path, *options, ranks=0), timeout_seconds=120
+    )
     assert code == 138, output
     run = tmp_path / "run"
     batch = yaml.safe_load((run / "config.yaml").read_text())["data"]["global_batch"]
@@ -111,7 +113,9 @@ def test_a_flipped_bit_in_one_replica_is_never_saved(
     policy: str, corpus: Path, tmp_path: Path, uninterrupted_run: Any
 ) -> None:
     options = (*REPLICATED, f"guard.corrupt={policy}", "checkpoint.every=4", "guard.digest_every=7")
-    code, output, remaining = wait_for_end(start_with_fault(("flip", 1, 10), corpus, tmp_path, *options), 120)
+    code, output, remaining = wait_for_end(
+        start_with_fault(("flip", 1, 10), corpus, tmp_path, *options), timeout_seconds=120
+    )
     assert not remaining
     message = "step 12: ranks do not agree: embed.tokens.weight: differs on rank 0, 1 of ranks 0, 1"
     assert message in output
@@ -122,7 +126,7 @@ def test_a_flipped_bit_in_one_replica_is_never_saved(
         return
     assert code == 0, output
     assert read_events(tmp_path / "run")[0][0] == 8
-    expected = uninterrupted_run(Layout(2, ("parallel.dp_replicate=2",)))
+    expected = uninterrupted_run(Layout(ranks=2, overrides=("parallel.dp_replicate=2",)))
     assert read_losses(tmp_path / "run") == read_losses(expected)
     assert_same_weights(tmp_path / "run", expected)
 
@@ -130,7 +134,9 @@ def test_a_flipped_bit_in_one_replica_is_never_saved(
 @pytest.mark.slow
 def test_a_step_whose_replay_differs_ends_the_run(corpus: Path, tmp_path: Path) -> None:
     options = ("guard.replay_every=5", "guard.digest_every=0", *SHARDED.overrides)
-    code, output, remaining = wait_for_end(start_with_fault(("wrong_block", 1, 10), corpus, tmp_path, *options), 120)
+    code, output, remaining = wait_for_end(
+        start_with_fault(("wrong_block", 1, 10), corpus, tmp_path, *options), timeout_seconds=120
+    )
     assert (code, remaining) == (1, []), output
     assert "step 10: ranks do not agree: a step computed twice has different gradients" in output
     assert "resumed" not in output
@@ -143,7 +149,9 @@ def test_a_step_whose_replay_differs_ends_the_run(corpus: Path, tmp_path: Path) 
 
 def test_the_budget_ends_a_run_with_endless_bad_steps(corpus: Path, tmp_path: Path) -> None:
     options = ("guard.not_finite=rewind", "guard.budget=3", "checkpoint.every=2")
-    code, output, _ = wait_for_end(start_with_fault(("nan_always", 0, 5), corpus, tmp_path, *options, ranks=0), 120)
+    code, output, _ = wait_for_end(
+        start_with_fault(("nan_always", 0, 5), corpus, tmp_path, *options, ranks=0), timeout_seconds=120
+    )
     assert code == 2, output
     assert "step 5: the loss is nan, and guard.budget of 3 bad steps is used up" in output
     assert commands.find_latest_checkpoint(tmp_path / "run").name == "step_00000004"
@@ -162,7 +170,9 @@ def test_a_slow_rank_is_named(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", [pytest.param("lo", marks=pytest.mark.slow), "nowhere0"])
 def test_network_variables_are_set_before_the_rendezvous(device: str, corpus: Path, tmp_path: Path) -> None:
     options = (f"run.network.GLOO_SOCKET_IFNAME={device}", "run.steps=2")
-    code, output, _ = wait_for_end(start_with_fault(("none", 0, 0), corpus, tmp_path, *options, *SHARDED.overrides), 60)
+    code, output, _ = wait_for_end(
+        start_with_fault(("none", 0, 0), corpus, tmp_path, *options, *SHARDED.overrides), timeout_seconds=60
+    )
     assert (code == 0) == (device == "lo"), output
     assert ("nowhere0" in output) == (device != "lo")
 
@@ -172,7 +182,7 @@ def test_a_signal_during_a_rewind_still_stops_the_run(corpus: Path, tmp_path: Pa
     """The signal arrives in the step at the end of which the guard detects the bad step."""
     options = ("guard.not_finite=rewind", "checkpoint.every=4", "log.every=4")
     code, output, remaining = wait_for_end(
-        start_with_fault(("nan+usr1", 0, "6+8"), corpus, tmp_path, *options, *SHARDED.overrides), 60
+        start_with_fault(("nan+usr1", 0, "6+8"), corpus, tmp_path, *options, *SHARDED.overrides), timeout_seconds=60
     )
     assert (code, remaining) == (1, []), output
     run = tmp_path / "run"

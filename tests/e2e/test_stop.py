@@ -71,7 +71,7 @@ def test_one_process_saves_after_the_step_and_resumes_with_equal_results(
     fault: str, code: int, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
     process = start_with_fault((fault, 0, 7), corpus, tmp_path, "checkpoint.every=0", ranks=0)
-    exit_code, output, remaining = wait_for_end(process, 60)
+    exit_code, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert (exit_code, remaining) == (code, []), output
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
     assert step in (7, 8), "the run did not stop within one step"
@@ -130,7 +130,7 @@ def test_signals_before_and_after_training_are_handled(
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: Path, tmp_path: Path) -> None:
     process = start_with_fault(("usr1", rank, 5), corpus, tmp_path, *SHARDED.overrides)
-    _, output, remaining = wait_for_end(process, 60)
+    _, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert not remaining
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
     assert step in (5, 6)
@@ -148,7 +148,7 @@ def test_a_signal_to_torchrun_stops_the_run(stop_signal: signal.Signals, corpus:
     process = start_with_fault(("none", 9, 9), corpus, tmp_path, "run.steps=100000", *SHARDED.overrides)
     wait_for_steps(process, tmp_path / "run")
     os.kill(process.pid, stop_signal)
-    _, output, remaining = wait_for_end(process, 60)
+    _, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert not remaining
     assert read_stop_marker(tmp_path / "run")["signal"] == stop_signal.name
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
@@ -165,7 +165,7 @@ def test_a_second_ctrl_c_to_torchrun_ends_ranks_that_cannot_save(corpus: Path, t
     time.sleep(1)
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
-    _, output, remaining = wait_for_end(process, 20)
+    _, output, remaining = wait_for_end(process, timeout_seconds=20)
     assert not remaining, output
 
 
@@ -182,7 +182,7 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path) -> None:
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_raises_ends_the_job_and_is_named(rank: int, corpus: Path, tmp_path: Path) -> None:
     process = start_with_fault(("raise", rank, 4), corpus, tmp_path, *SHARDED.overrides)
-    code, output, remaining = wait_for_end(process, 60)
+    code, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert code != 0
     assert not remaining, output
     assert f"rank {rank} on " in output
@@ -199,7 +199,7 @@ def test_a_rank_that_raises_ends_the_job_and_is_named(rank: int, corpus: Path, t
 def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, message: str, corpus: Path, tmp_path: Path) -> None:
     start_time = time.monotonic()
     process = start_with_fault((fault, 1, 5), corpus, tmp_path, "run.hang_seconds=3", *SHARDED.overrides)
-    code, output, remaining = wait_for_end(process, 100)
+    code, output, remaining = wait_for_end(process, timeout_seconds=100)
     assert code != 0
     assert not remaining, output
     assert message in output, output
@@ -230,7 +230,9 @@ def test_a_rank_that_never_joins_is_named_and_the_others_exit(corpus: Path, tmp_
 @pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, corpus: Path, tmp_path: Path) -> None:
     options = ("checkpoint.every=2", "log.every=3", *(SHARDED.overrides if ranks else ()))
-    code, output, remaining = wait_for_end(start_with_fault(("nan", 0, 5), corpus, tmp_path, *options, ranks=ranks), 60)
+    code, output, remaining = wait_for_end(
+        start_with_fault(("nan", 0, 5), corpus, tmp_path, *options, ranks=ranks), timeout_seconds=60
+    )
     assert code == (1 if ranks else 2), output
     assert not remaining
     assert "step 5: the loss is nan; nothing was saved since" in output
@@ -240,5 +242,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, c
 
 def test_a_run_continues_after_nan_with_policy_warn(corpus: Path, tmp_path: Path) -> None:
     options = ("run.steps=6", "guard.not_finite=warn")
-    code, output, _ = wait_for_end(start_with_fault(("nan", 0, 5), corpus, tmp_path, *options, ranks=0), 60)
+    code, output, _ = wait_for_end(
+        start_with_fault(("nan", 0, 5), corpus, tmp_path, *options, ranks=0), timeout_seconds=60
+    )
     assert code == 0, output

@@ -8,9 +8,9 @@ import pytest
 from . import commands
 from .conftest import ONE_PROCESS, REPLICATED, SHARDED, Layout
 
-TORCHRUN_ONE = Layout(1)
-SHARDED_4 = Layout(4)  # dp_shard -1: all remaining ranks
-HYBRID = Layout(4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"))
+TORCHRUN_ONE = Layout(ranks=1)
+SHARDED_4 = Layout(ranks=4)  # dp_shard -1: all remaining ranks
+HYBRID = Layout(ranks=4, overrides=("parallel.dp_replicate=2", "parallel.dp_shard=2"))
 
 
 @pytest.mark.parametrize("layout", [TORCHRUN_ONE, SHARDED, REPLICATED, SHARDED_4, HYBRID], ids=str)

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 def make_engine_config(engine: str, **sections: Any) -> Config:
     """Make a resolved config of an engine. It is not checked, so `list_problems` can report what is wrong with it."""
-    config = make_config(1, {})
+    config = make_config(ranks=1)
     parallel = config.parallel.model_copy(update=sections.pop("parallel", {}))
     return config.model_copy(update={"engine": engine, "parallel": parallel, **sections})
 

@@ -76,13 +76,13 @@ def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     """Take a step and evaluate a batch on rank 0 of `ranks`; return the devices and the matrix product dtypes."""
     sections = {"optim": ADAMW, **sections}
     # A repetition of the kinds of layers has at most three names.
-    config = make_config(ranks, {"n_layers": 3} | sections.pop("model", {}), **sections)
+    config = make_config(ranks=ranks, model={"n_layers": 3} | sections.pop("model", {}), **sections)
     dp_size = config.parallel.dp_replicate * config.parallel.dp_shard
-    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, dp_size)), 0)  # type: ignore[arg-type]
+    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, dp_size)), step=0)  # type: ignore[arg-type]
     with fake_gpu.activate(ranks):
         engine = NativeEngine(config, fake_gpu.DEVICE)
         with MatmulDtypes() as matmuls:
-            report = train_step(engine, batches, 1e-3)
+            report = train_step(engine, batches, lr=1e-3)
         engine.score(engine.to_local_batch(batches[0]))
         devices = {value.device.type for value in (report.loss, report.grad_norm, report.num_valid_tokens)}
         return {"devices": sorted(devices), "products": sorted(matmuls.dtypes)}

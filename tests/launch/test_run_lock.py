@@ -25,7 +25,7 @@ from dist_llm.launch.run_lock import (
     parse_holder,
 )
 
-ELSEWHERE = LockHolder("t", "n7", 12, "another machine", "99", "yesterday")
+ELSEWHERE = LockHolder("t", "n7", process=12, machine="another machine", start_time="99", since="yesterday")
 
 
 def make_holder(**changes: object) -> LockHolder:

@@ -15,12 +15,12 @@ from tests.laws.layouts import MODELS, SGD, Layout
 from tests.laws.worlds import get_world
 
 LAYOUTS = [
-    Layout(1, {}, micro_batch=4),
-    Layout(2, {"dp_shard": 2}, "bert", micro_batch=4),
-    Layout(2, {"dp_replicate": 2}, "t5", micro_batch=4),
-    Layout(2, {"tp": 2}, "bert", micro_batch=8),
-    Layout(2, {"cp": 2}, micro_batch=8),
-    Layout(2, {"pp": 2}, "encoder_decoder", micro_batch=6),
+    Layout(ranks=1, micro_batch=4),
+    Layout(ranks=2, parallel={"dp_shard": 2}, model="bert", micro_batch=4),
+    Layout(ranks=2, parallel={"dp_replicate": 2}, model="t5", micro_batch=4),
+    Layout(ranks=2, parallel={"tp": 2}, model="bert", micro_batch=8),
+    Layout(ranks=2, parallel={"cp": 2}, micro_batch=8),
+    Layout(ranks=2, parallel={"pp": 2}, model="encoder_decoder", micro_batch=6),
 ]
 
 
@@ -54,8 +54,8 @@ def run_steps(config: Any) -> tuple[list[float], list[int], dict[str, torch.Tens
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_step_without_valid_tokens_changes_no_weight(layout: Layout) -> None:
     config = make_config(
-        layout.ranks,
-        MODELS[layout.model],
+        ranks=layout.ranks,
+        model=MODELS[layout.model],
         optim=SGD,
         parallel=layout.parallel,
         data={"micro_batch": layout.micro_batch},

@@ -23,7 +23,7 @@ def read_after_a_forward(config: Config) -> tuple[int, int, int, bool]:
     """
     engine = NativeEngine(config, torch.device("cpu"))
     (model,) = engine.model_parts
-    engine.score(make_batches(config, engine, 0)[0])
+    engine.score(make_batches(config, engine, step=0)[0])
     num_gathered_before = sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
     with patch.object(FSDPModule, "reshard") as reshard_mock:
         shards = [parameter for _, parameter in engine.named_parameters()]
@@ -34,7 +34,7 @@ def read_after_a_forward(config: Config) -> tuple[int, int, int, bool]:
 
 
 def test_reading_parameters_has_no_side_effect() -> None:
-    for before, after, num_reshards, are_shards in get_world(2).run(read_after_a_forward, make_config(2, {})):
+    for before, after, num_reshards, are_shards in get_world(2).run(read_after_a_forward, make_config(ranks=2)):
         assert before > 0, "no weight is gathered after a forward without backward, so the test cannot detect a reshard"
         assert (after, num_reshards, are_shards) == (before, 0, True)
 
@@ -45,7 +45,7 @@ def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
     `bug` plants a bug: the weights that the first score gathered stay in use.
     """
     engine = NativeEngine(config, torch.device("cpu"))
-    batch = make_batches(config, engine, 0)[0]
+    batch = make_batches(config, engine, step=0)[0]
     engine.score(batch)
     state = engine.state
     for tensor in state.weights().values():
@@ -58,7 +58,7 @@ def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
 @pytest.mark.parametrize("bug", [False, True], ids=["correct", "gathered weights stay in use"])
 def test_weights_loaded_after_a_forward_are_used(bug: bool) -> None:
     """A rewind loads weights after an evaluation. With zero weights the loss is that of a uniform distribution."""
-    config = make_config(2, {})
+    config = make_config(ranks=2)
     for loss in get_world(2).run(load_zeros_after_a_forward, config, bug):
         is_uniform = abs(loss - math.log(config.model.vocab_size)) < 1e-5
         assert is_uniform != bug, loss

@@ -61,7 +61,15 @@ def test_two_equal_logits_give_log_2():
     torch.testing.assert_close(CrossEntropy(z_loss=0.5)(logits, targets).sum(), ln2 + 0.5 * 4 * ln2**2)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.2), CrossEntropy(0.0, 0.3), CrossEntropy(0.1, 0.01)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        CrossEntropy(),
+        CrossEntropy(0.2),
+        CrossEntropy(label_smoothing=0.0, z_loss=0.3),
+        CrossEntropy(label_smoothing=0.1, z_loss=0.01),
+    ],
+)
 def test_gradients_match_finite_differences(loss):
     logits, targets = make_case(torch.float64)
     assert torch.autograd.gradcheck(lambda x: loss(x, targets), logits.requires_grad_(), fast_mode=True)
@@ -79,7 +87,7 @@ def test_z_loss_gradient_equals_the_formula():
     torch.testing.assert_close(with_z_loss - plain, expected.detach())
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 1e-4)])
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(label_smoothing=0.1, z_loss=1e-4)])
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_extreme_logits_give_finite_losses(loss, size):
     logits = torch.zeros(1, 2, V)
@@ -93,7 +101,7 @@ def test_extreme_logits_give_finite_losses(loss, size):
         assert value == 1e4
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1, 0.3)])
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(label_smoothing=0.1, z_loss=0.3)])
 def test_ignored_targets_have_no_loss_and_no_gradient(loss):
     logits, targets = make_case()
     logits.requires_grad_()
@@ -110,7 +118,7 @@ def test_ignored_targets_have_no_loss_and_no_gradient(loss):
     torch.testing.assert_close(without_ignored, value)
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.1, 0.3)])
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(label_smoothing=0.1, z_loss=0.3)])
 def test_loss_without_valid_targets_is_zero(loss):
     logits = make_case()[0].requires_grad_()
     value = loss(logits, torch.full((B, S), IGNORE_INDEX)).sum()
@@ -119,7 +127,7 @@ def test_loss_without_valid_targets_is_zero(loss):
     assert (logits.grad == 0).all()
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(0.1, 0.01)])
+@pytest.mark.parametrize("loss", [CrossEntropy(), CrossEntropy(label_smoothing=0.1, z_loss=0.01)])
 def test_bf16_logits_are_summed_in_fp32(loss):
     logits, targets = make_case(torch.bfloat16)
     actual = loss(logits, targets)
@@ -128,7 +136,7 @@ def test_bf16_logits_are_summed_in_fp32(loss):
 
 
 def test_loss_of_a_sequence_does_not_depend_on_the_batch():
-    loss = CrossEntropy(0.1, 0.01)
+    loss = CrossEntropy(label_smoothing=0.1, z_loss=0.01)
     logits, targets = make_case(torch.float64)
     per_row = torch.cat([loss(row[None], target[None]) for row, target in zip(logits, targets, strict=True)])
     torch.testing.assert_close(per_row, loss(logits, targets))

@@ -35,7 +35,13 @@ def compute_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss: CrossEntropy, cap: float
 ) -> Tensor:
     return linear_cross_entropy(
-        x, weight, bias_W=bias, targets_BS=targets, loss=loss, softcap=cap, vocab_shard=VocabShard(V, 0, V)
+        x,
+        weight,
+        bias_W=bias,
+        targets_BS=targets,
+        loss=loss,
+        softcap=cap,
+        vocab_shard=VocabShard(V, first_token=0, num_tokens=V),
     )
 
 
@@ -49,7 +55,12 @@ def compute_with_gradients(
     return [losses.detach(), *torch.autograd.grad(losses.sum() / 7, leaves)]
 
 
-LOSSES = [CrossEntropy(), CrossEntropy(0.1), CrossEntropy(0.0, 1e-2), CrossEntropy(0.2, 0.3)]
+LOSSES = [
+    CrossEntropy(),
+    CrossEntropy(0.1),
+    CrossEntropy(label_smoothing=0.0, z_loss=1e-2),
+    CrossEntropy(label_smoothing=0.2, z_loss=0.3),
+]
 
 
 @pytest.mark.parametrize("slices", [1 << 30, 4 * ROWS * 4, 1], ids=["whole", "slices", "tokens"])
@@ -100,7 +111,7 @@ def test_small_probabilities_do_not_underflow_in_fp16() -> None:
                 targets_BS=targets,
                 loss=CrossEntropy(),
                 softcap=0.0,
-                vocab_shard=VocabShard(50_000, 0, 50_000),
+                vocab_shard=VocabShard(vocab_size=50_000, first_token=0, num_tokens=50_000),
             )
         (compute_gradient,) = torch.autograd.grad(losses.sum() * 1024, leaf)
         return compute_gradient[1:]  # all but the target
@@ -112,7 +123,9 @@ def test_small_probabilities_do_not_underflow_in_fp16() -> None:
 def test_gradients_without_valid_targets_are_zero() -> None:
     x, weight, _, targets = make_case(bias=False, ignored=2.0)
     x.requires_grad_(), weight.requires_grad_()
-    losses = compute_fused(x, weight, bias=None, targets=targets, loss=CrossEntropy(0.1, 0.1), cap=0.0)
+    losses = compute_fused(
+        x, weight, bias=None, targets=targets, loss=CrossEntropy(label_smoothing=0.1, z_loss=0.1), cap=0.0
+    )
     assert losses.tolist() == [0.0] * B
     assert all(not gradient.any() for gradient in torch.autograd.grad(losses.sum(), (x, weight)))
 
@@ -140,7 +153,9 @@ def test_loss_weights_scale_losses_and_gradients(
         weights *= torch.arange(S) % 3
     leaves = [each.double().requires_grad_() for each in (x, weight, bias)]
     terms = LossTerms()
-    actual = linear_cross_entropy(*leaves, targets, loss, 2.0, VocabShard(V, 0, V), terms, weights)
+    actual = linear_cross_entropy(
+        *leaves, targets, loss, 2.0, VocabShard(V, first_token=0, num_tokens=V), terms, weights
+    )
 
     logits = 2.0 * torch.tanh(F.linear(leaves[0], leaves[1][:V], leaves[2][:V]) / 2.0)
     losses_BS = loss(logits.unsqueeze(-2), targets.unsqueeze(-1))
@@ -214,7 +229,7 @@ def test_loss_terms_of_a_regularized_loss(loss: CrossEntropy, slices: int, monke
         targets_BS=targets,
         loss=loss,
         softcap=0.0,
-        vocab_shard=VocabShard(V, 0, V),
+        vocab_shard=VocabShard(V, first_token=0, num_tokens=V),
         terms=from_fused,
     )
     loss(logits, targets, from_logits)

@@ -78,7 +78,9 @@ def test_preflight_reports_a_slow_link(tmp_path: Path) -> None:
     """The limit of 100 Mbit/s is 0.0125 GB/s; the other links have no limit."""
     with running_network(3) as net:
         net.limit_bandwidth(3, "100mbit")
-        completed = run_on_nodes(net, 3, ["-m", "dist_llm", "check", "--directory", str(tmp_path)], tmp_path)
+        completed = run_on_nodes(
+            net, num_nodes=3, arguments=["-m", "dist_llm", "check", "--directory", str(tmp_path)], cwd=tmp_path
+        )
     errors = completed[0].stderr
     (rate,) = re.findall(r"n2: all-reduce with n3 alone reaches ([\d.e-]+) GB/s, the median pair reaches", errors)
     assert 0.005 < float(rate) < 0.015, errors
@@ -92,7 +94,7 @@ def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path
         net.limit_bandwidth(2, "10mbit")
         start_time = time.monotonic()
         arguments = ("-m", "dist_llm", *map(str, commands.make_train_arguments(corpus, "run.steps=8")))
-        completed = run_on_nodes(net, 2, arguments, tmp_path)
+        completed = run_on_nodes(net, num_nodes=2, arguments=arguments, cwd=tmp_path)
         run_seconds, min_seconds = time.monotonic() - start_time, net.read_sent_bytes(2) * 8 / 10e6
     assert [process.returncode for process in completed] == [0, 0], completed[0].stderr
     step_seconds = sum(commands.get_column(commands.read_step_rows(tmp_path / "run"), "step_seconds"))

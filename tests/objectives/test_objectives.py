@@ -153,7 +153,10 @@ def test_segments_partition_the_tokens(length, density):
 def test_all_span_divisions_are_equally_likely():
     """Six tokens with three noise tokens in two spans have 2 x 2 divisions, each with probability 1/4."""
     generator = make_rng()
-    counts = Counter(tuple(sample_segment_ids(generator, 6, 3, 2).tolist()) for _ in range(4000))
+    counts = Counter(
+        tuple(sample_segment_ids(generator, num_tokens=6, num_noise_tokens=3, num_spans=2).tolist())
+        for _ in range(4000)
+    )
     assert len(counts) == 4
     assert all(900 < count < 1100 for count in counts.values())
 
@@ -235,7 +238,10 @@ def test_document_ids_follow_reordered_tokens(architecture):
     """The ids of document d are from 100 d to 100 d + 6, so an id identifies its document."""
     name = {"decoder": "span", "encoder": "masked", "encoder_decoder": "span"}[architecture]
     config = make_config(
-        1, {"architecture": architecture, "vocab_size": 400}, objective={"name": name}, data={"document_mask": True}
+        ranks=1,
+        model={"architecture": architecture, "vocab_size": 400},
+        objective={"name": name},
+        data={"document_mask": True},
     )
     objective = build_objective(config, VOCABULARY)
     window = np.concatenate([[*range(100 * d, 100 * d + 7), EOT] for d in range(9)])
@@ -257,7 +263,7 @@ def test_document_ids_follow_reordered_tokens(architecture):
 
 
 def make_objective(seed=3, **changes):
-    return build_objective(make_config(1, {"vocab_size": 400}, run={"seed": seed}, **changes), VOCABULARY)
+    return build_objective(make_config(ranks=1, model={"vocab_size": 400}, run={"seed": seed}, **changes), VOCABULARY)
 
 
 MIXED = {
@@ -316,7 +322,9 @@ def test_added_ids_have_names():
 
 
 def test_padding_has_no_loss():
-    config = make_config(1, {"architecture": "encoder_decoder", "vocab_size": 400}, objective={"name": "prefix"})
+    config = make_config(
+        ranks=1, model={"architecture": "encoder_decoder", "vocab_size": 400}, objective={"name": "prefix"}
+    )
     objective = build_objective(config, VOCABULARY)
     assert isinstance(objective, Objective)
     assert isinstance(objective.components[0][1], SequenceLengths)

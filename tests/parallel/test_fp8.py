@@ -306,7 +306,7 @@ STEPS = 60
 
 def fp8_config(enable_fp8: bool) -> Config:
     optim = {"name": "adamw", "lr": 3e-3, "clip": 1.0}
-    return make_config(1, {}, optim=optim, precision="bf16", fp8=enable_fp8)
+    return make_config(ranks=1, optim=optim, precision="bf16", fp8=enable_fp8)
 
 
 def train_losses(enable_fp8: bool) -> list[float]:

@@ -105,7 +105,9 @@ def test_a_signal_requeues_the_job_with_either_launcher(
 @pytest.mark.slow
 def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Path) -> None:
     options = ("--nodes=2", "--ntasks=3", "--ntasks-per-node=2")
-    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "uneven", 3), "data.global_batch=12")
+    job = cluster.submit(
+        *options, BATCH_SCRIPT, *make_script_arguments(corpus, "uneven", steps=3), "data.global_batch=12"
+    )
     assert cluster.wait(job, 120)["JobState"] == "COMPLETED", cluster.read_log(job)
     assert "ranks: 3 (dp_shard 3)" in cluster.read_log(job)
     nodes = {
@@ -118,7 +120,7 @@ def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, 
     start_time = time.monotonic()
     options = ("--nodes=2", "--ntasks-per-node=1")
     python = make_python_command("tests.e2e.faulty", "raise", "1", "3")
-    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "raising", 9), PYTHON=python)
+    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "raising", steps=9), PYTHON=python)
     fields = cluster.wait(job, 100)
     assert fields["JobState"] == "FAILED"
     assert fields["Restarts"] == "0"
@@ -135,7 +137,7 @@ def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_tasks_without_a_rendezvous_address_are_refused(cluster: Cluster, corpus: Path) -> None:
-    arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, make_script_arguments(corpus, "lost", 1))]
+    arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, make_script_arguments(corpus, "lost", steps=1))]
     output = cluster.run_command("srun", "--ntasks=2", "bash", "-c", f"{' '.join(arguments)} 2>&1; true")
     assert "MASTER_ADDR and MASTER_PORT are not set; start with: dist-llm submit" in output
 

@@ -157,7 +157,7 @@ def test_an_export_gives_the_same_ids(tmp_path):
 
 def test_character_prompt_has_no_stop_ids():
     tokenizer = CharTokenizer(META["stoi"])
-    config = make_config(1, {}, objective={"name": "causal"})
+    config = make_config(ranks=1, objective={"name": "causal"})
     prompt = encode_prompt(config, tokenizer, "be")
     assert prompt.ids == tokenizer.encode("be").tolist()
     assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], (

@@ -83,11 +83,11 @@ def read_all_files(directory):
 def test_the_corpus_has_the_documents_of_the_source(tokenizer, tmp_path):
     texts = make_random_texts(500)
     manifest = run(write_rows(tmp_path / "a.jsonl", ["", *texts, ""]), tmp_path / "out", tokenizer=tokenizer)
-    assert any(is_heldout(text.encode(), 0.01) for text in texts), (
+    assert any(is_heldout(text.encode(), fraction=0.01) for text in texts), (
         "no text is held out, so the test cannot detect a failure"
     )
     for split in ("train", "heldout"):
-        expected = [text for text in texts if is_heldout(text.encode(), 0.01) == (split == "heldout")]
+        expected = [text for text in texts if is_heldout(text.encode(), fraction=0.01) == (split == "heldout")]
         assert read_documents(tmp_path / "out", split) == expected
         assert manifest.count_text_bytes(split) == sum(len(text.encode()) for text in expected)
     assert manifest == Manifest.load(tmp_path / "out")
@@ -140,7 +140,7 @@ def test_bpe_trains_on_the_first_bytes_of_the_training_split(tmp_path, monkeypat
     texts = make_random_texts(1000)
     source = write_rows(tmp_path / "a.jsonl", texts)
     run(source, tmp_path / "out", heldout_fraction=0.2, bpe_train_bytes=20_000, tokenizer="bpe:260")
-    train_text = "".join(text for text in texts if not is_heldout(text.encode(), 0.2))
+    train_text = "".join(text for text in texts if not is_heldout(text.encode(), fraction=0.2))
     assert "".join(seen_texts).encode() == train_text.encode()[: len("".join(seen_texts).encode())]
     assert 19_996 < len("".join(seen_texts).encode()) <= 20_000
 
@@ -265,7 +265,11 @@ def wait_for(condition, timeout_seconds=60):
 
 
 def test_a_killed_run_leaves_no_corpus_and_no_process(tmp_path):
-    source, out, partial = write_megabytes(tmp_path / "a.jsonl", 20), tmp_path / "out", tmp_path / "out.partial"
+    source, out, partial = (
+        write_megabytes(tmp_path / "a.jsonl", megabytes=20),
+        tmp_path / "out",
+        tmp_path / "out.partial",
+    )
     with start_prepare(source, out) as process:
         wait_for(lambda: any(path.stat().st_size for path in partial.glob("train-*.bin")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -329,7 +333,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path):
-    source = write_megabytes(tmp_path / "a.jsonl", 1)
+    source = write_megabytes(tmp_path / "a.jsonl", megabytes=1)
     process = start_prepare(source, tmp_path / "out", max_file_bytes=200_000)
     _, stderr = process.communicate()
     assert process.returncode == 1
@@ -409,9 +413,9 @@ def test_the_report_counts_the_input_files(tmp_path):
     prepare(options, stream)
     report = PrepareReport.load(out)
     assert report.inputs == {
-        "read": {".txt": FileCount(1, 3)},
-        "skipped: checksum": {".txt.md5": FileCount(1, 2)},
-        "skipped: unreadable": {".zip": FileCount(1, 2), ".txt": FileCount(1, 7)},
+        "read": {".txt": FileCount(files=1, bytes=3)},
+        "skipped: checksum": {".txt.md5": FileCount(files=1, bytes=2)},
+        "skipped: unreadable": {".zip": FileCount(files=1, bytes=2), ".txt": FileCount(files=1, bytes=7)},
     }
     assert list(report.unreadable) == [str(folder / "b.txt")]
     lines = [line.split() for line in stream.getvalue().splitlines()]

@@ -55,7 +55,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     num_files, options, frequent_resume_points, tmp_path, monkeypatch
 ):
     texts = [make_prose(seed=n % 40) for n in range(60)]
-    source = write_files(tmp_path / "in", [*texts, "broken"], 6)
+    source = write_files(tmp_path / "in", [*texts, "broken"], num_files=6)
     options = {**options, "heldout_fraction": 0.2}
     run(source, tmp_path / "uninterrupted", **options)
     with monkeypatch.context() as patch:
@@ -74,7 +74,7 @@ def interrupt_and_resume(tmp_path, monkeypatch, edit, tokenizer="bpe:300", **cha
 
     `changes` are options of the resumed run. Return the indices of the input files that the resumed run reads.
     """
-    source = write_files(tmp_path / "in", make_random_texts(120), 6)
+    source = write_files(tmp_path / "in", make_random_texts(120), num_files=6)
     with monkeypatch.context() as patch:
         # The training of BPE reads all six files twice before.
         interrupt_after(patch, num_files=2 * 6 + 3 if tokenizer == "bpe:300" else 3)
@@ -168,7 +168,7 @@ def test_bpe_is_trained_again_if_a_file_changed(frequent_resume_points, tmp_path
 
 
 def test_an_error_keeps_the_finished_work(frequent_resume_points, tmp_path):
-    source = write_files(tmp_path / "in", make_random_texts(60), 3)
+    source = write_files(tmp_path / "in", make_random_texts(60), num_files=3)
     with (tmp_path / "in" / "02.jsonl").open("a") as file:
         file.write("broken\n" * 3)
     with pytest.raises(DataError, match=r"3 of 63 rows are bad(.|\n)*are kept in .*out\.partial: fix this and run"):

@@ -55,7 +55,7 @@ def test_merged_parts_equal_one_run(num_files, options, tmp_path):
         file.write("broken\n")
     options = {**options, "max_bad_rate": 1, "tokenizer": "bpe:300", "heldout_fraction": 0.2}
     one_run = run(source, tmp_path / "one", **options)
-    merged = prepare_in_parts(source, tmp_path / "parts", 3, **options)
+    merged = prepare_in_parts(source, tmp_path / "parts", num_parts=3, **options)
     for split in SPLITS:
         assert Counter(read_documents(tmp_path / "parts", split)) == Counter(read_documents(tmp_path / "one", split))
         Corpus(tmp_path / "parts", split, verify="hash")
@@ -69,7 +69,7 @@ def test_merged_parts_equal_one_run(num_files, options, tmp_path):
 
 
 def test_a_part_is_a_corpus_before_the_merge(tmp_path):
-    source = write_files(tmp_path / "in", make_random_texts(60), 3)
+    source = write_files(tmp_path / "in", make_random_texts(60), num_files=3)
     run(source, tmp_path / "out", part="2/3")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["part-2-of-3"]
     assert Corpus(tmp_path / "out" / "part-2-of-3").num_tokens
@@ -78,7 +78,7 @@ def test_a_part_is_a_corpus_before_the_merge(tmp_path):
 
 
 def test_invalid_merges_are_refused(tmp_path):
-    source, out = write_files(tmp_path / "in", make_random_texts(60), 3), tmp_path / "out"
+    source, out = write_files(tmp_path / "in", make_random_texts(60), num_files=3), tmp_path / "out"
     with pytest.raises(DataError, match="has no parts"):
         merge_parts(out)
     run(source, out, part="1/2")
@@ -113,10 +113,10 @@ def test_invalid_merges_are_refused(tmp_path):
 
 def test_more_parts_than_documents_can_be_merged(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", ["one", "two"])
-    merged = prepare_in_parts(source, tmp_path / "out", 3, heldout_fraction=0)
+    merged = prepare_in_parts(source, tmp_path / "out", num_parts=3, heldout_fraction=0)
     assert merged.count_documents("train") == 2
     with pytest.raises(DataError, match="no text to train on in any part"):
-        prepare_in_parts(write_rows(tmp_path / "b.jsonl", [""]), tmp_path / "none", 2)
+        prepare_in_parts(write_rows(tmp_path / "b.jsonl", [""]), tmp_path / "none", num_parts=2)
 
 
 def test_near_duplicates_cannot_be_found_in_parts(tmp_path):
@@ -137,7 +137,7 @@ def test_exact_deduplication_keeps_the_first_of_equal_texts(workers, tmp_path):
     assert read_documents(tmp_path / "out", "train") == expected
     removed_bytes = sum(len(text.encode()) for text in texts) - sum(len(text.encode()) for text in expected)
     assert PrepareReport.load(tmp_path / "out").removed == {
-        "dedup.exact": TextCount(len(texts) - len(expected), 0, removed_bytes)
+        "dedup.exact": TextCount(len(texts) - len(expected), lines=0, bytes=removed_bytes)
     }
 
 
@@ -188,6 +188,6 @@ def test_the_tokenizer_is_trained_on_filtered_text(tmp_path):
 
 def test_the_heldout_split_does_not_depend_on_parts(tmp_path):
     texts = make_random_texts(200)
-    prepare_in_parts(write_rows(tmp_path / "a.jsonl", texts), tmp_path / "out", 2, heldout_fraction=0.3)
-    assert all(is_heldout(text.encode(), 0.3) for text in read_documents(tmp_path / "out", "heldout"))
+    prepare_in_parts(write_rows(tmp_path / "a.jsonl", texts), tmp_path / "out", num_parts=2, heldout_fraction=0.3)
+    assert all(is_heldout(text.encode(), fraction=0.3) for text in read_documents(tmp_path / "out", "heldout"))
     assert len(read_all_documents(tmp_path / "out")) == 200

@@ -55,13 +55,13 @@ def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
     out.mkdir()
     shards = {}
     for split in SPLITS:
-        with ShardWriter(out, split, "uint16", 500) as writer:
+        with ShardWriter(out, split, "uint16", max_tokens=500) as writer:
             for ids in make_documents(split, end_tokens):
                 writer.add(ids, len(ids) - end_tokens)
             shards[split] = writer.close()
     tokenizer = build_tokenizer("byte")
     tokenizer.save(out)
-    Manifest("uint16", 257, tokenizer.sha256, ("x",), shards).save(out)
+    Manifest("uint16", vocab_size=257, tokenizer_sha256=tokenizer.sha256, source=("x",), shards=shards).save(out)
     return out
 
 
@@ -99,7 +99,7 @@ def test_megatron_files_train_like_our_own_corpus(
     )
     for name, corpus in corpora.items():
         keys = [f"run.dir={tmp_path / 'runs' / name}", f"data.path={corpus}"]
-        assert train(read_config(config, keys, 1), World()) == 0
+        assert train(read_config(config, keys, world_size=1), World()) == 0
     for name in ("loss", "heldout_loss"):
         megatron_losses, native_losses = (read_losses(tmp_path / "runs" / run_name, name) for run_name in corpora)
         assert megatron_losses == native_losses, name
@@ -121,7 +121,7 @@ def test_megatron_files_train_like_our_own_corpus(
     note = f"data: {corpora['megatron']} has been read once in full, up to sample {windows};"
     assert (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text().count(note) == 1
     keys = [f"run.dir={tmp_path / 'runs' / 'megatron'}", f"data.path={corpora['megatron']}"]
-    assert train(read_config(config, keys, 1), World()) == 0
+    assert train(read_config(config, keys, world_size=1), World()) == 0
     log = (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text()
     assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to continue" in log
     assert log.count(note) == 1, "the note was logged again"
