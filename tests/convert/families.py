@@ -1,4 +1,10 @@
-"""Small models of each Hugging Face family, with random weights."""
+"""Small models of each Hugging Face family, with random weights.
+
+    hf_model, native_model, config = build_models("llama", tie_word_embeddings=True)
+    assert_close(native_model(tokens_BS), hf_model(tokens_BS).logits)
+
+FAMILIES has the sizes of each family. VARIANTS has models of a family with other fields, such as other RoPE scaling.
+"""
 
 from typing import Any
 

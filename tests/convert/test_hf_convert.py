@@ -35,9 +35,9 @@ from dist_llm.models.build_model import build_model
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
+from tests.cli_runner import make_cli_runner
 from tests.convert.families import FAMILIES, build_hf_model
 from tests.laws.layouts import BART, BERT
-from tests.tools import command
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,7 +48,7 @@ CAUSAL = [family for family in FAMILIES if family not in ("bert", "t5", "bart")]
 @pytest.fixture(scope="module")
 def run_convert() -> Callable[..., int]:
     """Return a function that runs `dist-llm convert` in this process and returns the exit code."""
-    return command("convert")
+    return make_cli_runner("convert")
 
 
 def save_hf_model(family: str, directory: Path) -> Any:

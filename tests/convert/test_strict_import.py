@@ -14,9 +14,9 @@ from dist_llm.convert.hf_convert import find_unused_heads, from_huggingface, mod
 from dist_llm.convert.nanogpt import from_nanogpt
 from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
+from tests.cli_runner import make_cli_runner
 from tests.convert.families import FAMILIES, VOCAB, build_hf_model
 from tests.test_fuzz import READERS
-from tests.tools import command
 
 
 def make_model(family: str) -> ModelConfig:
@@ -180,11 +180,11 @@ def test_torch_files_give_the_same_weights_as_safetensors(kind: str, tmp_path: P
         assert bool(list((tmp_path / name).glob("*.safetensors"))) == (name == "gpt2")
         weights = open_huggingface(tmp_path / name)
         actual[name] = {key: weights.read(key) for key in weights.shapes}
-        assert command("convert")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
+        assert make_cli_runner("convert")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
     assert actual["gpt2"].keys() == actual[kind].keys()
     for key, tensor in actual["gpt2"].items():
         assert torch.equal(actual[kind][key], tensor), key
-    assert command("convert")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
+    assert make_cli_runner("convert")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"has neither \.safetensors files nor pytorch_model\.bin"):
         open_huggingface(tmp_path / "empty")

@@ -1,4 +1,9 @@
-"""Fixtures of the end-to-end tests: one small corpus, and an uninterrupted run for each layout."""
+"""Fixtures of the end-to-end tests: one small corpus, and an uninterrupted run for each layout.
+
+def test_a_resumed_run_has_equal_losses(corpus, uninterrupted_run, tmp_path):
+    run = commands.train(tmp_path, corpus, *SHARDED.overrides, ranks=SHARDED.ranks)
+    assert_same_metrics(run, uninterrupted_run(SHARDED))
+"""
 
 import shutil
 import sysconfig
@@ -11,7 +16,7 @@ import pytest
 from . import commands
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The number of ranks (0: one process without torchrun) and the overrides on the command line."""
 

@@ -46,7 +46,7 @@ def run_node(name: str, rendezvous: str, corpus: Path, cwd: Path, job: Job = JOB
     arguments = commands.make_train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
     with (cwd / f"{name}.txt").open("w") as output:
         process = subprocess.Popen(
-            job.wrap_command([*launcher, "-m", "tests.e2e.paced", "0.15", *map(str, arguments)]),
+            job.wrap_command([*launcher, "-m", "tests.e2e.run_slowly", "0.15", *map(str, arguments)]),
             cwd=cwd,
             env={
                 **commands.make_environment(),

@@ -19,8 +19,8 @@ from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.data.tokenizer_file import hash_tokenizer_ids
 from dist_llm.generation import load_model
 from dist_llm.text.tokenizer import Tokenizer
-from tests.hf_folders import GENERATION, MORE_DIFFICULT_TEXTS, ORIGINALS, PROSE, write_folder
-from tests.tools import command
+from tests.cli_runner import make_cli_runner
+from tests.hf_folders import GENERATION, MORE_DIFFICULT_TEXTS, PROSE, TOKENIZER_FILES, write_folder
 
 from . import commands
 
@@ -45,7 +45,7 @@ class Journey:
 
 def convert(*arguments: object) -> None:
     """Run `dist-llm convert ARGUMENTS` in this process, which has imported transformers."""
-    assert command("convert")(*arguments) == 0
+    assert make_cli_runner("convert")(*arguments) == 0
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def read_json(folder: Path, name: str) -> Any:
 
 def test_the_tokenizer_files_are_bytewise_equal(journey: Journey) -> None:
     for exported in (journey.exported, journey.untrained):
-        for name in ORIGINALS:
+        for name in TOKENIZER_FILES:
             assert (exported / name).read_bytes() == (journey.source / name).read_bytes(), name
 
 

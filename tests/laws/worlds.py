@@ -27,7 +27,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.warm import get_fork_server_context
+from tests.fork_server import get_fork_server_context
 
 COLLECTIVE_TIMEOUT_SECONDS = 90
 RESULT_TIMEOUT_SECONDS = 240

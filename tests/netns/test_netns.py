@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reaso
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path) -> None:
-    with running_network(3) as net:
+    with running_network(num_nodes=3) as net:
         jobs = [
             replace(JOB, wrap_command=lambda arguments, node=node: net.wrap_command(node, arguments))
             for node in (1, 2, 3)
@@ -76,7 +76,7 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
 @pytest.mark.timeout(200)
 def test_preflight_reports_a_slow_link(tmp_path: Path) -> None:
     """The limit of 100 Mbit/s is 0.0125 GB/s; the other links have no limit."""
-    with running_network(3) as net:
+    with running_network(num_nodes=3) as net:
         net.limit_bandwidth(3, "100mbit")
         completed = run_on_nodes(
             net, num_nodes=3, arguments=["-m", "dist_llm", "check", "--directory", str(tmp_path)], cwd=tmp_path
@@ -90,7 +90,7 @@ def test_preflight_reports_a_slow_link(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path: Path) -> None:
-    with running_network(2) as net:
+    with running_network(num_nodes=2) as net:
         net.limit_bandwidth(2, "10mbit")
         start_time = time.monotonic()
         arguments = ("-m", "dist_llm", *map(str, commands.make_train_arguments(corpus, "run.steps=8")))

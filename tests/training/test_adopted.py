@@ -16,8 +16,8 @@ from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 from dist_llm.training.run import train
 from dist_llm.training.settings import read_config
+from tests.cli_runner import make_cli_runner
 from tests.text.test_token_files import build_megatron_index
-from tests.tools import command
 
 EOT = 256
 SPLITS: dict[Split, int] = {"train": 60, "heldout": 12}  # number of documents
@@ -85,7 +85,7 @@ def test_megatron_files_train_like_our_own_corpus(
         expected = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
         assert np.array_equal(row, expected), "document ids do not change where documents start"
         assert corpus.read(np.array([0]), corpus.num_tokens)[0].tolist() == np.concatenate(documents).tolist()
-    inspect = command("data")
+    inspect = make_cli_runner("data")
     assert inspect("verify", *corpora.values()) == int(not end_tokens), (
         "the result is wrong for our corpus, which needs end tokens to verify"
     )
