@@ -46,6 +46,7 @@ def start_process(
 def _run_command(
     arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
 ) -> None:
+    """Run the command in the forked process, as a new interpreter would."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()

@@ -108,6 +108,7 @@ TOKENIZER_BUILDERS = {
 
 
 def _make_trainer_options(special: list[str] = SPECIAL) -> dict[str, Any]:
+    """Return the options that all trainers of tokenizers share."""
     return {"special_tokens": special, "show_progress": False}
 
 

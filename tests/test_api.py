@@ -15,6 +15,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus that the Python API has prepared."""
     directory = tmp_path_factory.mktemp("api")
     text = directory / "text.txt"
     text.write_text("\n\n".join(f"The number {number} is one less than {number + 1}." for number in range(500)))
@@ -25,6 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_config(corpus: Path, run: Path) -> dict[str, Any]:
+    """Return the config of a tiny run as a nested dict."""
     return {
         "run": {"dir": str(run), "steps": STEPS},
         "model": {"d_model": 16, "n_layers": 1, "n_heads": 2},

@@ -135,6 +135,8 @@ def test_a_wrong_option_exits_with_2(arguments, capsys):
 
 
 def raise_in_train(monkeypatch, error):
+    """Replace `train` by a function that raises this error."""
+
     def train(options):
         raise error
 

@@ -32,6 +32,7 @@ CAUSAL_CONFIG = make_config(ranks=1)
 
 
 def build_small_model(**changes):
+    """Build a model with random parameters in eval mode; `changes` are keys of its config."""
     sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
     config = ModelConfig(**sizes, max_seq_len=MAX_SEQ_LEN, init_std=0.5, **changes)
     model = build_model(config).eval()
@@ -243,6 +244,7 @@ def test_temperature_zero_is_greedy():
 
 
 def make_byte_tokenizer():
+    """Build a tokenizer whose tokens are the 256 bytes and the end of a document."""
     return BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: EOT})
 
 

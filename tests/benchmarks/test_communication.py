@@ -30,6 +30,7 @@ ACTIVATION_BYTES = 4 * GLOBAL_BATCH * SEQ_LEN * D
 
 
 def count_busiest(**keys: Any) -> dict[str, Any]:
+    """Return the traffic of the rank that sends most on two ranks; `keys` are fields of the case."""
     return select_busiest_rank(get_world(2).run(count_traffic, make_case(**keys)))
 
 
@@ -108,6 +109,7 @@ def test_each_kind_sends_as_much_as_a_ring() -> None:
 
 
 def count_unknown_kind() -> None:
+    """Run a collective that WireCounter does not know."""
     mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
     with WireCounter(mesh):
         dist.broadcast(torch.zeros(1), 0)
@@ -119,6 +121,7 @@ def test_an_unknown_call_is_an_error() -> None:
 
 
 def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a row per case. `excess` is the fraction of bytes above the minimum, by the name of the case."""
     fields = {"ranks": 2, "calls": 1, "bytes": 1, "minimum": 1, "by_axis": []}
     return [{**fields, "layout": case.name, "excess": excess.get(case.name, 0.0)} for case in CASES]
 

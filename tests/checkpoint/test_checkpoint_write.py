@@ -36,10 +36,12 @@ CONFIG = make_config(ranks=1, optim=ADAMW)
 
 
 def step(engine: NativeEngine, number: int) -> None:
+    """Take the training step with this number, counted from 0."""
     train_step(engine, make_batches(engine.config, engine, number), lr=1e-3, step=number)
 
 
 def build_engine_at_step(steps: int) -> NativeEngine:
+    """Build an engine that has taken `steps` training steps."""
     engine = NativeEngine(CONFIG, CPU)
     for number in range(steps):
         step(engine, number)
@@ -47,18 +49,21 @@ def build_engine_at_step(steps: int) -> NativeEngine:
 
 
 def copy_state(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    """Return copies of all full weights and moments by name."""
     return {
         name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
     }
 
 
 def load_state(folder: CheckpointFolder | Path) -> dict[str, torch.Tensor]:
+    """Load a checkpoint into a new engine and return its full weights and moments."""
     engine = NativeEngine(CONFIG, CPU)
     store.load_checkpoint(folder, engine.state)
     return copy_state(engine)
 
 
 def are_states_equal(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Return whether all tensors are equal bit for bit. The names must be equal."""
     assert result.keys() == expected.keys()
     return all(torch.equal(result[name], expected[name]) for name in expected)
 

@@ -30,6 +30,7 @@ FIXED = {"model.n_heads", "model.head_dim"}
 
 
 def write_config(directory: Path, model: dict[str, Any], **sections: Any) -> Path:
+    """Write the config.yaml of a checkpoint; return the directory."""
     (directory / "config.yaml").write_text(dump_config(make_config(ranks=1, model=model, **sections)), encoding="utf-8")
     return directory
 
@@ -97,7 +98,7 @@ def test_an_invalid_config_is_reported(tmp_path: Path) -> None:
 def test_every_parameter_of_the_checkpoint_is_used(
     before: dict[str, Any], current: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Also if the checkpoint's config does not describe its parameters."""
+    """A parameter without use is an error, also if the config of the checkpoint does not describe it."""
 
     def shapes(config: Config) -> dict[str, tuple[int, ...]]:
         return {

@@ -22,6 +22,7 @@ TABLES = ("embed.tokens.weight", "head.out.weight")
 
 
 def make_model_config(vocab_size: int, ranks: int = 1, **parallel: int) -> Config:
+    """Return a config with this vocabulary size, which is also the seed; `parallel` are keys of that section."""
     return make_config(
         ranks=ranks, model={"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel
     )
@@ -43,6 +44,7 @@ def old_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: int) -> dict[str, torch.Tensor]:
+    """Initialize an engine from the checkpoint `path` on this rank; return the full weights and moments."""
     engine = NativeEngine(resolved, CPU)
     init_from_checkpoint(path, engine.state, with_moments=keep_optimizer, num_known_ids=num_known, vocab_params=TABLES)
     return {

@@ -44,6 +44,7 @@ def measure_twice(config: Config) -> Probe:
 
 
 def measure_streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe:
+    """Compute the probe layer by layer from the weights of the engine; `changes` are keys of the model config."""
     weights = DictWeights(engine.state.weights())
     return compute_probe_layerwise(weights, engine.config.model.model_copy(update=changes), dtype)
 
@@ -78,7 +79,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_measures_the_same_probe(layout: Layout) -> None:
-    """Also if the probe's sequences are padded beyond the last position: for three context ranks, to 42."""
+    """Three context ranks pad the sequences of the probe to 42 tokens, beyond the last position of the model."""
     model, data = MODELS[layout.model], {}
     if layout.ranks == 3:
         model, data = model | {"max_seq_len": 40}, {"seq_len": 36}

@@ -25,6 +25,7 @@ FILES = {"config.yaml": b"run: {}\n"}
 
 
 def build_trained_engine(config: Config, num_steps: int = 2) -> NativeEngine:
+    """Build an engine that has taken `num_steps` training steps."""
     engine = NativeEngine(config, CPU)
     for step in range(num_steps):
         train_step(engine, make_batches(config, engine, step), lr=1e-3, step=step)
@@ -32,17 +33,20 @@ def build_trained_engine(config: Config, num_steps: int = 2) -> NativeEngine:
 
 
 def copy_state(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    """Return copies of all full weights and moments by name."""
     state = engine.state.weights() | engine.state.moments()
     return {name: copy_full_tensor(tensor) for name, tensor in state.items()}
 
 
 def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
+    """Train, save a checkpoint and return the full state, on each rank."""
     engine = build_trained_engine(config)
     save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
     return copy_state(engine)
 
 
 def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
+    """Load a checkpoint into a new engine and return the full state, on each rank."""
     engine = NativeEngine(config, CPU)
     store.load_checkpoint(path, engine.state)
     return copy_state(engine)
@@ -189,6 +193,7 @@ LAYOUTS = [
 
 
 def make_layout_config(layout: Layout) -> Config:
+    """Return the config of a layout with AdamW."""
     return make_config(
         ranks=layout.ranks,
         model=MODELS[layout.model],

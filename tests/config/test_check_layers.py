@@ -11,6 +11,7 @@ from tests.config.test_check import TOKENIZER_SIZE, make_config
 
 
 def check_model(world_size=1, **keys):
+    """Return the violations of keys of section `model` as strings."""
     return [
         str(violation)
         for violation in check(make_config(**keys), world_size, TOKENIZER_SIZE)

@@ -30,7 +30,7 @@ from tests.laws.layouts import T5
 
 KINDS: dict[str, Any] = {"layers": ["a", "b"], "kinds": {"a": {}, "b": {"rope_theta": 500.0}}}
 
-# For each key of the model: a value that differs from that of make_config(1, {}), and the keys that give it an effect.
+# For each key of the model: a value that differs from its default in law.py, and the keys that give it an effect.
 OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "architecture": ("encoder", {}),
     "d_model": (64, {}),
@@ -82,10 +82,12 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def change_model(config: Config, **keys: Any) -> Config:
+    """Return the config with other values of these keys of section `model`."""
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})
 
 
 def make_config_pair(key: str) -> tuple[Config, Config]:
+    """Return two configs that differ in one key of section `model`, with the keys that it requires."""
     value, required_keys = OTHER_VALUES[key]
     previous = make_config(ranks=1, model=required_keys)
     return previous, change_model(previous, **{key: value})

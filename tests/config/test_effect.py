@@ -156,6 +156,7 @@ def qualify_key(section: type[Section], name: str) -> str:
 
 
 def get_fields(kind: type) -> Iterable[str]:
+    """Return the fields of a pydantic model; of other types none."""
     return kind.model_fields if issubclass(kind, BaseModel) and kind is not BaseModel else ()
 
 
@@ -202,6 +203,7 @@ def test_a_run_reads_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def write_corpus(directory: Path) -> None:
+    """Write a corpus with one document in each split."""
     tokenizer = build_tokenizer("byte")
     tokenizer.save(directory)
     text = "to be or not to be, that is the question: " * 20

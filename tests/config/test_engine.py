@@ -24,6 +24,7 @@ DATA = {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2}
 
 
 def make_config(**sections: Any) -> UnresolvedConfig:
+    """Return an unresolved config with these sections; the others are small defaults."""
     model = {"d_model": 32, "n_layers": 2, "n_heads": 4}
     defaults = {"run": {"dir": "runs/x", "steps": 20}, "model": model, "data": DATA}
     return UnresolvedConfig.model_validate({**defaults, **sections})

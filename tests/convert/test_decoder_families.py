@@ -171,7 +171,7 @@ def test_a_partial_rotation_that_transformers_ignores_is_refused(family: str) ->
 @pytest.mark.parametrize("family", ["glm", "phi", "gpt_neox", "nemotron", "stablelm"])
 @torch.no_grad()
 def test_any_part_of_a_head_can_rotate(family: str, fraction: float) -> None:
-    """Also if it is not the default of the family."""
+    """The value may differ from the default of the family."""
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": fraction}
     hf, native, config = build_models(family, rope_parameters=rope)
     assert config.rotary_fraction == fraction

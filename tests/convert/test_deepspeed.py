@@ -158,7 +158,7 @@ def test_reader_handles_other_world_sizes(key: str, world_size: int, saved_run: 
 
 
 def test_some_runs_have_partition_padding() -> None:
-    """Otherwise the tests above could not detect wrong padding."""
+    """Without padded partitions, the tests above could not detect wrong padding."""
     model, _, groups = build_trained_model("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group in groups:
@@ -469,7 +469,7 @@ def read_resident_bytes() -> int:
 
 
 def test_memory_does_not_depend_on_the_checkpoint_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading and writing: 1 GiB of weights, almost all of which are virtual."""
+    """The test reads and writes 1 GiB of weights, almost all of which are virtual."""
     shapes = {"model.big": (2**28,), "model.small": (3,)}
     state = InMemoryWeights({"model.small": torch.arange(3.0)})
     state.shapes = shapes

@@ -72,7 +72,7 @@ LLAMA = {
 
 
 def test_the_table_of_the_document_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All cells but the measured difference."""
+    """The test compares all cells except the measured difference."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     program = importlib.import_module("families")
     table = program.DOCUMENT.read_text().split(program.TABLE_BEGIN)[1].split(program.TABLE_END)[0]

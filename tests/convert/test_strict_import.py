@@ -16,7 +16,7 @@ from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
 from tests.cli_runner import make_cli_runner
 from tests.convert.families import FAMILIES, VOCAB, build_hf_model
-from tests.test_fuzz import READERS
+from tests.fuzz.readers import READERS
 
 
 def make_model(family: str) -> ModelConfig:
@@ -74,7 +74,7 @@ def import_function_or_error(hf: dict[str, Any]) -> dict[str, Any] | None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_absent_field_has_the_default_of_transformers(family: str) -> None:
-    """Or it must be given. Each field is removed once; transformers then completes the config."""
+    """If there is no default, the import requires the field. The test removes each field; transformers completes it."""
     transformers = pytest.importorskip("transformers")
     config_class = getattr(transformers, FAMILIES[family][0])
     content = build_hf_model(family).config.to_dict()
@@ -140,7 +140,7 @@ def make_tensors(family: str) -> dict[str, torch.Tensor]:
     ],
 )
 def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -> None:
-    """The tensors of one family with the config of another."""
+    """The folder has the tensors of one family and the config of another."""
     hf = make_tensors(source)
     model = make_model(source).model_copy(update={"qkv_bias": family == "qwen2", "qk_norm": False})
     with pytest.raises(CheckpointError, match=f"the tensor {name}.* has no counterpart in our model"):
@@ -171,7 +171,7 @@ def test_an_unknown_argument_of_nanogpt_is_reported() -> None:
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "pytorch_model.bin of many", "pytorch_model.bin of old"])
 def test_torch_files_give_the_same_weights_as_safetensors(kind: str, tmp_path: Path) -> None:
-    """One file, several files with an index, and the format of torch before 1.6."""
+    """The test reads one file, several files with an index, and a file in the format of torch before 1.6."""
     actual = {}
     for name in ("gpt2", kind):
         (tmp_path / name).mkdir()

@@ -63,6 +63,7 @@ def make_config(tmp_path):
 
 
 def build_segment(config):
+    """Return the segment of the data history that a run with this config starts."""
     return segment_from_config(config, open_sources(config))
 
 

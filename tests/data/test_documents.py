@@ -31,7 +31,7 @@ from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.training.evaluate import EvaluationSetup, iter_heldout_batches
 from tests.text.test_token_files import build_megatron_index
 
-SEQ = 16  # sequence length in tokens
+SEQ_LEN = 16  # sequence length in tokens
 EOT = 256  # end-of-document id of the tokenizer `byte`
 DOCUMENT_SIZES = (5, 3, 17, 9, 2, 20, 4, 6, 11, 7)  # in tokens
 SEPARATOR_PLACEMENTS = ("trailing", "leading", "none")
@@ -94,10 +94,17 @@ def write_corpus(kind, separators, directory):
 
 
 def make_config(corpus, global_batch=1, **data):
+    """Return a resolved config of a tiny model; `data` are keys of that section."""
     sections = {
         "run": {"dir": "x", "steps": 1},
         "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
-        "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": global_batch, "prefetch": 0, **data},
+        "data": {
+            "path": str(corpus.directory),
+            "seq_len": SEQ_LEN,
+            "global_batch": global_batch,
+            "prefetch": 0,
+            **data,
+        },
     }
     return resolve_config(UnresolvedConfig.model_validate(sections), world_size=1, tokenizer_size=257)
 

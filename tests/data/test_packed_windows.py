@@ -26,22 +26,10 @@ from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.evaluate import EvaluationSetup, iter_heldout_batches
 
-SEQ, EOT = 8, 99  # sequence length in tokens, id of the end of a document
-DOCUMENT_SIZES = (  # in tokens
-    2,
-    3,
-    9,
-    10,
-    17,
-    5,
-    2,
-    30,
-    4,
-    8,
-    1,
-    6,
-)
-LENGTHS = SequenceLengths(window_tokens=SEQ + 1, stride_tokens=SEQ, input_tokens=SEQ)
+SEQ_LEN, EOT = 8, 99  # sequence length in tokens, id of the end of a document
+# Sizes of the documents in tokens.
+DOCUMENT_SIZES = (2, 3, 9, 10, 17, 5, 2, 30, 4, 8, 1, 6)
+LENGTHS = SequenceLengths(window_tokens=SEQ_LEN + 1, stride_tokens=SEQ_LEN, input_tokens=SEQ_LEN)
 
 
 def write_corpus(directory, sizes=DOCUMENT_SIZES, prompts=None):
@@ -64,10 +52,17 @@ def write_corpus(directory, sizes=DOCUMENT_SIZES, prompts=None):
 
 
 def make_config(corpus, global_batch=1, **data):
+    """Return a resolved config of a tiny model; `data` are keys of that section."""
     sections = {
         "run": {"dir": "x", "steps": 1},
         "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
-        "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": global_batch, "prefetch": 0, **data},
+        "data": {
+            "path": str(corpus.directory),
+            "seq_len": SEQ_LEN,
+            "global_batch": global_batch,
+            "prefetch": 0,
+            **data,
+        },
     }
     return resolve_config(UnresolvedConfig.model_validate(sections), world_size=1, tokenizer_size=100)
 
@@ -87,7 +82,7 @@ def load_epoch(corpus, **data):
 def test_each_token_after_the_first_of_its_document_is_a_target_once(windows, tmp_path):
     corpus = write_corpus(tmp_path)
     batch = load_epoch(corpus, windows=windows)
-    assert batch.inputs_BS.shape[1] == SEQ
+    assert batch.inputs_BS.shape[1] == SEQ_LEN
     expected = [token for document in read_documents(corpus) for token in document[1:]]
     assert sorted(batch.targets_BS[batch.targets_BS != IGNORE_INDEX].tolist()) == sorted(expected)
     assert batch.num_valid_tokens == len(expected) == sum(DOCUMENT_SIZES) - len(DOCUMENT_SIZES)
@@ -173,7 +168,7 @@ def test_prompts_are_inputs_without_a_loss(windows, tmp_path):
             for size, prompt_len in zip(DOCUMENT_SIZES, PROMPT_LENGTHS, strict=True)
             for position in range(size)
         ]
-        end = (corpus.num_tokens - 1) // SEQ * SEQ + 1  # the tail makes no window
+        end = (corpus.num_tokens - 1) // SEQ_LEN * SEQ_LEN + 1  # the tail makes no window
         assert batch.num_valid_tokens == loss_mask[1:end].sum()
     else:
         assert sorted(batch.targets_BS[is_valid_BS].tolist()) == sorted(completion_tokens)
@@ -188,7 +183,7 @@ def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     heldout = EvaluationSetup({"": corpus}, objective, micro_batch=4, score_prompts=score_prompts)
     batches = iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1)
     num_scored = sum(batch.num_valid_tokens for batch in batches)
-    num_read = (corpus.num_tokens - 1) // SEQ * SEQ
+    num_read = (corpus.num_tokens - 1) // SEQ_LEN * SEQ_LEN
     num_prompt_tokens = (~corpus.compute_loss_mask(np.array([0]), corpus.num_tokens)[0])[1 : num_read + 1].sum()
     assert num_prompt_tokens > 0
     assert num_scored == (num_read if score_prompts else num_read - num_prompt_tokens)

@@ -88,6 +88,7 @@ class FileServer:
 
 @pytest.fixture
 def server():
+    """A file server that runs during the test."""
     server = FileServer()
     yield server
     server.close()
@@ -135,14 +136,17 @@ def put_in_memory(directory):
 
 
 def open_corpus(url, cache, split="train"):
+    """Open a remote corpus with a local cache, as a run does."""
     return Corpus.from_config(DataConfig(path=url, cache=str(cache), seq_len=4, global_batch=4, micro_batch=4), split)
 
 
 def compute_digest(content):
+    """Return the SHA-256 of bytes with the prefix that a manifest uses."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def list_files(directory):
+    """Return the relative paths of all files below a directory."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 

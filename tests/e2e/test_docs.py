@@ -165,6 +165,7 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
 
 
 def relative_name(document: Path) -> str:
+    """Return the path of a document from the root of the repository."""
     return document.relative_to(REPOSITORY).as_posix()
 
 

@@ -87,6 +87,7 @@ def wait_until(is_ready: Callable[[], bool], cwd: Path, timeout_seconds: float =
 
 
 def is_listening(port: int) -> bool:
+    """Return whether a process of this machine listens on the TCP port."""
     with socket.socket() as probe:
         return probe.connect_ex(("localhost", port)) == 0
 

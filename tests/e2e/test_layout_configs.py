@@ -21,6 +21,7 @@ TIMEOUT_SECONDS = 900  # eight interpreters may share two cores
 
 @pytest.fixture(autouse=True)
 def _longer_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight ranks share the cores, so each command may take longer."""
     monkeypatch.setattr(commands, "TIMEOUT_SECONDS", TIMEOUT_SECONDS)
 
 

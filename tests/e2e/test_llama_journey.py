@@ -74,6 +74,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Journey:
 
 
 def save_model(folder: Path) -> None:
+    """Write a Llama model with random weights, sharded into several files, beside the tokenizer in `folder`."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(
         **sizes, intermediate_size=48, vocab_size=VOCAB_SIZE, max_position_embeddings=64, **IDS
@@ -90,10 +91,12 @@ def save_model(folder: Path) -> None:
 
 
 def load_hf_tokenizer(folder: Path) -> HFTokenizer:
+    """Return the tokenizer of a folder as Hugging Face's tokenizers library reads it."""
     return HFTokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def read_json(folder: Path, name: str) -> Any:
+    """Return the content of a JSON file in a folder."""
     return json.loads((folder / name).read_text())
 
 

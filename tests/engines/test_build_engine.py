@@ -31,6 +31,7 @@ def make_engine_config(engine: str, **sections: Any) -> Config:
 
 
 def list_problems(config: Config) -> list[str]:
+    """Return the violations of the config rules as strings."""
     return [str(violation) for violation in check(config, world_size=1, tokenizer_size=130)]
 
 
@@ -61,7 +62,7 @@ def test_an_engine_without_check_config_is_accepted(package_directory: Path) -> 
 
 def test_an_unknown_engine_error_lists_the_known_engines(package_directory: Path) -> None:
     install_engine(package_directory)
-    message = "engine: no installed package has naitve; set one of accelerate, deepspeed, native, fake, or install"
+    message = "engine: no installed package has naitve; set one of accelerate, deepspeed, fake, native, or install"
     assert [line for line in list_problems(make_engine_config("naitve")) if line.startswith(message)]
     with pytest.raises(ConfigError, match=message):
         check_engine_config(make_engine_config("naitve"), CPU)
@@ -123,7 +124,7 @@ import dist_llm.cli, dist_llm.generation
 import dist_llm.training.run, dist_llm.training.debug, dist_llm.training.evaluate_checkpoint
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from tests.laws.law import make_config
-config = make_config(1, {})
+config = make_config(ranks=1)
 check_engine_config(config, torch.device("cpu"))
 build_engine(config, torch.device("cpu"))
 others = ("deepspeed", "accelerate", "dist_llm.engines.deepspeed", "dist_llm.engines.accelerate")

@@ -81,6 +81,7 @@ def _shift_norms(module: torch.nn.Module) -> None:
 
 
 def _load_shifted(load: Any, folder: Any, state: Any) -> None:
+    """Planted bug: after loading, one element of a moment is 1 too large."""
     load(folder, state)
     next(iter(state.moments().values())).view(-1)[:1] += 1
 
@@ -100,6 +101,7 @@ class LongStepEngine(NativeEngine):
 
 @pytest.fixture
 def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the engine of the GPU checks by LongStepEngine."""
     LongStepEngine.instance_numbers = itertools.count()
     monkeypatch.setattr(gpu_steps, "NativeEngine", LongStepEngine)
 

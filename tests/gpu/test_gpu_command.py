@@ -50,6 +50,7 @@ def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py"
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a result file by name."""
     return {row["row"]: row for row in json.loads(path.read_text())["rows"]}
 
 
@@ -114,10 +115,12 @@ class InProcessRunner:
 
 
 def run_out_of_memory(context: CaseContext) -> None:
+    """Fail as torch does without free GPU memory."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
 
 
 def interrupt(context: CaseContext) -> None:
+    """Fail as on Ctrl-C."""
     raise KeyboardInterrupt
 
 
@@ -180,6 +183,7 @@ def test_an_interrupted_run_prints_the_finished_cases(run_gpu_command: Any, caps
 
 
 def read_command_line(pid: int) -> str:
+    """Return the command line of a process; empty if it does not exist."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -47,6 +47,7 @@ def make_healthy_reports() -> list[NodeReport]:
 
 
 def make_changed_reports(*ranks: int, **values: object) -> list[NodeReport]:
+    """Return healthy reports, with other values of these fields in the reports of the ranks."""
     return [replace(report, **values) if report.rank in ranks else report for report in make_healthy_reports()]
 
 
@@ -143,6 +144,7 @@ def test_interleaved_ranks_are_listed_individually():
 
 
 def measure_as_two_nodes(directory: Path) -> list[NodeReport]:
+    """Measure both ranks of a world as if each ran on a node of its own."""
     rank = dist.get_rank()
     own_world = World(rank=rank, world_size=2, local_rank=0, host=f"node{rank}")
     return preflight.measure_ranks(own_world, directory, PreflightTimeout(own_world, seconds=60))
@@ -201,6 +203,7 @@ def test_nccl_is_used_only_if_all_nodes_have_gpus(tmp_path):
 
 
 def measure_shifted_clock(seconds: float) -> float:
+    """Measure the clock offset while the clock of rank 1 is `seconds` ahead."""
     original = time.time
     if dist.get_rank() == 1:
         time.time = lambda: original() + seconds
@@ -216,6 +219,7 @@ def test_a_clock_offset_is_measured():
 
 
 def try_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
+    """Test whether the ranks share files; rank i uses the directory `directories[i]`."""
     rank = dist.get_rank()
     return preflight.try_shared_file(
         directories[rank], PreflightTimeout(World(rank=rank, world_size=2), seconds=60), wait_seconds=0.5
@@ -273,6 +277,7 @@ def test_a_hanging_rank_reports_its_phase(tmp_path, monkeypatch, capsys):
 
 
 def measure_all_reduce_at_fixed_rate() -> tuple[float, float]:
+    """Measure latency and rate of an all-reduce that takes 1 s per 8 MiB."""
     preflight._all_reduce_seconds, original = (lambda size, *rest: size / 2**23), preflight._all_reduce_seconds
     try:
         return preflight.measure_all_reduce(CPU, dist.group.WORLD)
@@ -289,6 +294,7 @@ def test_the_bandwidth_is_the_traffic_of_one_link(ranks, traffic_factor):
 
 
 def measure_neighbour_with_slow_link(hosts: list[str], slow: list[int], seconds: float) -> float:
+    """Measure the bandwidth between neighbours; all-reduces of the group `slow` take `seconds` longer."""
     rank, original = dist.get_rank(), dist.all_reduce
 
     def slow_all_reduce(tensor, group):

@@ -29,14 +29,17 @@ ELSEWHERE = LockHolder("t", "n7", process=12, machine="another machine", start_t
 
 
 def make_holder(**changes: object) -> LockHolder:
+    """Describe this process as the holder of a lock, with changed fields."""
     return replace(describe_this_process("here", {}), **changes)  # type: ignore[arg-type]
 
 
 def read_holder(directory: Path) -> LockHolder:
+    """Return the holder that the lock file of a directory names."""
     return parse_holder((directory / LOCK_FILE).read_bytes())
 
 
 def write_lock(directory: Path, holder: LockHolder) -> Path:
+    """Write the lock file of a directory and return its path."""
     directory.mkdir(exist_ok=True)
     path = directory / LOCK_FILE
     path.write_bytes(dump_holder(holder))
@@ -44,6 +47,7 @@ def write_lock(directory: Path, holder: LockHolder) -> Path:
 
 
 def job_is_running(job: str) -> bool:
+    """Answer for the batch system that no job runs."""
     return False
 
 

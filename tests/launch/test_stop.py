@@ -42,6 +42,7 @@ def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
 
 
 def agree_on_signals(rank: int) -> list[int]:
+    """Take three steps, in the second of which `rank` receives SIGUSR1; return the agreed signal of each step."""
     signals_by_step = []
     with StopSignals() as signals:
         for step in range(3):

@@ -25,6 +25,7 @@ from dist_llm.launch.world import World
 def make_report(
     collective: str = "gloo:all_reduce [[4]] of default_pg", activity: str = "step 5", host: str = "n1"
 ) -> dict[str, Any]:
+    """Return what the watchdog thread of a rank publishes."""
     return {"host": host, "activity": activity, "collective": collective, "location": "train.py, in forward"}
 
 
@@ -46,6 +47,7 @@ def test_no_rank_is_named_if_all_ranks_wait() -> None:
 
 
 def run_watchdog(limit_seconds: float, num_heartbeats: int, run_seconds: float, factor: int = 1) -> list[int]:
+    """Send heartbeats, then none for `run_seconds`; return the exit codes with which the watchdog ended the process."""
     exit_codes: list[int] = []
     with Watchdog(World(), limit_seconds, exit_process=exit_codes.append) as watchdog:
         for step in range(num_heartbeats):
@@ -56,6 +58,7 @@ def run_watchdog(limit_seconds: float, num_heartbeats: int, run_seconds: float, 
 
 @pytest.fixture(autouse=True)
 def disable_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End processes at once."""
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 0.0)
 
 

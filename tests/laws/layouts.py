@@ -259,6 +259,7 @@ DOCUMENTS = {"data": {"document_mask": True}}
 
 
 def _with_sections(layout: Layout, **sections: Any) -> Layout:
+    """Return the layout with these further config sections."""
     return replace(layout, sections=sections)
 
 

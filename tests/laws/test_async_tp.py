@@ -61,6 +61,7 @@ def trace_fused_steps(config: Config, reverse_shards: bool) -> tuple[RankTrace, 
 
 
 def _gather_reversed(shard: torch.Tensor, weights: list[torch.Tensor], dim: int, group: str, **kwargs: Any) -> Any:
+    """Planted bug: the outputs have the shards of the ranks in reverse order."""
     full, outputs = FUSED["fused_all_gather_matmul"](shard, weights, dim, group, **kwargs)
     return full, [output.flip(dim) for output in outputs]
 

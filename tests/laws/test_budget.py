@@ -150,6 +150,7 @@ def run_budgeted_step(config: Config) -> BudgetReport:
 
 
 def make_budget_config(layout: Layout, gib: float, **sections: Any) -> Config:
+    """Return the config of a layout with an activation budget of `gib` GiB per rank."""
     parallel = layout.parallel | {"activations_gib": gib}
     data = {"micro_batch": layout.micro_batch} | layout.sections.get("data", {})
     model = MODELS[layout.model] | sections.pop("model", {})

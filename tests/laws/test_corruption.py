@@ -46,6 +46,7 @@ def find_mismatches_after_steps(config: Config, faulty_rank: int) -> list[str]:
 
 
 def make_layout_config(layout: Layout) -> Config:
+    """Return the config of a layout with AdamW."""
     data = {"micro_batch": layout.micro_batch}
     return make_config(ranks=layout.ranks, model=MODELS[layout.model], optim=ADAMW, data=data, parallel=layout.parallel)
 

@@ -44,6 +44,7 @@ def compute_mask_digests(config: Any) -> tuple[tuple[int, ...], dict[str, str]]:
 
 
 def compute_digest(tensor: torch.Tensor) -> str:
+    """Return a hash of a dropout mask."""
     return hashlib.sha256(tensor.to(torch.uint8).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -60,6 +61,7 @@ def run_step_with_dropout(layout: Layout) -> MaskDigests:
 
 
 def count_distinct(digests: MaskDigests, kind: str) -> int:
+    """Return the number of different masks of a kind over the ranks."""
     return len({rank_digests[kind] for rank_digests in digests.values()})
 
 

@@ -43,6 +43,7 @@ COMPILED = (
 
 
 def make_layout_config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
+    """Return the config of a layout with matrices that are large enough for fp8."""
     return make_config(
         ranks=layout.ranks,
         model=MODELS[layout.model] | SIZES,

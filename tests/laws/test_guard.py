@@ -51,6 +51,7 @@ def run_steps(config: Config, steps: Sequence[int], with_planted_bug: bool = Fal
 
 
 def _run_steps(config: Config, steps: Sequence[int], with_planted_bug: bool) -> RankTrace:
+    """Take the steps with a guard; the gradients of BAD_STEP are NaN. The trace leaves out BAD_STEP."""
     engine, rank_trace = RecordingEngine(config, torch.device("cpu")), RankTrace()
     guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
     with zero_gradient_update() if with_planted_bug else nullcontext():

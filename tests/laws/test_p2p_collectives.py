@@ -73,6 +73,7 @@ def use_messages() -> AbstractContextManager[Any]:
 
 
 def trace_with_messages(config: Config, bug: tuple[str, type] | None) -> RankTrace:
+    """Record a trace with point-to-point collectives. `bug` is (class name, replacement)."""
     name, replacement = bug or ("P2PAllGather", p2p_collectives.P2PAllGather)
     with use_messages(), patch.object(p2p_collectives, name, replacement):
         return record_trace(config, steps=3)
@@ -101,6 +102,7 @@ def test_messages_of_two_ranks_are_bitwise_equal_to_collectives(precision: str) 
 
 
 def assert_messages_match_one_process(layout: Layout, bug: tuple[str, type] | None = None) -> None:
+    """Raise AssertionError unless the layout computes the steps of one process with messages."""
     data = {"micro_batch": layout.micro_batch}
     config = make_config(
         ranks=layout.ranks, model=MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data=data
@@ -136,6 +138,7 @@ class ModuleWithBug:
 
 
 def trace_with_broken_activations(config: Config, bug: tuple[str, type]) -> RankTrace:
+    """Record a trace in which only the collectives of activations have the bug."""
     with use_messages(), patch.object(mesh, "p2p_collectives", ModuleWithBug(*bug)):
         return record_trace(config, steps=3)
 
@@ -162,6 +165,7 @@ def test_compiled_blocks_use_collectives_besides_messages() -> None:
 
 
 def count_messages(case_to_count: Case) -> dict[str, Any]:
+    """Count the traffic of a case with point-to-point collectives."""
     with use_messages():
         return count_traffic(case_to_count)
 
@@ -197,10 +201,12 @@ def test_sums_are_deterministic() -> None:
 
 
 def make_numbers(rank: int) -> Tensor:
+    """Return random numbers whose magnitude depends on the rank, so that the order of a sum matters."""
     return torch.randn(4000, generator=torch.Generator().manual_seed(rank)) * 10.0**rank
 
 
 def reduce_scatter_numbers() -> Tensor:
+    """Reduce-scatter the numbers of all ranks; return the result of this rank."""
     output = torch.empty(1000)
     assert dist.group.WORLD is not None
     p2p_collectives.P2PReduceScatter()(output, make_numbers(dist.get_rank()), dist.group.WORLD, dist.ReduceOp.SUM)

@@ -29,6 +29,7 @@ LAYOUTS = [
 
 
 def make_layout_config(layout: Layout, precision: str) -> Any:
+    """Return the config of a layout with this precision."""
     return make_config(
         ranks=layout.ranks,
         model=MODELS[layout.model],
@@ -42,7 +43,7 @@ def make_layout_config(layout: Layout, precision: str) -> Any:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_half_precision_is_near_fp32(layout: Layout, precision: str) -> None:
-    """In one step the loss agrees within 2e-3, the norm within 2e-2, each gradient with a cosine above 0.99.
+    """The loss of one step agrees within 2e-3, the norm within 2e-2, and each gradient has a cosine above 0.99.
 
     The cosine does not depend on the loss scale.
     """

@@ -20,6 +20,7 @@ MODEL = {"init_std": 0.4}  # so that every module affects the loss
 
 
 def measure_probes(config: Config) -> list[Any]:
+    """Return the probes before and after a step with learning rate 0."""
     with open_engine(config) as engine:
         results = [measure_probe(engine, config)]
         train_step(engine, make_batches(config, engine, step=0), lr=0.0, step=0)

@@ -27,6 +27,7 @@ def make_case(bias: bool, ignored: float = 0.3) -> tuple[Tensor, Tensor, Tensor 
 def compute_separately(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss: CrossEntropy, cap: float
 ) -> Tensor:
+    """Return the losses [B, S] from materialized logits."""
     logits = F.linear(x, weight[:V], None if bias is None else bias[:V])
     return loss(cap * torch.tanh(logits / cap) if cap else logits, targets)
 
@@ -34,6 +35,7 @@ def compute_separately(
 def compute_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, loss: CrossEntropy, cap: float
 ) -> Tensor:
+    """Return the losses [B, S] from the function under test."""
     return linear_cross_entropy(
         x,
         weight,
@@ -48,6 +50,7 @@ def compute_fused(
 def compute_with_gradients(
     compute: Any, loss: CrossEntropy, cap: float, bias: bool, dtype: torch.dtype, autocast: Any
 ) -> list[Tensor]:
+    """Return losses and gradients of x, weight and bias by the function `compute`."""
     x, weight, b, targets = make_case(bias=bias)
     leaves = [each.to(dtype).requires_grad_() for each in (x, weight, *([b] if b is not None else []))]
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -239,6 +242,7 @@ def test_loss_terms_of_a_regularized_loss(loss: CrossEntropy, slices: int, monke
 
 
 def compute_logits(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the logits [B, S, V] without the rows that pad the vocabulary."""
     return F.linear(x, weight[:V], bias[:V])
 
 

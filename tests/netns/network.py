@@ -110,8 +110,10 @@ def running_network(*, num_nodes: int) -> Iterator[Network]:
 
 
 def _run_ip(*arguments: str) -> str:
+    """Run `ip ARGUMENTS` and return its stdout."""
     return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _run_in_namespace(namespace: str, *arguments: str) -> str:
+    """Run a command in a network namespace and return its stdout."""
     return _run_ip("netns", "exec", namespace, *arguments)

@@ -27,11 +27,13 @@ MASK, START = VOCABULARY.special_id("mask"), VOCABULARY.special_id("start")
 
 
 def make_text(length, seed=0, ends=0.05):
+    """Return random token ids; the fraction `ends` of them ends a document."""
     rng = np.random.default_rng(seed)
     return np.where(rng.random(length) < ends, EOT, rng.integers(0, V - 1, length)).astype(np.uint16)
 
 
 def make_rng(seed=0):
+    """Return a generator of other random numbers than those in `make_text`."""
     return np.random.default_rng([seed, 1])  # other random numbers than in make_text
 
 
@@ -263,6 +265,7 @@ def test_document_ids_follow_reordered_tokens(architecture):
 
 
 def make_objective(seed=3, **changes):
+    """Build an objective; `changes` are config sections."""
     return build_objective(make_config(ranks=1, model={"vocab_size": 400}, run={"seed": seed}, **changes), VOCABULARY)
 
 

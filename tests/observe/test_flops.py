@@ -34,6 +34,7 @@ def test_the_weight_count_matches_a_manual_count():
 
 
 def count_product(into, left, right, out_shape=None, **options):
+    """Return the FLOPs of a product of two matrices from their shapes, as FlopCounterMode expects it."""
     return 2 * left[0] * left[1] * right[1]
 
 

@@ -23,6 +23,7 @@ def reset_file_counter(monkeypatch):
 
 
 def make_step_metrics(step, tokens=None):
+    """Return metrics of a step that are functions of its number."""
     value = torch.tensor(float(step), dtype=torch.float64)
     return StepMetrics(
         step, value, 10 * value, torch.tensor(7), lr=step / 100, tokens=tokens or 50 * step, data_wait_seconds=0.5
@@ -121,6 +122,7 @@ def test_a_flush_synchronizes_with_the_device_once(monkeypatch):
 
 
 def read_rows(path):
+    """Return the rows of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -166,10 +168,12 @@ def test_an_incomplete_line_is_dropped(incomplete_line, write):
 
 
 def make_row(step, loss):
+    """Return a row of metrics.jsonl."""
     return {"step": step, "loss": loss, "lr": 0.1}
 
 
 def write_tensorboard(directory, resumed_step, rows):
+    """Write rows to TensorBoard files, as a run that has resumed at a step."""
     board = TensorBoard(directory, resumed_step)
     board(rows)
     board.close()
@@ -177,6 +181,7 @@ def write_tensorboard(directory, resumed_step, rows):
 
 
 def read_curve(directory, name):
+    """Return (step, value) of each point of a curve in TensorBoard files."""
     return [(event.step, event.value) for event in EventAccumulator(str(directory)).Reload().Scalars(name)]
 
 

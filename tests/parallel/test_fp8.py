@@ -197,7 +197,7 @@ def test_non_finite_values_reach_the_products(value: float) -> None:
 
 
 def test_the_rounding_of_an_element_ignores_its_neighbors() -> None:
-    """Unless it is 2^14 times smaller than the largest: normal numbers of e4m3 reach from 2^-6 to 448."""
+    """This holds for elements within a factor of 2^14 of the largest: normal e4m3 numbers reach from 2^-6 to 448."""
     x = make_factors(256)[0]
     x *= 2.0 ** torch.randint(-3, 4, (256, 1), generator=torch.Generator().manual_seed(0))
     largest = x.abs().max()

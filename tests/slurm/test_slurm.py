@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(find_obstacle()), reaso
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm cluster, started once for all tests."""
     base, work_dir = (tmp_path_factory.mktemp(name) for name in ("slurm", "work"))
     with running_cluster(base, work_dir=work_dir) as started_cluster:
         yield started_cluster

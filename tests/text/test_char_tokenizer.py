@@ -31,6 +31,7 @@ META = {
 
 
 def write_meta(path, meta=META, protocol=4):
+    """Write the meta.pkl of nanoGPT, from an object or from bytes; return its path."""
     path.write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta, protocol))
     return path
 

@@ -32,6 +32,7 @@ def make_prose(num_sentences=8, seed=0):
 
 
 def split_lines(text):
+    """Return the lines of a text."""
     return text.split("\n")
 
 

@@ -24,11 +24,13 @@ GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_voc
 
 
 def build_from_folder(folder):
+    """Build the tokenizer of a Hugging Face folder."""
     return build_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    """A Hugging Face folder with a tokenizer of each kind, by kind."""
     folders_by_kind = {}
     for kind in TOKENIZER_BUILDERS:
         folder = tmp_path_factory.mktemp("folders") / kind

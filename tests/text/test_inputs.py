@@ -35,10 +35,12 @@ def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES,
 
 
 def read_texts(*specs, **options):
+    """Return the texts of all documents."""
     return [document.text for document in read_sources(*specs, **options)[0]]
 
 
 def compress_zstd(content):
+    """Return the content in the format zstd."""
     return zstandard.ZstdCompressor().compress(content)
 
 

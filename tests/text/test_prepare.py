@@ -37,11 +37,13 @@ FRAGMENTS = [f"{start}{end}" for start in ("sh", "tr", "qu", "é", "漢") for en
 
 
 def make_random_texts(count, max_words=60, seed=0):
+    """Return `count` texts of up to `max_words` fragments."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(FRAGMENTS, k=rng.randint(1, max_words))) for _ in range(count)]
 
 
 def write_rows(path, texts):
+    """Write the texts as rows of a JSON lines file; return its path as a string."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return str(path)
 
@@ -76,6 +78,7 @@ def read_documents(out, split):
 
 
 def read_all_files(directory):
+    """Return the content of all files of a directory by name."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
@@ -249,6 +252,7 @@ def start_prepare(source, out, **fields):
 
 
 def is_alive(pid):
+    """Return whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -316,6 +320,7 @@ def test_an_idle_worker_ends_with_its_parent(tmp_path):
 
 
 def count_rows(source):
+    """Return the number of lines of a file."""
     with open(source) as file:
         return sum(1 for _ in file)
 
@@ -343,6 +348,7 @@ def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path):
 
 
 def make_chunks(count=8):
+    """Yield `count` chunks, each of 2 MB of text."""
     return (Chunk(["x" * 2_000_000], [f"f:{index}"]) for index in range(count))
 
 

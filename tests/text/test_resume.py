@@ -113,6 +113,7 @@ def make_damage_file(pattern):
 
 
 def truncate_journal(tmp_path):
+    """Remove the end of the last line of the journal, as after a crash."""
     path = tmp_path / "out.partial" / JOURNAL_FILE
     path.write_bytes(path.read_bytes()[:-7])
 

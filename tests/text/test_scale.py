@@ -25,6 +25,7 @@ from tests.text.test_prepare import make_random_texts, read_all_files, read_docu
 
 
 def read_all_documents(out):
+    """Return the documents of both splits as texts."""
     return [text for split in SPLITS for text in read_documents(out, split)]
 
 

@@ -11,23 +11,10 @@ import pytest
 from dist_llm.errors import DataError
 from dist_llm.text.token_files import TokenFileHeader, TokenFileScan, check_size, locate_data_file, read_header
 
+from .megatron_index import build_megatron_index
+
 VOCAB_SIZE, EOT = 300, 256  # number of ids, id of the end of a document
 BYTES_OF_ID = np.arange(VOCAB_SIZE).astype(np.uint16)  # the text of id n has n bytes
-
-
-def build_megatron_index(
-    lengths, bounds, dtype_code=8, magic=b"MMIDIDX\0\0", version=1, pointers=None, modes=b"", id_bytes=2
-):
-    """Return the .idx file that Megatron writes beside the ids.
-
-    `lengths` are the tokens of each sequence. `bounds` has the first sequence of each document, then the number of
-    sequences. The dtype code 8 stands for uint16. `pointers` are the byte offsets of sequences; None: they follow each
-    other.
-    """
-    pointers = np.cumsum([0, *lengths])[:-1] * id_bytes if pointers is None else pointers
-    head = magic + struct.pack("<QBQQ", version, dtype_code, len(lengths), len(bounds))
-    arrays = np.array(lengths, "<i4"), np.array(pointers, "<i8"), np.array(bounds, "<i8")
-    return head + b"".join(array.tobytes() for array in arrays) + modes
 
 
 def read_header_of(kind, head=b"", declared_dtype=None, idx=b""):

@@ -24,6 +24,7 @@ SPLITS: dict[Split, int] = {"train": 60, "heldout": 12}  # number of documents
 
 
 def make_documents(split: Split, end_tokens: bool) -> list[np.ndarray]:
+    """Return random documents of a split as token ids, with or without the token at their end."""
     rng = np.random.default_rng(len(split))
     documents = [rng.integers(97, 123, rng.integers(5, 40)) for _ in range(SPLITS[split])]
     return [np.append(ids, EOT) for ids in documents] if end_tokens else documents
@@ -66,6 +67,7 @@ def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
 
 
 def read_losses(run: Path, name: str) -> list[float]:
+    """Return the values of one metric in metrics.jsonl of a run."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row[name] for row in rows if name in row]
 

@@ -14,10 +14,12 @@ from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, _resolve_seq_len, evaluate_checkpoint
 from tests.cli_runner import make_cli_runner
-from tests.test_fuzz import BYTE_TOKENIZER, make_config, make_weights, write_corpus
+from tests.fuzz.checkpoint_files import make_config, make_weights
+from tests.fuzz.corpus_files import BYTE_TOKENIZER, write_corpus
 
 
 def make_long_config(seq_len: int) -> Config:
+    """Return a config with this sequence length, whose model allows 131,072 positions."""
     config = make_config(max_seq_len=131_072)
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
 

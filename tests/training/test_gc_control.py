@@ -55,6 +55,7 @@ class StepRecorder:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
+    """The config of a tiny run with its corpus."""
     tokenizer = build_tokenizer("byte")
     tokenizer.save(tmp_path)
     with ShardWriter(tmp_path, "train", "uint16", max_tokens=100) as writer:
@@ -72,6 +73,7 @@ def config(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def step_recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
+    """A recorder of the garbage collections during training steps."""
     recorder = StepRecorder(trainer.train_step)
     monkeypatch.setattr(trainer, "train_step", recorder)
     gc.callbacks.append(recorder.on_collection)

@@ -24,11 +24,13 @@ STEADY_LOSSES = [2.0 + 0.01 * (step % 5) for step in range(20)]
 def build_guard(
     losses: list[float] = STEADY_LOSSES, checks_norm: bool = True, num_used: int = 0, **config: Any
 ) -> Guard:
+    """Build a guard after steps with these losses; `config` are keys of section `guard`."""
     engine = SimpleNamespace(all_gather_ints=lambda value: [value], loss_scale=None if checks_norm else LossScale())
     return Guard(GuardConfig(window=20, **config), GuardState(list(losses), num_used), engine, Path("runs/a"))  # type: ignore[arg-type]
 
 
 def make_row(step: int, loss: float, norm: float = 1.0) -> dict[str, Any]:
+    """Return the metrics of a step."""
     return {"step": step, "loss": loss, "grad_norm": norm}
 
 

@@ -30,12 +30,14 @@ def make_config(steps: int, **schedule: object) -> Config:
 
 
 def write_checkpoint(config: Config, step: int, directory: Path) -> CheckpointFolder:
+    """Write the config and the progress of a checkpoint."""
     (directory / "config.yaml").write_text(dump_config(plan_learning_rate(config, checkpoint=None)))
     (directory / "progress.json").write_text(json.dumps(Progress(step=step).as_dict()))
     return CheckpointFolder(directory)
 
 
 def learning_rate_of(config: Config, step: int) -> float:
+    """Return the learning rate of a step."""
     return learning_rate(config.optim, config.schedule, step)
 
 

@@ -16,6 +16,7 @@ LOSSES = {step: 5.0 - step / 100 for step in range(1, 31)}
 
 
 def write_run(directory: Path, config: Config) -> Path:
+    """Write the metrics of LOSSES, other rows and an incomplete row, and the config; return the run directory."""
     lines = [json.dumps({"step": step, "loss": loss, "lr": 0.1}) for step, loss in LOSSES.items()]
     incomplete_rows = [
         json.dumps({"step": 9, "heldout_loss": 4.0}),
@@ -28,6 +29,7 @@ def write_run(directory: Path, config: Config) -> Path:
 
 
 def make_rows(first_step: int, last_step: int, changes: dict[int, float] | None = None) -> list[dict[str, Any]]:
+    """Return the rows of steps with the losses of LOSSES, except for `changes` by step."""
     return [
         {"step": step, "loss": (changes or {}).get(step, LOSSES[step])} for step in range(first_step, last_step + 1)
     ]

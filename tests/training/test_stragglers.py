@@ -10,6 +10,7 @@ from dist_llm.training.stragglers import StragglerMonitor, find_slowest
 
 
 def make_rows(step: int) -> list[dict[str, Any]]:
+    """Return the metrics of the step and of the one before it."""
     return [{"step": step - 1, "step_seconds": 2.0}, {"step": step, "step_seconds": 2.0}]
 
 
