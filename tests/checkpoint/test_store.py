@@ -139,10 +139,8 @@ def test_moments_of_another_optimizer_are_refused(
 
 
 def test_pruning_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
-    engine, checkpoints = (
-        build_trained_engine(make_config(ranks=1, optim=ADAMW), num_steps=1),
-        CheckpointStore(tmp_path),
-    )
+    engine = build_trained_engine(make_config(ranks=1, optim=ADAMW), num_steps=1)
+    checkpoints = CheckpointStore(tmp_path)
     (tmp_path / "step_00000009").mkdir()
     for step in (1, 2, 3):
         save_checkpoint(checkpoints, engine, Progress(step), FILES)
@@ -151,10 +149,8 @@ def test_pruning_keeps_the_newest_and_removes_leftovers(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_a_marker_is_not_a_checkpoint(tmp_path: Path) -> None:
-    engine, checkpoints = (
-        build_trained_engine(make_config(ranks=1, optim=ADAMW), num_steps=1),
-        CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep=3)),
-    )
+    engine = build_trained_engine(make_config(ranks=1, optim=ADAMW), num_steps=1)
+    checkpoints = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig(keep=3))
     first = save_checkpoint(checkpoints, engine, Progress(1), FILES)
     second = save_checkpoint(checkpoints, engine, Progress(2), FILES)
     (second / MARKER_FILE).unlink()

@@ -118,10 +118,8 @@ def test_a_job_survives_a_node_that_dies_and_comes_back(corpus: Path, tmp_path: 
             assert again.wait(30) == 0
     reference = tmp_path / "reference"
     reference.mkdir()
-    actual, expected = (
-        commands.read_step_rows(tmp_path / "run"),
-        commands.read_step_rows(commands.train(reference, corpus, f"run.steps={STEPS}")),
-    )
+    actual = commands.read_step_rows(tmp_path / "run")
+    expected = commands.read_step_rows(commands.train(reference, corpus, f"run.steps={STEPS}"))
     assert commands.get_column(actual, "step") == list(range(1, STEPS + 1))
     assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=TOLERANCE)
     assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{STEPS:08d}"

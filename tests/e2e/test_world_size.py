@@ -15,10 +15,8 @@ HYBRID = Layout(ranks=4, overrides=("parallel.dp_replicate=2", "parallel.dp_shar
 
 @pytest.mark.parametrize("layout", [TORCHRUN_ONE, SHARDED, REPLICATED, SHARDED_4, HYBRID], ids=str)
 def test_twenty_losses_do_not_depend_on_the_layout(layout: Layout, uninterrupted_run: Callable[[Layout], Path]) -> None:
-    expected, actual = (
-        commands.read_step_rows(uninterrupted_run(ONE_PROCESS)),
-        commands.read_step_rows(uninterrupted_run(layout)),
-    )
+    expected = commands.read_step_rows(uninterrupted_run(ONE_PROCESS))
+    actual = commands.read_step_rows(uninterrupted_run(layout))
 
     assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-5, abs=0)
     assert commands.get_column(actual, "grad_norm") == pytest.approx(

@@ -255,11 +255,9 @@ def test_a_hanging_rank_reports_its_phase(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(preflight.os, "_exit", exit_codes.append)
     timeout = PreflightTimeout(World(rank=3, world_size=8, local_rank=1, host="node1"), seconds=0.05)
-    timeout.phase, timeout.problems, timeout.file = (
-        "the all-reduce of node1 and node2",
-        ["node2: NCCL is old"],
-        tmp_path / "file",
-    )
+    timeout.phase = "the all-reduce of node1 and node2"
+    timeout.problems = ["node2: NCCL is old"]
+    timeout.file = tmp_path / "file"
     timeout.file.touch()
     with timeout.running():
         pass

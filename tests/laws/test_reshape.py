@@ -21,11 +21,9 @@ from tests.laws.layouts import ADAMW, MODELS, Layout
 from tests.laws.worlds import get_world
 
 ONE = Layout(ranks=1)
-SHARDED_2, SHARDED_4, SHARDED_8 = (
-    Layout(ranks=2, parallel={"dp_shard": 2}),
-    Layout(ranks=4, parallel={"dp_shard": 4}),
-    Layout(ranks=8, parallel={"dp_shard": 8}),
-)
+SHARDED_2 = Layout(ranks=2, parallel={"dp_shard": 2})
+SHARDED_4 = Layout(ranks=4, parallel={"dp_shard": 4})
+SHARDED_8 = Layout(ranks=8, parallel={"dp_shard": 8})
 REPLICATED = Layout(ranks=2, parallel={"dp_replicate": 2})
 TENSOR, CONTEXT = Layout(ranks=2, parallel={"tp": 2}), Layout(ranks=2, parallel={"cp": 2})
 PIPELINE = Layout(ranks=2, parallel={"pp": 2}, micro_batch=6)

@@ -269,11 +269,9 @@ def wait_for(condition, timeout_seconds=60):
 
 
 def test_a_killed_run_leaves_no_corpus_and_no_process(tmp_path):
-    source, out, partial = (
-        write_megabytes(tmp_path / "a.jsonl", megabytes=20),
-        tmp_path / "out",
-        tmp_path / "out.partial",
-    )
+    source = write_megabytes(tmp_path / "a.jsonl", megabytes=20)
+    out = tmp_path / "out"
+    partial = tmp_path / "out.partial"
     with start_prepare(source, out) as process:
         wait_for(lambda: any(path.stat().st_size for path in partial.glob("train-*.bin")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
