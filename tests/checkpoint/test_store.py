@@ -16,7 +16,7 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.training.step import train_step
-from tests.laws.law import copy_full_tensor, make_batches, make_config, save_checkpoint
+from tests.laws.law import copy_full_tensor, make_batches, make_config, make_layout_config, save_checkpoint
 from tests.laws.layouts import ADAMW, BF16_MOMENTS, MODELS, MUON, SGD, Layout
 from tests.laws.worlds import get_world
 
@@ -188,21 +188,10 @@ LAYOUTS = [
 ]
 
 
-def make_layout_config(layout: Layout) -> Config:
-    """Return the config of a layout with AdamW."""
-    return make_config(
-        ranks=layout.ranks,
-        model=MODELS[layout.model],
-        optim=ADAMW,
-        parallel=layout.parallel,
-        data={"micro_batch": layout.micro_batch},
-    )
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_checkpoint_of_any_layout_loads_into_one_process(layout: Layout, tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
-    for rank_state in get_world(layout.ranks).run(save_in_world, make_layout_config(layout), tmp_path):
+    for rank_state in get_world(layout.ranks).run(save_in_world, make_layout_config(layout, optim=ADAMW), tmp_path):
         state |= rank_state
     engine = NativeEngine(make_config(ranks=1, model=MODELS["tied"], optim=ADAMW), CPU)
     assert store.load_checkpoint(CheckpointStore(tmp_path).list_committed()[-1], engine.state).step == 2
@@ -217,7 +206,7 @@ def test_a_checkpoint_of_one_process_loads_into_any_layout(layout: Layout, tmp_p
     engine = build_trained_engine(make_config(ranks=1, model=MODELS["tied"], optim=ADAMW))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     expected = copy_state(engine)
-    for rank_state in get_world(layout.ranks).run(load_in_world, make_layout_config(layout), path):
+    for rank_state in get_world(layout.ranks).run(load_in_world, make_layout_config(layout, optim=ADAMW), path):
         for name, value in rank_state.items():
             assert torch.equal(value, expected[name]), name
 

@@ -6,7 +6,7 @@ To compare a layout (layouts.py) with one process:
 
 or in single steps, for example to run the ranks with other options than the reference:
 
-    config = make_config(ranks=2, model=MODELS["gpt"], optim=CLIPPED_SGD, parallel={"tp": 2})
+    config = make_layout_config(Layout(ranks=2, parallel={"tp": 2}, model="gpt"), optim=CLIPPED_SGD)
     actual = merge_ranks(get_world(2).run(record_trace, config, steps=2))
     assert_traces_match(actual, trace_one_process(config, steps=2))
 
@@ -133,6 +133,22 @@ def make_config(*, ranks: int, model: dict[str, Any] | None = None, **sections: 
     config = UnresolvedConfig.model_validate(make_raw_config(model=model, **sections))
     assert not (violations := check(config, ranks, tokenizer_size=0)), violations
     return resolve_config(config, ranks, tokenizer_size=0)
+
+
+def make_layout_config(layout: Layout, *, optim: dict[str, Any], **sections: Any) -> Config:
+    """Return a resolved config for the ranks, the model and the microbatch size of a layout.
+
+    `optim` is the section of the optimizer, such as ADAMW of layouts.py. `sections` are further config sections; their
+    keys take precedence over those of the layout.
+    """
+    overrides = {
+        **layout.sections,
+        **sections,
+        "model": MODELS[layout.model] | sections.get("model", {}),
+        "data": {"micro_batch": layout.micro_batch} | layout.sections.get("data", {}) | sections.get("data", {}),
+        "parallel": layout.parallel | sections.get("parallel", {}),
+    }
+    return make_config(ranks=layout.ranks, optim=optim, **overrides)
 
 
 def make_random_sequences(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
@@ -332,20 +348,10 @@ def assert_matches_one_process(
 ) -> None:
     """Run the layout on its number of ranks; raise AssertionError unless it computes the steps of one process.
 
-    `optim` is the config section of the optimizer, such as ADAMW of layouts.py. `bug` is the name of a bug that is
-    planted in the layout only. `sections` are further config sections, as in `make_raw_config`.
+    `bug` is the name of a bug that is planted in the layout only. The other arguments are those of
+    `make_layout_config`.
     """
-    config = make_config(
-        ranks=layout.ranks,
-        model=MODELS[layout.model],
-        optim=optim,
-        **{
-            **layout.sections,
-            **sections,
-            "data": {"micro_batch": layout.micro_batch} | layout.sections.get("data", {}),
-            "parallel": layout.parallel | sections.get("parallel", {}),
-        },
-    )
+    config = make_layout_config(layout, optim=optim, **sections)
     assert_config_matches_one_process(config, ranks=layout.ranks, steps=steps, bug=bug)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from dist_llm.config.derive import AXES
 from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
-from tests.laws.law import make_batches, make_config, merge_ranks, record_trace
-from tests.laws.layouts import MODELS, SGD, Layout
+from tests.laws.law import make_batches, make_config, make_layout_config, merge_ranks, record_trace
+from tests.laws.layouts import SGD, Layout
 from tests.laws.worlds import get_world, restart_world
 
 DROPOUT = {"dropout": 0.5}
@@ -44,19 +44,13 @@ def compute_mask_digests(config: Any) -> tuple[tuple[int, ...], dict[str, str]]:
 
 
 def compute_digest(tensor: torch.Tensor) -> str:
-    """Return a hash of a dropout mask."""
+    """Return a hash of the bits of a mask, or of the bytes of an RNG state."""
     return hashlib.sha256(tensor.to(torch.uint8).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def run_step_with_dropout(layout: Layout) -> MaskDigests:
     """Take a step on all ranks of the layout; return the digests by mesh coordinates."""
-    config = make_config(
-        ranks=layout.ranks,
-        model=MODELS[layout.model] | DROPOUT,
-        optim=SGD,
-        parallel=layout.parallel,
-        data={"micro_batch": layout.micro_batch},
-    )
+    config = make_layout_config(layout, optim=SGD, model=DROPOUT)
     return dict(get_world(layout.ranks).run(compute_mask_digests, config))
 
 
@@ -121,13 +115,7 @@ def test_without_sequence_parallel_tensor_ranks_share_residual_masks_only(data: 
 def test_copies_of_a_parameter_stay_bitwise_equal_with_dropout(layout: Layout) -> None:
     """After ten steps `merge_ranks` compares replicated and tied parameters bit for bit."""
     adamw = {"name": "adamw", "lr": 1e-3, "clip": 1.0}
-    config = make_config(
-        ranks=layout.ranks,
-        model=MODELS[layout.model] | DROPOUT,
-        optim=adamw,
-        parallel=layout.parallel,
-        data={"micro_batch": layout.micro_batch},
-    )
+    config = make_layout_config(layout, optim=adamw, model=DROPOUT)
     merged = merge_ranks(get_world(layout.ranks).run(record_trace, config, steps=10))
     assert all(torch.isfinite(value).all() for value in merged.parameters[-1].values())
 

@@ -8,16 +8,22 @@ Tensor and context ranks differ more. They sum in another order, and FSDP gather
 one process keeps in fp32. Activations then differ in the last bit of bf16, and more where float8 rounds the other way.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
+from dist_llm.config.schema import Config
 from dist_llm.parallel import fp8
-from tests.laws.law import GLOBAL_BATCH, Trace, make_config, merge_ranks, record_trace, trace_one_process
-from tests.laws.layouts import MODELS, SGD, Layout, index_by_name
-from tests.laws.worlds import get_world, restart_world
+from tests.laws.law import (
+    GLOBAL_BATCH,
+    Trace,
+    make_layout_config,
+    merge_ranks,
+    record_trace,
+    trace_one_process,
+)
+from tests.laws.layouts import SGD, Layout, index_by_name
+from tests.laws.worlds import get_world, restart_world, run_on_ranks
 
 SIZES = {"n_kv_heads": 8, "d_ff": 64}  # the sizes on each of two tensor ranks are multiples of 16
 LAYOUTS = index_by_name(
@@ -42,24 +48,14 @@ COMPILED = (
 )
 
 
-def make_layout_config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
+def make_fp8_config(layout: Layout, *, precision: str = "bf16", fp8: bool = True) -> Config:
     """Return the config of a layout with matrices that are large enough for fp8."""
-    return make_config(
-        ranks=layout.ranks,
-        model=MODELS[layout.model] | SIZES,
-        optim=SGD,
-        parallel=layout.parallel,
-        data={"micro_batch": layout.micro_batch},
-        precision=precision,
-        fp8=fp8,
-    )
+    return make_layout_config(layout, optim=SGD, model=SIZES, precision=precision, fp8=fp8)
 
 
 def trace_one_step(layout: Layout) -> Trace:
     """Return the trace of one float8 step of the layout."""
-    if layout.ranks == 1:
-        return merge_ranks([record_trace(make_layout_config(layout), steps=1)])
-    return merge_ranks(get_world(layout.ranks).run(record_trace, make_layout_config(layout), steps=1))
+    return merge_ranks(run_on_ranks(layout.ranks, record_trace, make_fp8_config(layout), steps=1))
 
 
 def find_least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
@@ -74,7 +70,7 @@ def find_least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor])
 
 def assert_near_fp32(actual: Trace, layout: Layout) -> None:
     """Compare with fp32: loss within 1e-3, norm within 2e-2, each gradient with a cosine above 0.98 (bf16: 0.9999)."""
-    expected = trace_one_process(make_layout_config(layout, "fp32", fp8=False), steps=1)
+    expected = trace_one_process(make_fp8_config(layout, precision="fp32", fp8=False), steps=1)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=1e-3)
     assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=2e-2)
     cosine, name = find_least_cosine(actual.gradients[0], expected.gradients[0])
@@ -93,7 +89,7 @@ def test_float8_is_near_fp32(layout: Layout) -> None:
 def test_compiled_float8_is_near_fp32(name: str) -> None:
     layout = LAYOUTS[name]
     restart_world(layout.ranks)
-    compiled_config = make_layout_config(layout).model_copy(update={"compile": True})
+    compiled_config = make_fp8_config(layout).model_copy(update={"compile": True})
     assert_near_fp32(merge_ranks(get_world(layout.ranks).run(record_trace, compiled_config, steps=1)), layout)
 
 

@@ -25,11 +25,11 @@ from tests.laws.law import (
     assert_traces_match,
     choose_comparison_dtype,
     make_batches,
-    make_config,
+    make_layout_config,
     merge_ranks,
     use_default_dtype,
 )
-from tests.laws.layouts import ADAMW, MODELS, Layout, index_by_name
+from tests.laws.layouts import ADAMW, Layout, index_by_name
 from tests.laws.worlds import get_world
 
 # Each rank takes several microbatches, so that a NaN in one step must not remain in the accumulated gradients.
@@ -103,13 +103,7 @@ def zero_gradient_update() -> Iterator[None]:
 
 def assert_skipped_without_effect(layout: Layout, with_planted_bug: bool = False) -> None:
     """Compare a layout that skips BAD_STEP with one process that never runs it."""
-    config = make_config(
-        ranks=layout.ranks,
-        model=MODELS[layout.model],
-        optim=ADAMW,
-        data={"micro_batch": layout.micro_batch},
-        parallel=layout.parallel,
-    )
+    config = make_layout_config(layout, optim=ADAMW)
     data = config.data.model_copy(update={"micro_batch": GLOBAL_BATCH})
     one_process = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1)})
     skipped = merge_ranks(

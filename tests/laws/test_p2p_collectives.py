@@ -20,6 +20,7 @@ from tests.laws.law import (
     copy_full_tensor,
     make_batches,
     make_config,
+    make_layout_config,
     merge_ranks,
     record_trace,
     trace_one_process,
@@ -103,10 +104,7 @@ def test_messages_of_two_ranks_are_bitwise_equal_to_collectives(precision: str) 
 
 def assert_messages_match_one_process(layout: Layout, bug: tuple[str, type] | None = None) -> None:
     """Raise AssertionError unless the layout computes the steps of one process with messages."""
-    data = {"micro_batch": layout.micro_batch}
-    config = make_config(
-        ranks=layout.ranks, model=MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data=data
-    )
+    config = make_layout_config(layout, optim=ADAMW)
     assert_traces_match(
         merge_ranks(get_world(layout.ranks).run(trace_with_messages, config, bug)), trace_one_process(config, steps=3)
     )

@@ -11,8 +11,8 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
 from dist_llm.optim.loss_scale import GROWTH_STEPS, LossScale
 from dist_llm.training.step import train_step
-from tests.laws.law import make_batches, make_config, merge_ranks, record_trace, trace_one_process
-from tests.laws.layouts import MODELS, SGD, Layout
+from tests.laws.law import make_batches, make_config, make_layout_config, merge_ranks, record_trace, trace_one_process
+from tests.laws.layouts import SGD, Layout
 from tests.laws.worlds import get_world
 
 LAYOUTS = [
@@ -28,18 +28,6 @@ LAYOUTS = [
 ]
 
 
-def make_layout_config(layout: Layout, precision: str) -> Any:
-    """Return the config of a layout with this precision."""
-    return make_config(
-        ranks=layout.ranks,
-        model=MODELS[layout.model],
-        optim=SGD,
-        parallel=layout.parallel,
-        data={"micro_batch": layout.micro_batch},
-        precision=precision,
-    )
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_half_precision_is_near_fp32(layout: Layout, precision: str) -> None:
@@ -47,8 +35,9 @@ def test_half_precision_is_near_fp32(layout: Layout, precision: str) -> None:
 
     The cosine does not depend on the loss scale.
     """
-    actual = merge_ranks(get_world(layout.ranks).run(record_trace, make_layout_config(layout, precision), steps=1))
-    expected = trace_one_process(make_layout_config(layout, "fp32"), steps=1)
+    config = make_layout_config(layout, optim=SGD, precision=precision)
+    actual = merge_ranks(get_world(layout.ranks).run(record_trace, config, steps=1))
+    expected = trace_one_process(make_layout_config(layout, optim=SGD, precision="fp32"), steps=1)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=2e-3)
     assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=2e-2)
     largest_norm = max(float(gradient.norm()) for gradient in expected.gradients[0].values())
@@ -81,7 +70,7 @@ def record_rotation_dtypes(config: Any) -> set[torch.dtype]:
 @pytest.mark.parametrize("layout", LAYOUTS[:4:3], ids=str)
 def test_rotary_positions_stay_in_fp32(layout: Layout) -> None:
     """FSDP casts the arguments of a block to bf16, and tensors inside tuples and dataclasses too."""
-    config = make_layout_config(layout, "bf16")
+    config = make_layout_config(layout, optim=SGD, precision="bf16")
     assert get_world(layout.ranks).run(record_rotation_dtypes, config) == [{torch.float32}] * layout.ranks
 
 

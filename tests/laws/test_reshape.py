@@ -3,6 +3,7 @@
 A run takes two steps in the first layout and two in the second, and is compared with four steps of one process.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
-from tests.laws.law import assert_close, copy_full_tensor, make_batches, make_config
-from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.worlds import get_world
+from tests.laws.law import assert_close, copy_full_tensor, make_batches, make_layout_config
+from tests.laws.layouts import ADAMW, Layout
+from tests.laws.worlds import run_on_ranks
 
 ONE = Layout(ranks=1)
 SHARDED_2 = Layout(ranks=2, parallel={"dp_shard": 2})
@@ -53,10 +54,9 @@ MORE_PAIRS = [
 ]
 
 
-def make_layout_config(layout: Layout) -> Config:
-    """Make the config of a layout with tied embeddings, of which a pipeline has two copies."""
-    data = {"micro_batch": layout.micro_batch}
-    return make_config(ranks=layout.ranks, model=MODELS["tied"], optim=ADAMW, parallel=layout.parallel, data=data)
+def make_tied_config(layout: Layout) -> Config:
+    """Return the config of a layout for a model with tied embeddings, of which a pipeline has two copies."""
+    return make_layout_config(replace(layout, model="tied"), optim=ADAMW)
 
 
 def run_two_steps(
@@ -91,10 +91,8 @@ def run_two_steps_on_world(
     layout: Layout, directory: Path, first_step: int, bug: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Call `run_two_steps` on all ranks of the layout, whose losses must be equal; return (losses, merged state)."""
-    config = make_layout_config(layout)
-    if layout.ranks == 1:
-        return run_two_steps(config, directory, first_step, bug)
-    results = get_world(layout.ranks).run(run_two_steps, config, directory, first_step, bug)
+    config = make_tied_config(layout)
+    results = run_on_ranks(layout.ranks, run_two_steps, config, directory, first_step=first_step, bug=bug)
     assert all(losses == results[0][0] for losses, _ in results)
     return results[0][0], {name: value for _, tensors in results for name, value in tensors.items()}
 
@@ -102,7 +100,7 @@ def run_two_steps_on_world(
 @lru_cache(maxsize=1)
 def run_uninterrupted() -> tuple[list[float], dict[str, Tensor]]:
     """Run four steps in one process; return (losses, full state afterwards)."""
-    engine = NativeEngine(make_layout_config(ONE), torch.device("cpu"))
+    engine = NativeEngine(make_tied_config(ONE), torch.device("cpu"))
     losses = [
         train_step(engine, make_batches(engine.config, engine, step), lr=1e-2, step=step).loss.item()
         for step in range(4)

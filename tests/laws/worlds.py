@@ -117,6 +117,11 @@ def get_world(size: int) -> GlooWorld:
     return _worlds[size]
 
 
+def run_on_ranks(ranks: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """Call the function on all ranks of a world, or in this process if `ranks` is 1; return the results by rank."""
+    return [function(*args, **kwargs)] if ranks == 1 else get_world(ranks).run(function, *args, **kwargs)
+
+
 def restart_world(size: int) -> None:
     """Stop the world of this size, so that the next call starts a new world.
 

@@ -27,10 +27,11 @@ def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
     `shift` plants a bug: a function that changes the offset at which the loader reads.
     """
     engine = NativeEngine(config, torch.device("cpu"))
-    mixture = Mixture(0, (1,))
+    mixture = Mixture(seed=0, quotas=(1,))
     stream = WindowStream(corpus=None, order=ShuffledOrder(seed=0, num_windows=9, stride=4), window_tokens=5)  # type: ignore[arg-type]
     source = DataSource("", corpus=None, streams=(stream,), component_mixture=mixture)  # type: ignore[arg-type]
-    plan = SamplePlan([source], [MixtureStage(0, mixture, (0,))], ((20, 30),))
+    stage = MixtureStage(first_sample=0, mixture=mixture, num_consumed=(0,))
+    plan = SamplePlan([source], [stage], skip=((20, 30),))
     dp_rank, dp_size = engine.dp_rank_and_size
     loader = Loader(plan, objective=None, data=config.data, dp_rank=dp_rank, dp_size=dp_size, pin=False)  # type: ignore[arg-type]
     audit, first_sample = SampleAudit(engine, loader, interval=3), 0
