@@ -64,10 +64,12 @@ NO_EFFECT = {
 
 
 def make_ids() -> Tensor:
+    """Return random token ids [2, SEQ_LEN]."""
     return torch.randint(3, VOCAB, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value or to 1."""
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 

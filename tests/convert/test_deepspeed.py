@@ -73,6 +73,7 @@ class DeepSpeedWorlds:
 
 @pytest.fixture(scope="module")
 def deepspeed_worlds() -> Iterator[DeepSpeedWorlds]:
+    """The worlds in which DeepSpeed runs; stopped after the module."""
     worlds = DeepSpeedWorlds()
     yield worlds
     for workers in worlds.worlds.values():
@@ -122,6 +123,7 @@ def train_with_plain_torch(model: str, num_steps: int) -> NamedTensors:
 
 
 def resolve_tag_directory(directory: Path) -> Path:
+    """Return the directory of the newest checkpoint, which the file `latest` names."""
     return directory / (directory / "latest").read_text()
 
 
@@ -187,6 +189,7 @@ def make_layout_without_padding(shapes: Shapes, world_size: int, gaps: Sequence[
 
 
 def make_layout_in_reversed_order(layout: Any) -> Any:
+    """Planted bug: the partitions contain the parameters in reverse order."""
     return lambda shapes, *rest: layout(dict(reversed(shapes.items())), *rest)
 
 
@@ -435,6 +438,7 @@ def test_directory_without_a_checkpoint_is_refused(copy_run: Any, tmp_path: Path
 
 
 def make_directory(path: str) -> None:
+    """Create a directory; MaliciousObject calls this function."""
     os.mkdir(path)
 
 
@@ -465,6 +469,7 @@ def test_reading_a_file_runs_no_code(function: Any, is_refused: bool, tmp_path: 
 
 
 def read_resident_bytes() -> int:
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -52,12 +52,14 @@ def run_convert() -> Callable[..., int]:
 
 
 def save_hf_model(family: str, directory: Path) -> Any:
+    """Write a small Hugging Face model with random weights; return it."""
     hf = build_hf_model(family)
     hf.save_pretrained(directory)
     return hf
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return all tensors of a folder of safetensors files."""
     weights = SafetensorsWeights(directory)
     return {name: weights.read(name) for name in weights.shapes}
 
@@ -257,6 +259,7 @@ def test_a_family_that_refuses_the_model_says_why() -> None:
 
 
 def make_model_config(changes: dict[str, Any]) -> ModelConfig:
+    """Return the config of a tiny native model with changed keys."""
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
     return ModelConfig.model_validate({**sizes, "vocab_size": 64, "max_seq_len": 32, **changes})
 

@@ -111,6 +111,7 @@ class GPT(nn.Module):
 
 
 def build_nanogpt_model(bias: bool) -> GPT:
+    """Build a model of nanoGPT with random weights, biases and norms."""
     torch.manual_seed(0)
     model = GPT(**MODEL_ARGS, bias=bias, dropout=0.0).eval()
     with torch.no_grad():
@@ -150,6 +151,7 @@ def write_bin_files(directory: Path) -> dict[str, np.ndarray]:
 
 
 def adopt_bin_files(directory: Path) -> Path:
+    """Make a corpus of train.bin and val.bin; return its directory."""
     out = directory / "corpus"
     data, heldout = (str(directory / "train.bin"),), (str(directory / "val.bin"),)
     adopt(

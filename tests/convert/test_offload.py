@@ -20,11 +20,13 @@ CPU = torch.device("cpu")
 
 
 def build_native(model: str, tmp_path: Path) -> tuple[NativeEngine, Path]:
+    """Build a model and save its checkpoint; return the engine and the path of the checkpoint."""
     engine = NativeEngine(make_config(ranks=1, model=MODELS[model]), CPU)
     return engine, save_checkpoint(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
 
 
 def count_parameter_bytes(module: torch.nn.Module) -> int:
+    """Return the size of all parameters in fp32."""
     return sum(parameter.numel() * 4 for parameter in module.parameters())
 
 

@@ -50,6 +50,7 @@ def convert(*arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Journey:
+    """Import a Llama model, prepare a corpus with its tokenizer, train on two ranks, and export the result."""
     root = tmp_path_factory.mktemp("journey")
     reference = write_folder(root / "llama", "byte_level")
     assert reference.get_vocab_size() < VOCAB_SIZE

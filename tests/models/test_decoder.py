@@ -44,6 +44,7 @@ def test_parameter_counts_equal_the_published_counts(name):
 
 
 def distinct_tokens(length, vocab=20):
+    """Return a sequence [1, length] of different token ids."""
     return torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:length][None]
 
 

@@ -12,17 +12,17 @@ import pytest
 
 from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR
 from tests.e2e import commands
-from tests.e2e.test_elastic import Job, count_in_output, count_rows, kill_node, run_node, wait_until
+from tests.e2e.elastic_job import Job, count_in_output, count_rows, kill_node, run_node, wait_until
 from tests.netns.network import Network, find_obstacle, running_network
 
 STEPS = 150
 PORT = 29400
 HANG_SECONDS = 3
 JOB = Job(
-    3,
-    STEPS,
-    (f"run.hang_seconds={HANG_SECONDS}", "data.global_batch=12"),
-    {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"},
+    max_nodes=3,
+    steps=STEPS,
+    overrides=(f"run.hang_seconds={HANG_SECONDS}", "data.global_batch=12"),
+    environment={"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"},
 )
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "no obstacle")]
@@ -50,7 +50,7 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
                 wait_until(
                     lambda: count_in_output(tmp_path, "ranks: 2 (dp_shard 2)") >= 1,
                     tmp_path,
-                    90 + LONG_ACTIVITY_TIMEOUT_FACTOR * HANG_SECONDS,
+                    timeout_seconds=90 + LONG_ACTIVITY_TIMEOUT_FACTOR * HANG_SECONDS,
                 )
                 assert count_in_output(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
                 kill_node(three)
@@ -64,7 +64,7 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
                 run_node("three_again", f"n1:{PORT}", corpus, tmp_path, jobs[2]) as three,
             ):
                 wait_until(lambda: count_in_output(tmp_path, "ranks: 3 (dp_shard 3)") >= 2, tmp_path)
-                assert [torchrun.wait(120) for torchrun in (one, two, three)] == [0, 0, 0]
+                assert [torchrun.wait(timeout=120) for torchrun in (one, two, three)] == [0, 0, 0]
     reference = tmp_path / "reference"
     reference.mkdir()
     expected = commands.read_step_rows(commands.train(reference, corpus, f"run.steps={STEPS}", "data.global_batch=12"))
@@ -105,7 +105,7 @@ def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path
 
 
 def run_on_nodes(
-    net: Network, num_nodes: int, arguments: Sequence[str], cwd: Path
+    net: Network, *, num_nodes: int, arguments: Sequence[str], cwd: Path
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` as one rank on each node, without torchrun; return the results by rank."""
     variables = {"WORLD_SIZE": str(num_nodes), "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": str(PORT)}

@@ -12,6 +12,7 @@ from tests.optim.specs import make_spec
 
 
 def random_bits(count: int) -> Tensor:
+    """Return `count` random 64-bit numbers."""
     return counter_rng.splitmix64(torch.arange(count))
 
 
@@ -58,6 +59,7 @@ def test_a_second_moment_grows_where_round_to_nearest_stalls() -> None:
 
 
 def run_steps(moments: str, shape: tuple[int, ...], count: int) -> tuple[Tensor, BF16AdamW]:
+    """Take `count` steps with random gradients; return the parameter and the optimizer."""
     parameter = nn.Parameter(torch.full(shape, 0.5))
     config = AdamWConfig(moments=moments, lr=1e-2, beta2=0.95, weight_decay=0.1)
     optimizer = build_optimizer(config, [("w", parameter)], {"w": make_spec(parameter)})

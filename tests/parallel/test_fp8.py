@@ -124,11 +124,13 @@ def test_products_equal_those_of_torchao(sizes: tuple[int, int, int]) -> None:
 
 
 def _double_unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Planted bug: products are twice as large."""
     rounded, unit = quantize(x, dtype)
     return rounded, 2 * unit
 
 
 def _no_scale(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Planted bug: convert without a scale, so that small values become zero."""
     return x.float().to(dtype), torch.ones(())
 
 
@@ -139,6 +141,7 @@ def _too_large(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _too_small(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Planted bug: the scale is so small that most values are subnormal."""
     scale = 2.0**-14 / quantize(x, dtype)[1]
     return (x.float() * scale).to(dtype), scale.reciprocal()
 
@@ -213,6 +216,7 @@ def test_the_rounding_of_an_element_ignores_its_neighbors() -> None:
 
 
 def _has_kernel() -> bool:
+    """Return whether torch has an fp8 matrix product for this device."""
     one, x = torch.ones(()), torch.ones(16, 16)
     try:
         torch._scaled_mm(x.to(GRAD_DTYPE), x.to(INPUT_DTYPE).t(), one, one, out_dtype=torch.bfloat16)
@@ -305,6 +309,7 @@ STEPS = 60
 
 
 def fp8_config(enable_fp8: bool) -> Config:
+    """Return the config of a tiny run with or without fp8."""
     optim = {"name": "adamw", "lr": 3e-3, "clip": 1.0}
     return make_config(ranks=1, optim=optim, precision="bf16", fp8=enable_fp8)
 
@@ -319,6 +324,7 @@ def train_losses(enable_fp8: bool) -> list[float]:
 
 @pytest.fixture(scope="module")
 def bf16_losses() -> list[float]:
+    """The losses of the run without fp8."""
     return train_losses(enable_fp8=False)
 
 

@@ -144,15 +144,8 @@ def test_tasks_without_a_rendezvous_address_are_refused(cluster: Cluster, corpus
 
 @pytest.mark.slow
 def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster, corpus: Path) -> None:
-    arguments = [
-        sys.executable,
-        "-m",
-        "dist_llm",
-        "submit",
-        commands.DEBUG_CONFIG,
-        f"data.path={corpus}",
-        "run.dir=swept",
-    ]
+    arguments = [sys.executable, "-m", "dist_llm", "submit"]
+    arguments += [commands.DEBUG_CONFIG, f"data.path={corpus}", "run.dir=swept"]
     arguments += ["run.steps=2", "eval.windows=8", "--nodes", "2", "--sweep", "optim.lr=1e-3,3e-4", "--time", "5"]
     output = cluster.run_command(*arguments)
     assert "#SBATCH --array=0-1" in output
