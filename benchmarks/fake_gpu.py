@@ -308,4 +308,5 @@ def _attention(
 
 
 def _is_gpu(value: Any) -> bool:
+    """Return whether a value is the GPU device."""
     return isinstance(value, torch.device) and value.type == "cuda"

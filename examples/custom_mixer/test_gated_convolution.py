@@ -39,6 +39,7 @@ def test_a_layout_computes_the_steps_of_one_process(ranks, parallel, micro_batch
 
 
 def build(seed=0):
+    """Build an fp64 model with the mixer and random parameters."""
     config = make_config(ranks=1, model=MODEL).model
     model, specs = build_model(config).double().eval(), build_param_specs(config)
     for name, parameter in model.named_parameters():
@@ -69,10 +70,10 @@ def test_the_taps_have_no_weight_decay_and_are_divided_over_tensor_ranks():
 def test_a_wrong_config_is_refused(near, parallel, message):
     kinds = {"near": MODEL["kinds"]["near"] | near, "full": {}}
     raw = make_raw_config(model=MODEL | {"kinds": kinds}, parallel=parallel)
-    violations = check(UnresolvedConfig.model_validate(raw), 2 if parallel else 1, 0)
+    violations = check(UnresolvedConfig.model_validate(raw), 2 if parallel else 1, tokenizer_size=0)
     assert [str(violation) for violation in violations if str(violation).startswith(message)]
 
 
 def test_heads_that_the_mixer_does_not_read_need_not_divide_over_tensor_ranks():
     raw = make_raw_config(model={"n_heads": 3, "n_kv_heads": 3, "mixer": "gated_convolution"}, parallel={"tp": 2})
-    assert check(UnresolvedConfig.model_validate(raw), 2, 0) == []
+    assert check(UnresolvedConfig.model_validate(raw), world_size=2, tokenizer_size=0) == []

@@ -21,7 +21,7 @@ from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.param_spec import collect_param_specs
 
-# All sizes are odd, so that each kind of partition has padding.
+# All sizes but the number of layers are odd, so that each kind of partition has padding.
 SIZES: dict[str, Any] = {
     "d_model": 7,
     "n_layers": 2,
@@ -45,12 +45,15 @@ NUM_ROWS, SEQ_LEN = 4, 8
 NamedTensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """A DeepSpeed run. `load` and `save` are checkpoint directories; `steps` are the indices of the batches."""
+    """A DeepSpeed run. `load` and `save` are checkpoint directories; `steps` are the indices of the batches.
 
-    stage: int
-    model: str = "odd"
+    `zero` has keys of section zero_optimization of DeepSpeed's config, `config` has further keys of the config.
+    """
+
+    stage: int  # of ZeRO
+    model: str = "odd"  # a key of MODELS
     steps: range = range(3)
     load: Path | None = None
     save: Path | None = None
@@ -60,7 +63,10 @@ class Run:
 
 
 def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
-    """Return (model, optimizer, names of the parameters of each optimizer group)."""
+    """Build the model `name` of MODELS and its optimizer.
+
+    Returns (model, optimizer, names of the parameters of each optimizer group).
+    """
     model = build_model(ModelConfig(**{**SIZES, **MODELS[name]}))
     for seed, parameter in enumerate(model.parameters()):
         nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
