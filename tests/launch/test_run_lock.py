@@ -46,10 +46,6 @@ def write_lock(directory: Path, holder: LockHolder) -> Path:
     return path
 
 
-def job_is_running(job: str) -> bool:
-    """Answer for the batch system that no job runs."""
-    return False
-
 
 def test_a_second_run_is_refused_with_the_holder(tmp_path: Path) -> None:
     with RunLock(tmp_path / "run", make_holder(job="77")):

@@ -49,7 +49,7 @@ def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
 
 
 def zero_offset(offset: int) -> int:
-    """Read the right samples."""
+    """Planted bug: each rank reads the samples of the first data-parallel rank."""
     return 0
 
 
