@@ -46,7 +46,6 @@ def write_lock(directory: Path, holder: LockHolder) -> Path:
     return path
 
 
-
 def test_a_second_run_is_refused_with_the_holder(tmp_path: Path) -> None:
     with RunLock(tmp_path / "run", make_holder(job="77")):
         with pytest.raises(ConfigError) as excinfo, RunLock(tmp_path / "run", make_holder()):

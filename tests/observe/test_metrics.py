@@ -26,16 +26,29 @@ def make_step_metrics(step, tokens=None):
     """Return metrics of a step that are functions of its number."""
     value = torch.tensor(float(step), dtype=torch.float64)
     return StepMetrics(
-        step, value, 10 * value, torch.tensor(7), lr=step / 100, tokens=tokens or 50 * step, data_wait_seconds=0.5
+        step,
+        loss=value,
+        grad_norm=10 * value,
+        num_valid_tokens=torch.tensor(7),
+        lr=step / 100,
+        tokens=tokens or 50 * step,
+        data_wait_seconds=0.5,
     )
+
+
+class FakeClock:
+    """A clock that moves only if a test changes `seconds`."""
+
+    def __init__(self):
+        self.seconds = 100.0
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves only when a test sets it."""
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    return now
+    """The clock that MetricsRecorder reads."""
+    fake_clock = FakeClock()
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: fake_clock.seconds)
+    return fake_clock
 
 
 def test_a_flush_writes_one_row_per_step(clock):
@@ -45,7 +58,7 @@ def test_a_flush_writes_one_row_per_step(clock):
     )
     for step in (1, 2, 3, 4):
         recorder.add(make_step_metrics(step))
-    clock[0] += 2.0
+    clock.seconds += 2.0
     rows = recorder.flush()
     assert rows == first_sink == second_sink
     assert [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"]) for row in rows] == [
@@ -63,7 +76,7 @@ def test_loss_terms_are_separate_columns(clock):
     for step in (1, 2):
         terms = {"cross_entropy": torch.tensor(step - 0.5), "z_loss": torch.tensor(0.5)}
         recorder.add(replace(make_step_metrics(step), loss_terms=terms))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     rows = recorder.flush()
     assert [(row["loss"], row["cross_entropy"], row["z_loss"]) for row in rows] == [
         (1.0, 0.5, 0.5),
@@ -74,16 +87,16 @@ def test_loss_terms_are_separate_columns(clock):
 def test_rates_exclude_evaluations_and_checkpoints(clock):
     recorder = MetricsRecorder([], flops_per_token=1.0, peak_flops=1.0, device=CPU)
     recorder.add(make_step_metrics(1))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
     assert recorder.flush() == [], "a row was written twice"
     recorder.add(make_step_metrics(2))
-    clock[0] += 2.0
+    clock.seconds += 2.0
     assert recorder.flush()[0]["tokens_per_second"] == 25.0
-    clock[0] += 1000.0  # an evaluation
+    clock.seconds += 1000.0  # an evaluation
     recorder.restart_clock(100)
     recorder.add(make_step_metrics(3))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
 
 
@@ -91,14 +104,14 @@ def test_a_resumed_run_counts_only_its_own_tokens(clock):
     recorder = MetricsRecorder([], flops_per_token=1.0, peak_flops=1.0, device=CPU)
     recorder.restart_clock(tokens=1000)
     recorder.add(make_step_metrics(21, tokens=1050))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
 
 
 def test_mfu_is_nan_without_a_known_peak(clock):
     recorder = MetricsRecorder([], flops_per_token=1.0, peak_flops=0.0, device=CPU)
     recorder.add(make_step_metrics(1))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert math.isnan(recorder.flush()[0]["mfu"])
 
 

@@ -22,11 +22,16 @@ STEADY_LOSSES = [2.0 + 0.01 * (step % 5) for step in range(20)]
 
 
 def build_guard(
-    losses: list[float] = STEADY_LOSSES, checks_norm: bool = True, num_used: int = 0, **config: Any
+    losses: list[float] = STEADY_LOSSES, *, checks_norm: bool = True, num_used: int = 0, **config: Any
 ) -> Guard:
-    """Build a guard after steps with these losses; `config` are keys of section `guard`."""
+    """Build a guard after steps with these losses, which has used `num_used` bad steps of its budget.
+
+    With `checks_norm`, there is no loss scale, so a norm that is not finite is an anomaly. `config` are keys of section
+    `guard`.
+    """
     engine = SimpleNamespace(all_gather_ints=lambda value: [value], loss_scale=None if checks_norm else LossScale())
-    return Guard(GuardConfig(window=20, **config), GuardState(list(losses), num_used), engine, Path("runs/a"))  # type: ignore[arg-type]
+    state = GuardState(list(losses), num_used=num_used)
+    return Guard(GuardConfig(window=20, **config), state, engine, Path("runs/a"))  # type: ignore[arg-type]
 
 
 def make_row(step: int, loss: float, norm: float = 1.0) -> dict[str, Any]:
@@ -35,22 +40,22 @@ def make_row(step: int, loss: float, norm: float = 1.0) -> dict[str, Any]:
 
 
 def test_good_steps_enter_the_loss_window() -> None:
-    state = (guard := build_guard()).state
+    guard = build_guard()
     assert guard.check_metrics([make_row(step=21, loss=2.03), make_row(step=22, loss=1.5)]) == []
-    assert state.losses == [*STEADY_LOSSES[2:], 2.03, 1.5]
+    assert guard.state.losses == [*STEADY_LOSSES[2:], 2.03, 1.5]
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (make_row(21, math.nan), "step 21: the loss is nan"),
-        (make_row(21, math.inf), "step 21: the loss is inf"),
+        (make_row(step=21, loss=math.nan), "step 21: the loss is nan"),
+        (make_row(step=21, loss=math.inf), "step 21: the loss is inf"),
         (make_row(step=21, loss=2.0, norm=math.nan), "step 21: the gradient's norm is nan"),
     ],
 )
 def test_non_finite_values_end_the_run_by_default(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(DivergedError) as error:
-        build_guard().check_metrics([make_row(step=20, loss=2.0), bad, make_row(22, math.nan)])
+        build_guard().check_metrics([make_row(step=20, loss=2.0), bad, make_row(step=22, loss=math.nan)])
     assert str(error.value).startswith(message)
     assert "--run runs/a --step 21" in str(error.value)
 
@@ -58,23 +63,23 @@ def test_non_finite_values_end_the_run_by_default(bad: dict[str, Any], message: 
 def test_under_fp16_a_non_finite_norm_is_accepted() -> None:
     assert build_guard(checks_norm=False).check_metrics([make_row(step=21, loss=2.0, norm=math.inf)]) == []
     with pytest.raises(DivergedError, match="the loss is nan"):
-        build_guard(checks_norm=False).check_metrics([make_row(21, math.nan, math.nan)])
+        build_guard(checks_norm=False).check_metrics([make_row(step=21, loss=math.nan, norm=math.nan)])
 
 
 def test_a_lasting_spike_is_reported_once() -> None:
-    actual = build_guard()
-    notes = actual.check_metrics([make_row(step, loss=4.0) for step in range(21, 24)])
+    guard = build_guard()
+    notes = guard.check_metrics([make_row(step, loss=4.0) for step in range(21, 24)])
     assert [note["step"] for note in notes] == [21]
     assert "a loss of 4.0000 is " in notes[0]["event"]
-    assert actual.check_metrics([make_row(step, loss=4.0) for step in range(24, 60)]) == [], (
+    assert guard.check_metrics([make_row(step, loss=4.0) for step in range(24, 60)]) == [], (
         "a series of spikes has a second event"
     )
-    assert actual.check_metrics([make_row(step=60, loss=8.0)])[0]["step"] == 60
+    assert guard.check_metrics([make_row(step=60, loss=8.0)])[0]["step"] == 60
 
 
 @pytest.mark.parametrize(
     ("key", "bad"),
-    [("not_finite", make_row(21, math.nan)), ("spike", make_row(step=21, loss=4.0))],
+    [("not_finite", make_row(step=21, loss=math.nan)), ("spike", make_row(step=21, loss=4.0))],
     ids=["not_finite", "spike"],
 )
 def test_each_policy_takes_its_action(key: str, bad: dict[str, Any]) -> None:
@@ -93,29 +98,29 @@ def test_each_policy_takes_its_action(key: str, bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("policy", ["skip", "rewind"])
 def test_a_used_up_budget_ends_the_run(policy: str) -> None:
     with pytest.raises(DivergedError, match=r"step 21: the loss is nan, and guard.budget of 3 bad steps is used up"):
-        build_guard(num_used=3, budget=3, not_finite=policy).check_metrics([make_row(21, math.nan)])
+        build_guard(num_used=3, budget=3, not_finite=policy).check_metrics([make_row(step=21, loss=math.nan)])
 
 
 def test_a_step_is_checked_once_before_its_update() -> None:
-    actual = build_guard(not_finite="skip")
+    guard = build_guard(not_finite="skip")
     finite_loss = torch.tensor(1.0)
-    assert actual.should_apply(21, torch.tensor(2.0625), finite_loss)
-    assert not actual.should_apply(22, torch.tensor(2.0), torch.tensor(math.inf))
-    assert not actual.should_apply(23, torch.tensor(math.nan), finite_loss)
-    assert actual.should_apply(24, torch.tensor(9.0), finite_loss), (
+    assert guard.should_apply(21, torch.tensor(2.0625), finite_loss)
+    assert not guard.should_apply(22, torch.tensor(2.0), torch.tensor(math.inf))
+    assert not guard.should_apply(23, torch.tensor(math.nan), finite_loss)
+    assert guard.should_apply(24, torch.tensor(9.0), finite_loss), (
         "should_apply rejects a spike, which check_metrics handles"
     )
-    notes = actual.check_metrics(
+    notes = guard.check_metrics(
         [
             make_row(step=21, loss=2.0625),
             make_row(step=22, loss=2.0, norm=math.inf),
-            make_row(23, math.nan),
+            make_row(step=23, loss=math.nan),
             make_row(step=24, loss=9.0),
         ]
     )
     assert [note["step"] for note in notes] == [22, 23, 24]
-    assert actual.state.num_used == 2
-    assert actual.state.losses == [*STEADY_LOSSES[2:], 2.0625, 9.0]
+    assert guard.state.num_used == 2
+    assert guard.state.losses == [*STEADY_LOSSES[2:], 2.0625, 9.0]
 
 
 def test_no_step_is_a_spike_before_the_window_is_full() -> None:
