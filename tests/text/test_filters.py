@@ -12,23 +12,7 @@ from dist_llm.text import c4, gopher, options
 from dist_llm.text.filters import FILTERS, FilterChain
 from dist_llm.text.report import RemovalCounts, TextCount
 
-
-def make_prose(num_sentences=8, seed=0):
-    """Return text that passes all rules."""
-    rng = random.Random(seed)
-    names = ["ship", "boat", "crew", "captain", "ferry", "barge", "raft", "pilot", "clerk", "baker"]
-    verbs = ["saw", "met", "lost", "found", "drew", "sold", "kept", "heard", "left", "won"]
-    tails = ["at dawn", "by night", "in spring", "on Monday", "near home", "past noon", "last year", "too late"]
-    colours = ["red", "blue", "pale", "dark", "green", "grey", "brown", "white", "warm", "cold"]
-
-    def pick(pool):
-        return rng.choice(pool)
-
-    return "\n".join(
-        f"{pick(colours).title()} {pick(names)} {n} {pick(verbs)} the {pick(colours)} {pick(names)} and "
-        f"{pick(verbs)} some {pick(names)} {pick(tails)}."
-        for n in range(num_sentences)
-    )
+from .prepare_runs import make_prose
 
 
 def split_lines(text):
