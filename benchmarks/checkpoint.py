@@ -73,7 +73,7 @@ def measure_saves(options: argparse.Namespace, directory: Path) -> list[dict[str
         "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": num_sequences},
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = resolve_config(UnresolvedConfig.model_validate(raw), 1, 0)
+    config = resolve_config(UnresolvedConfig.model_validate(raw), world_size=1, tokenizer_size=0)
     engine = NativeEngine(config, device)
     tokens = torch.randint(VOCAB_SIZE, (num_sequences, SEQ_LEN + 1))
     batch = Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)

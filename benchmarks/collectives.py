@@ -62,6 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _run_rank(rank: int, ranks: int, device_type: str, megabytes: list[float], rounds: int, scratch: str) -> None:
+    """Measure all sizes on one rank; rank 0 writes the rows to the folder `scratch`."""
     torch.set_num_threads(1)
     device = torch.device(f"cuda:{rank}" if device_type == "cuda" else "cpu")
     backend = "nccl" if device_type == "cuda" else "gloo"
@@ -79,7 +80,7 @@ def measure_size(num_elements: int, device: torch.device, rounds: int) -> list[d
     full_tensor, ranks = torch.ones(num_elements, device=device), dist.get_world_size()
     collectives = make_collectives(full_tensor, torch.ones(num_elements // ranks, device=device))
     timers = {name: partial(time_collective, collective, device) for name, collective in collectives.items()}
-    take_turns(timers, 1)  # warm up
+    take_turns(timers, rounds=1)  # warm up
     times_by_kind = take_turns(timers, rounds)
     rows = []
     for name, times in times_by_kind.items():

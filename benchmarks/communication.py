@@ -75,10 +75,12 @@ class Case:
 
     @property
     def ranks(self) -> int:
+        """The number of ranks."""
         return math.prod(self.parallel.get(axis, 1) for axis in AXES)
 
     @property
     def name(self) -> str:
+        """The layout and the other settings as text, such as `dp_shard 2 x tp 2, 3 microbatches, bf16`."""
         labels = [" x ".join(f"{axis} {self.parallel[axis]}" for axis in AXES if axis in self.parallel)]
         labels += [f"{key}={json.dumps(value)}" for key, value in self.parallel.items() if key not in AXES]
         dp_size = self.parallel.get("dp_replicate", 1) * self.parallel.get("dp_shard", 1)
@@ -179,6 +181,7 @@ def count_in_processes(ranks: int) -> list[dict[str, Any]]:
 
 
 def _run_rank(rank: int, ranks: int, scratch: str) -> None:
+    """Count the traffic of all cases with this number of ranks; write the rows to the folder `scratch`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", ranks), rank=rank, world_size=ranks)
     with patch.object(p2p_collectives, "uses_p2p", lambda device: False):
@@ -229,8 +232,8 @@ def make_config(case: Case) -> Config:
         "precision": case.precision,
     }
     config = UnresolvedConfig.model_validate(raw)
-    assert not (broken := check(config, case.ranks, 0)), broken
-    return resolve_config(config, case.ranks, 0)
+    assert not (violations := check(config, case.ranks, tokenizer_size=0)), violations
+    return resolve_config(config, case.ranks, tokenizer_size=0)
 
 
 def make_batches(config: Config, engine: NativeEngine) -> list[Batch]:
@@ -245,6 +248,7 @@ def make_batches(config: Config, engine: NativeEngine) -> list[Batch]:
 
 
 def _tensor_bytes(tensors: Tensor | Iterable[Any]) -> int:
+    """Return the size of a tensor, or of all tensors in nested iterables."""
     if isinstance(tensors, Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(_tensor_bytes(tensor) for tensor in tensors)
@@ -456,6 +460,7 @@ def format_explanations(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _wrap(text: str, indent: str = "  ") -> str:
+    """Wrap a text of the output."""
     return textwrap.fill(text, 115, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 

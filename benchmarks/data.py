@@ -81,7 +81,7 @@ def write_corpus(directory: Path, num_tokens: int) -> Corpus:
     """Write a corpus of one shard of random ids."""
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, num_tokens, dtype="<u2")
     ids.tofile(directory / "train-00000.bin")
-    shard = Shard("train-00000.bin", num_tokens, 1, 4 * num_tokens, "")
+    shard = Shard("train-00000.bin", num_tokens, documents=1, text_bytes=4 * num_tokens, sha256="")
     Manifest("uint16", VOCAB_SIZE, "", ("random",), {"train": (shard,), "heldout": ()}).save(directory)
     return Corpus(directory)
 
@@ -100,8 +100,10 @@ def measure_case(corpus: Corpus, options: argparse.Namespace, batch_size: int, o
             "prefetch": 0,
         },
     }
-    config = resolve_config(UnresolvedConfig.model_validate(raw), 1, VOCAB_SIZE)
-    loader = build_loader(config, build_fresh_plan(config), ObjectiveVocabulary(VOCAB_SIZE, 0), 0, 1, pin=False)
+    config = resolve_config(UnresolvedConfig.model_validate(raw), world_size=1, tokenizer_size=VOCAB_SIZE)
+    loader = build_loader(
+        config, build_fresh_plan(config), ObjectiveVocabulary(VOCAB_SIZE, eot=0), dp_rank=0, dp_size=1, pin=False
+    )
     load_functions = {
         "ours": make_dist_llm_loader(loader, batch_size),
         "nanogpt": make_nanogpt_loader(path, batch_size, options.seq_len),

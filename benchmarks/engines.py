@@ -96,8 +96,8 @@ def make_config(name: str, options: argparse.Namespace) -> Config:
     config = UnresolvedConfig.model_validate(
         {"run": {"dir": "unused", "steps": 1}, "model": model, "data": data, **CASES[name]}
     )
-    assert not (broken := check(config, RANKS, 0)), broken
-    return resolve_config(config, RANKS, 0)
+    assert not (violations := check(config, RANKS, tokenizer_size=0)), violations
+    return resolve_config(config, RANKS, tokenizer_size=0)
 
 
 def measure_case(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -114,6 +114,7 @@ def measure_case(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def _run_rank(rank: int, config: Config, steps: int, scratch: str) -> None:
+    """Train on one rank and write its measurements to the folder `scratch`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{scratch}/store", RANKS), rank=rank, world_size=RANKS)
     if config.engine == "accelerate":

@@ -1,11 +1,11 @@
 """A fake GPU, on which a training step allocates memory as on a GPU but computes nothing. It needs a C++ compiler.
 
-memory.py, gpu.py and tests/gpu/traced.py use this module. Tensors on the fake GPU have a shape, a dtype and a device,
-but no values: each operator runs only its shape function. A step shows what it allocates (`FakeGpu.peak_bytes`) and
-fails if it mixes devices or reads a value. It does not show values, times, the workspace memory of kernels, or
-fragmentation. Blocks are not compiled. Attention without a mask and FlexAttention allocate what FlashAttention does.
-Attention with a mask computes all scores, which takes more memory than on a GPU. With several ranks, the process is the
-first of them; collectives complete at once, in the fake process group of torch.
+memory.py, gpu.py and tests/gpu/steps_on_fake_gpu.py use this module. Tensors on the fake GPU have a shape, a dtype and
+a device, but no values: each operator runs only its shape function. A step shows what it allocates
+(`FakeGpu.peak_bytes`) and fails if it mixes devices or reads a value. It does not show values, times, the workspace
+memory of kernels, or fragmentation. Blocks are not compiled. Attention without a mask and FlexAttention allocate what
+FlashAttention does. Attention with a mask computes all scores, which takes more memory than on a GPU. With several
+ranks, the process is the first of them; collectives complete at once, in the fake process group of torch.
 
 The CPU build of torch cannot run backward on a CUDA device, so `preload` restarts the program with a library that
 reports a GPU.
@@ -315,4 +315,5 @@ def _attention(
 
 
 def _is_gpu(value: Any) -> bool:
+    """Return whether a value is the GPU device."""
     return isinstance(value, torch.device) and value.type == "cuda"

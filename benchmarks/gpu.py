@@ -138,6 +138,7 @@ def make_summary(results: GpuResults) -> str:
 
 
 def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    """End the program as on Ctrl-C."""
     raise KeyboardInterrupt
 
 

@@ -103,7 +103,7 @@ def iter_cases() -> Iterator[BenchmarkCase]:
     yield make_check("generation", check_generation)
     yield make_check("checkpoint", check_checkpoint)
     yield make_check("one rank", check_one_rank, expected_seconds=8)
-    yield make_training_case("llama-1b", 4 * K, 4)
+    yield make_training_case("llama-1b", 4 * K, batch=4)
     yield BenchmarkCase("limits", "limits", measure_limits)
     for kernel in ("flex", "sinks"):
         yield make_check(f"attention {kernel}", check_attention, expected_seconds=10, kernel=kernel)
@@ -132,21 +132,21 @@ def iter_later_cases() -> Iterator[BenchmarkCase]:
     yield make_training_case("llama-8b", 16 * K, 1, COMPILED)
     yield make_training_case("llama-8b", 16 * K, 1, FP8, COMPILED)
     for mask in ("causal", "documents"):
-        yield make_attention_case(mask, 4 * K, 4)
+        yield make_attention_case(mask, 4 * K, batch=4)
     yield BenchmarkCase("optimizer", "optimizer", measure_optimizers, expected_seconds=15)
     yield make_training_case("llama-1b", 16 * K, 1, FP8, COMPILED)
-    yield make_training_case("llama-8b", 4 * K, 4)
+    yield make_training_case("llama-8b", 4 * K, batch=4)
     yield make_training_case("llama-1b", 4 * K, 4, FP8)
     yield make_training_case("llama-8b", 4 * K, 4, FP8)
-    yield make_training_case("llama-1b", 4 * K, 4, sliced=False)
-    yield make_training_case("llama-1b", 16 * K, 1)
+    yield make_training_case("llama-1b", 4 * K, batch=4, sliced=False)
+    yield make_training_case("llama-1b", 16 * K, batch=1)
     yield make_training_case("llama-1b", 16 * K, 4, COMPILED, FULL_RECOMPUTE)
     for mask in ("prefix", "bidirectional"):
-        yield make_attention_case(mask, 4 * K, 4)
+        yield make_attention_case(mask, 4 * K, batch=4)
     for mask in ("causal", "documents"):
-        yield make_attention_case(mask, 16 * K, 1)
+        yield make_attention_case(mask, 16 * K, batch=1)
     yield make_training_case("llama-8b", 4 * K, 4, COMPILED, sliced=False)
-    yield make_training_case("llama-8b", 16 * K, 1)
+    yield make_training_case("llama-8b", 16 * K, batch=1)
     yield BenchmarkCase("profile", "profile, eager", profile_step, {**options, "overrides": ()}, expected_seconds=10)
 
 

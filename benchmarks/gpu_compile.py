@@ -136,7 +136,12 @@ def compile_loss(compiler: Callable[..., Any]) -> None:
     logits_nW = torch.randn(1024, 128256, device=DEVICE)
     targets_n = torch.zeros(1024, dtype=torch.long, device=DEVICE)
     compiler(_losses_and_logit_grads_)(
-        logits_nW, targets_n, CrossEntropy(0.0, 0.0), 0.0, VocabShard(128256, 0, 128256), 1.0
+        logits_nW,
+        targets_n,
+        CrossEntropy(),
+        0.0,
+        VocabShard(vocab_size=128256, first_token=0, num_tokens=128256),
+        1.0,
     )
 
 
@@ -156,7 +161,7 @@ def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf
     """Compile a block of a named model (models.py) on 4 sequences of 1,024 tokens."""
     config: Config = make_config(model)
     with torch.device(DEVICE):
-        block = Block(config.model, 0)
+        block = Block(config.model, layer=0)
     for module in block.modules() if fp8 else ():
         if type(module) is nn.Linear:
             module.__class__ = Float8Linear

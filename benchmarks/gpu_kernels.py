@@ -129,7 +129,7 @@ def check_loss(context: CaseContext) -> dict[str, object]:
             inputs = x.to(device).requires_grad_(), weight.to(device).requires_grad_()
             autocast = torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
             with patch.dict(fused_linear_cross_entropy.SLICE_BYTES, {device.type: slice_bytes}), autocast:
-                vocab_shard = VocabShard(500, 0, 500)
+                vocab_shard = VocabShard(vocab_size=500, first_token=0, num_tokens=500)
                 losses_B = linear_cross_entropy(*inputs, None, targets.to(device), loss, cap, vocab_shard)
             actual = (losses_B, *torch.autograd.grad(losses_B.sum(), inputs))
             label = f"{str(dtype).removeprefix('torch.')} cap {cap:g}"

@@ -126,6 +126,7 @@ def check_step_bf16(context: CaseContext) -> dict[str, object]:
 
 
 def _cosine_similarity(actual: Tensor, expected: Tensor) -> float:
+    """Return the cosine similarity of two tensors, computed in fp64."""
     actual, expected = actual.cpu().double().flatten(), expected.double().flatten()
     return nn.functional.cosine_similarity(actual, expected, dim=0).item()
 
@@ -150,7 +151,9 @@ def check_fp8_step(context: CaseContext, compiled: bool) -> dict[str, object]:
     for fp8 in (True, False):
         config = make_tiny_config("precision=bf16", f"fp8={fp8}", f"compile={compiled}", "optim.lr=0.003")
         engine = NativeEngine(config, context.device)
-        losses[fp8] = [train_step(engine, [make_batch(config, 0)], 3e-3, step).loss for step in range(num_steps)]
+        losses[fp8] = [
+            train_step(engine, [make_batch(config, step=0)], lr=3e-3, step=step).loss for step in range(num_steps)
+        ]
     fp8_losses, bf16_losses = losses[True], losses[False]
     comparison.check_close("loss of the first step", fp8_losses[0], bf16_losses[0], 1e-2)
     comparison.check_close("losses of ten steps", torch.stack(fp8_losses).sum(), torch.stack(bf16_losses).sum(), 2e-2)
@@ -176,10 +179,10 @@ def check_generation(context: CaseContext) -> dict[str, object]:
         comparison.check_close(f"logits {name}", logits[:, -1], expected[:, -1], 1e-4)
     if context.has_values:
         prompt, greedy = Prompt(list(range(3, 20))), Sampling(max_tokens=16, temperature=0.0)
-        expected_ids = list(generate_tokens(model, prompt, greedy, 64))
+        expected_ids = list(generate_tokens(model, prompt, greedy, max_seq_len=64))
         for use_cache in (True, False):
             label = f"tokens {'with' if use_cache else 'without'} a cache"
-            actual_ids = list(generate_tokens(device_model, prompt, greedy, 64, use_cache))
+            actual_ids = list(generate_tokens(device_model, prompt, greedy, max_seq_len=64, use_cache=use_cache))
             comparison.check_equal(label, actual_ids, expected_ids)
     return comparison.make_result()
 
@@ -257,14 +260,14 @@ def check_host_syncs(context: CaseContext, overrides: Sequence[str], documents: 
     engine = NativeEngine(config, context.device)
     ids_BT = torch.arange(config.data.seq_len).expand(config.data.global_batch, -1) * 4 // config.data.seq_len
     attention_mask = AttentionMask(causal=True, documents_BT=ids_BT) if documents else CAUSAL
-    batch = make_batch(config, 0, attention_mask).pin_memory()
+    batch = make_batch(config, step=0, attention_mask=attention_mask).pin_memory()
     for step in range(2):
-        train_step(engine, [batch], 1e-3, step)
+        train_step(engine, [batch], lr=1e-3, step=step)
     with warnings.catch_warnings(record=True) as warning_messages:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            train_step(engine, [batch], 1e-3, 2)
+            train_step(engine, [batch], lr=1e-3, step=2)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     lines = [

@@ -92,6 +92,7 @@ def measure_turn(model: str, layout: str, overrides: list[str], steps: int) -> f
 
 
 def _run_rank(rank: int, model: str, layout: str, overrides: list[str], steps: int, scratch: str) -> None:
+    """Train in a layout on one rank and write its measurements to the folder `scratch`."""
     device, is_ideal = torch.device("cpu"), layout in ("ideal", "ideal muon")
     torch.set_num_threads(1)
     keep_freed_memory(device)
@@ -100,7 +101,7 @@ def _run_rank(rank: int, model: str, layout: str, overrides: list[str], steps: i
     if is_ideal:
         config = make_config(model, [*overrides, *LAYOUTS[layout], f"data.global_batch={global_batch // RANKS}"])
     else:
-        config = make_config(model, [*overrides, *LAYOUTS[layout]], RANKS)
+        config = make_config(model, [*overrides, *LAYOUTS[layout]], ranks=RANKS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     engine = NativeEngine(config, device)
     _, dp_size = engine.dp_rank_and_size

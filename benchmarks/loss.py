@@ -60,7 +60,7 @@ def main() -> None:
             {name: (make_turn, name, config, options.tokens, device) for name in names}
         ) as workers_by_name:
             turns: dict[str, Callable[[], Any]] = {name: worker.take_turn for name, worker in workers_by_name.items()}
-            take_turns(turns, 1)
+            take_turns(turns, rounds=1)
             turns["limit"] = partial(measure_matmul_rate, device, precision)
             results_by_case = take_turns(turns, options.rounds)
         matmul_rates[precision] = max(results_by_case["limit"])

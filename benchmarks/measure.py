@@ -99,6 +99,7 @@ def start_workers(cases: Mapping[str, tuple[Any, ...]]) -> Iterator[dict[str, Wo
 
 
 def _serve(pipe: Connection, make_turn: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
+    """In a worker process: prepare, then take a turn for each message of the pipe until the pipe closes."""
     take_turn = make_turn(*arguments)
     pipe.send(None)
     with suppress(EOFError):
@@ -159,7 +160,7 @@ def measure_matmul_rate(device: torch.device, precision: str, size: int = 0, tri
     """
     if not size:
         size = 8192 if device.type == "cuda" else 2048
-        estimated_rate = measure_matmul_rate(device, precision, 256, 1)
+        estimated_rate = measure_matmul_rate(device, precision, size=256, tries=1)
         # On a CPU without bf16 instructions, bf16 has about a hundredth of the rate of fp32.
         while 2 * size**3 / estimated_rate > MAX_MATMUL_SECONDS:
             size //= 2
@@ -171,7 +172,7 @@ def choose_precisions(requested: Sequence[str] | None, device: torch.device) -> 
     """Return the requested precisions; by default fp32 and bf16, without bf16 on a CPU that lacks bf16 instructions."""
     if requested:
         return list(requested)
-    fp32_rate, bf16_rate = (measure_matmul_rate(device, precision, 256, 1) for precision in ("fp32", "bf16"))
+    fp32_rate, bf16_rate = (measure_matmul_rate(device, precision, size=256, tries=1) for precision in ("fp32", "bf16"))
     if bf16_rate > fp32_rate / 10:
         return ["fp32", "bf16"]
     rates = f"{bf16_rate / 1e9:.1f} GFLOP/s, fp32 products at {fp32_rate / 1e9:.0f} GFLOP/s"

@@ -48,7 +48,7 @@ def main() -> None:
         for precision in options.precision:
             for recompute in options.recompute:
                 overrides = [f"precision={precision}", f"parallel.recompute={recompute}", *options.overrides]
-                config = make_config(model, overrides, options.ranks)
+                config = make_config(model, overrides, ranks=options.ranks)
                 check_traceable(config)
                 row = {"model": model, "precision": precision, "recompute": recompute, "tokens": count_tokens(config)}
                 result = trace(config, options.ranks)

@@ -42,5 +42,5 @@ def make_config(name: str, overrides: Sequence[str] = (), ranks: int = 1) -> Con
     config, problems = load_config(None, ["run.dir=unused", "run.steps=1000", "data.path=unused", *keys, *overrides])
     raise_violations(problems)
     assert config is not None
-    raise_violations(check(config, ranks, 0))
-    return resolve_config(config, ranks, 0)
+    raise_violations(check(config, ranks, tokenizer_size=0))
+    return resolve_config(config, ranks, tokenizer_size=0)

@@ -87,7 +87,7 @@ def measure_case(model_name: str, options: argparse.Namespace, device: torch.dev
             group["foreach"] = False
         updates[variant] = partial(take_step, optimizer, dict(zip(parameters, gradients, strict=True)))
     updates["norm"] = lambda: gradient_clipping.compute_global_norm(gradients)
-    updates["scale"] = lambda: gradient_clipping.clip_grads_(gradients, torch.ones((), device=device), 1.0)
+    updates["scale"] = lambda: gradient_clipping.clip_grads_(gradients, torch.ones((), device=device), max_norm=1.0)
     updates["clip_grad_norm_"] = lambda: nn.utils.clip_grad_norm_(parameters, 1.0)
     timers: dict[str, Callable[[], float]] = {
         variant: partial(measure_seconds, update, device) for variant, update in updates.items()
@@ -96,7 +96,7 @@ def measure_case(model_name: str, options: argparse.Namespace, device: torch.dev
     # A copy of n bytes reads and writes 2 n bytes.
     copied_bytes = num_parameters * BYTES_PER_PARAMETER["fused"] // 2
     timers["copy"] = lambda: measure_copy_rate(device, copied_bytes, tries=1)
-    take_turns(timers, 1)  # warm up
+    take_turns(timers, rounds=1)  # warm up
     measurements = take_turns(timers, options.rounds)  # seconds by variant; bytes/s of the copy
     copy_bytes_per_second = statistics.median(measurements["copy"])
     rows = []

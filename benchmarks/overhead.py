@@ -109,7 +109,7 @@ def measure_turns(config: Config, scratch: Path) -> "Turns":
     vocabulary = read_vocabulary(config, plan.sources[0].corpus.directory)
     loader = build_loader(config, plan, vocabulary, *engine.dp_rank_and_size, pin=device.type == "cuda")
     start_logging(scratch / "run" / "logs", world)
-    trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "checkpoints"), None, {})
+    trainer = Trainer(config, world, engine, loader, CheckpointStore(scratch / "checkpoints"), start=None, files={})
     turns = Turns(BareLoop(config, device), config)
     trainer.recorder.sinks = [*trainer.recorder.sinks, turns]
     turns.start_clock()
@@ -165,9 +165,11 @@ class Turns:
         self.loss = float("nan")
 
     def start_clock(self) -> None:
+        """Remember the wall time and the CPU time of the process."""
         self.start_times = time.perf_counter(), time.process_time()
 
     def read_clock(self) -> tuple[float, float]:
+        """Return the seconds of wall time and of CPU time since `start_clock`."""
         return time.perf_counter() - self.start_times[0], time.process_time() - self.start_times[1]
 
     def __call__(self, rows: Sequence[MetricsRow]) -> None:

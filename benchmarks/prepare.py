@@ -184,6 +184,7 @@ def measure_run(run_once: Callable[[], None]) -> tuple[float, float]:
 
 
 def read_cpu_seconds() -> float:
+    """Return the CPU time of this process and of its ended children."""
     usages = [resource.getrusage(target) for target in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

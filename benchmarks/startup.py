@@ -148,17 +148,7 @@ def parse_arguments() -> argparse.Namespace:
 def prepare_corpus(folder: Path) -> None:
     """Prepare a small corpus in `folder/data` from the README of this repository, repeated."""
     (folder / "text.txt").write_bytes((REPOSITORY / "README.md").read_bytes() * 40)
-    arguments = [
-        "prepare",
-        "--source",
-        "text.txt",
-        "--tokenizer",
-        "byte",
-        "--heldout-fraction",
-        "0",
-        "--out",
-        "data",
-    ]
+    arguments = ["prepare", "--source", "text.txt", "--tokenizer", "byte", "--heldout-fraction", "0", "--out", "data"]
     subprocess.run(
         [sys.executable, "-m", "dist_llm", *arguments],
         cwd=folder,

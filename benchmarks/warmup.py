@@ -94,7 +94,7 @@ def train_run(run: Run, scratch: Path, corpus: Path, overrides: list[str]) -> li
     """Train a run and return its evaluations: {step, heldout_loss}."""
     directory = scratch / run.name.replace(" ", "_")
     keys = [f"run.dir={directory}", f"data.path={corpus}", *KEYS, *run.keys, *overrides]
-    train(read_config(REPOSITORY / "configs" / "debug.yaml", keys, 1), World())
+    train(read_config(REPOSITORY / "configs" / "debug.yaml", keys, world_size=1), World())
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{name: row[name] for name in ("step", "heldout_loss")} for row in rows if "heldout_loss" in row]
 

@@ -12,6 +12,7 @@ import dist_llm
 
 
 def main() -> None:
+    """Train with each learning rate, and print the held-out losses from low to high."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="a prepared corpus")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="learning rates")

@@ -13,6 +13,7 @@ import dist_llm
 
 
 def main() -> None:
+    """Prepare a corpus, train, evaluate, and generate a text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, help="default: prepare the source code of the standard library")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of config keys")

@@ -1,4 +1,15 @@
-"""Skip tests that the installed torch cannot run, and restore the default signal handlers."""
+"""Settings of all tests: signal handlers, hypothesis, and tests that are skipped with an older torch.
+
+Fixtures are in the conftest.py of each folder. Helpers that several folders import:
+
+    tests/e2e/commands.py   run `dist-llm` as processes, read the metrics and checkpoints of a run
+    tests/e2e/faults.py     train with a fault in one step of one rank
+    tests/laws/law.py       take training steps on any layout, compare them with those of one process
+    tests/laws/worlds.py    call a function on all ranks of a gloo process group
+    tests/laws/layouts.py   models, layouts and optimizers to test
+    tests/cli_runner.py     run a subcommand in the process of the test
+    tests/hf_folders.py     tokenizers in Hugging Face folders
+"""
 
 import signal
 from importlib.metadata import version
@@ -17,8 +28,9 @@ settings.load_profile("shared")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    torch = version("torch")
-    if not splits_backward(torch):
+    """If torch cannot split the backward pass, skip the tests of schedules that do. Their ids name the schedule."""
+    torch_version = version("torch")
+    if not splits_backward(torch_version):
         for item in items:
             if any(schedule in item.name for schedule in SPLIT_BACKWARD):
-                item.add_marker(pytest.mark.skip(reason=f"torch {torch} cannot split backward"))
+                item.add_marker(pytest.mark.skip(reason=f"torch {torch_version} cannot split backward"))

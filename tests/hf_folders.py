@@ -1,6 +1,10 @@
 """Build tokenizers of each kind and write them as Hugging Face folders, for tests of the import and export.
 
-MORE_DIFFICULT_TEXTS are difficult to tokenize. ORIGINALS are the names of the files that an export must reproduce.
+    tokenizer = write_folder(tmp_path / "hf", kind="unigram")  # also writes a chat template and generation settings
+    imported = ...  # the tokenizer that the code under test reads from the folder
+    assert imported.encode(text) == tokenizer.encode(text).ids  # for each text of MORE_DIFFICULT_TEXTS
+
+The tokenizers are trained on PROSE. TOKENIZER_FILES are the names of the files that an export must reproduce.
 """
 
 import json
@@ -51,9 +55,9 @@ def build_byte_level() -> Tokenizer:
     """Build a byte-level BPE like those of Llama 3 and Qwen: NFC, a split pattern, then bytes."""
     tokenizer = Tokenizer(models.BPE())
     pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), split_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
@@ -66,8 +70,8 @@ def build_sentencepiece_bpe() -> Tokenizer:
     """Build a BPE like that of Llama 2: spaces become ▁, characters without a token become bytes."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
+    decoding_steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(decoding_steps)
     special = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer.train_from_iterator(PROSE, trainers.BpeTrainer(vocab_size=500, **_make_trainer_options(special)))
     content = json.loads(tokenizer.to_str())  # byte tokens belong to the model and are not special
@@ -95,7 +99,7 @@ def build_wordpiece() -> Tokenizer:
     return tokenizer
 
 
-KINDS = {
+TOKENIZER_BUILDERS = {
     "byte_level": build_byte_level,
     "sentencepiece_bpe": build_sentencepiece_bpe,
     "unigram": build_unigram,
@@ -104,16 +108,18 @@ KINDS = {
 
 
 def _make_trainer_options(special: list[str] = SPECIAL) -> dict[str, Any]:
+    """Return the options that all trainers of tokenizers share."""
     return {"special_tokens": special, "show_progress": False}
 
 
-def write_folder(folder: Path, kind: str, added: list[str] = ADDED, bos: bool = True) -> Tokenizer:
+def write_folder(folder: Path, kind: str, *, added: list[str] = ADDED, bos: bool = True) -> Tokenizer:
     """Write the files of a tokenizer with a chat template and generation settings; return the tokenizer.
 
-    `kind` is a key of KINDS. With `bos`, the tokenizer adds <s> at the start of a text.
+    `kind` is a key of TOKENIZER_BUILDERS. `added` are tokens that are added to the trained vocabulary. With `bos`, the
+    tokenizer adds <s> at the start of a text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = KINDS[kind]()
+    tokenizer = TOKENIZER_BUILDERS[kind]()
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     if bos:
         prefix_tokens = [("<s>", tokenizer.token_to_id("<s>"))]
@@ -131,15 +137,15 @@ def write_folder(folder: Path, kind: str, added: list[str] = ADDED, bos: bool = 
         "special_tokens_map.json": json.dumps({"bos_token": "<s>", "eos_token": "</s>"}),
         "added_tokens.json": json.dumps({token: tokenizer.token_to_id(token) for token in added}),
         "chat_template.jinja": CHAT_TEMPLATE,
-        "generation_config.json": json.dumps(GENERATION, indent=3)
-        + "\r\n",  # formatted differently from the files of our writer
+        # With another indent and line end than our writer uses, so a copy is distinguishable from a rewritten file.
+        "generation_config.json": json.dumps(GENERATION, indent=3) + "\r\n",
     }
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
     return tokenizer
 
 
-ORIGINALS = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "generation_config.json"),
 )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 400  # for a run
 COMPARED_METRICS = ("step", "loss", "grad_norm", "lr", "heldout_loss", "loss_scale", "tokens")
 
 BASE_CONFIG: dict[str, Any] = {
@@ -37,7 +37,10 @@ BASE_CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run; with `resume_overrides` it is resumed once. 0 ranks are one process without torchrun."""
+    """A training run with overrides of BASE_CONFIG. 0 ranks are one process without torchrun.
+
+    With `resume_overrides`, the run is then resumed once with these overrides on `resume_ranks` ranks.
+    """
 
     overrides: tuple[str, ...]
     ranks: int = 0

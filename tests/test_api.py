@@ -15,6 +15,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus that the Python API has prepared."""
     directory = tmp_path_factory.mktemp("api")
     text = directory / "text.txt"
     text.write_text("\n\n".join(f"The number {number} is one less than {number + 1}." for number in range(500)))
@@ -25,6 +26,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_config(corpus: Path, run: Path) -> dict[str, Any]:
+    """Return the config of a tiny run as a nested dict."""
     return {
         "run": {"dir": str(run), "steps": STEPS},
         "model": {"d_model": 16, "n_layers": 1, "n_heads": 2},
@@ -34,7 +36,7 @@ def make_config(corpus: Path, run: Path) -> dict[str, Any]:
 
 
 def test_the_commands_work_as_functions(corpus: Path, tmp_path: Path) -> None:
-    config = make_config(corpus, tmp_path / "run")
+    config = make_config(corpus=corpus, run=tmp_path / "run")
     assert dist_llm.read_config(config, "optim.lr=0.1").optim.lr == 0.1
     run = dist_llm.train(config, "optim.lr=0.1")
     assert run == tmp_path / "run"
@@ -56,7 +58,7 @@ def test_the_commands_work_as_functions(corpus: Path, tmp_path: Path) -> None:
 
 def test_functions_raise_the_errors_of_the_commands(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(dist_llm.UserError, match=r"optim\.leerning_rate: unknown key"):
-        dist_llm.train(make_config(corpus, tmp_path / "run") | {"optim": {"leerning_rate": 1.0}})
+        dist_llm.train(make_config(corpus=corpus, run=tmp_path / "run") | {"optim": {"leerning_rate": 1.0}})
     with pytest.raises(dist_llm.UserError, match="is neither a file nor a config of the package"):
         dist_llm.train("dmeo")
     with pytest.raises(dist_llm.UserError, match="vocabulary: unknown option"):

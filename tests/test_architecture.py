@@ -16,6 +16,7 @@ TOOL = REPOSITORY / "tools" / "draw_architecture.py"
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
+    """The program tools/draw_architecture.py as a module."""
     spec = importlib.util.spec_from_file_location("draw_architecture", TOOL)
     assert spec is not None
     assert spec.loader is not None

@@ -26,7 +26,9 @@ def remove_rank_variables(monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     """Write a valid config and an empty corpus; return the path of the config."""
-    Manifest("uint16", 300, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
+    Manifest("uint16", vocab_size=300, tokenizer_sha256="", source=("here",), shards={"train": (), "heldout": ()}).save(
+        tmp_path
+    )
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{dir: '{tmp_path / 'run'}', steps: 20}}\nmodel: {{d_model: 32, n_layers: 2, n_heads: 4}}\n"
@@ -133,6 +135,8 @@ def test_a_wrong_option_exits_with_2(arguments, capsys):
 
 
 def raise_in_train(monkeypatch, error):
+    """Replace `train` by a function that raises this error."""
+
     def train(options):
         raise error
 

@@ -76,6 +76,7 @@ OPERATIONS = {
 
 
 def resolve_name(path):
+    """Return the object that `MODULE:NAME.NAME` names."""
     module, _, names = path.partition(":")
     attribute = import_module(module)
     for name in names.split("."):
@@ -161,6 +162,7 @@ def list_defined_names(tree: ast.Module) -> set[str]:
 
 
 def is_private(name: str) -> bool:
+    """Return whether a name is private, such as _name."""
     return name.startswith("_") and not name.endswith("__") and name != "_"
 
 

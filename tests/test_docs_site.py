@@ -29,6 +29,7 @@ def build_site(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the documentation site, built once."""
     folder = tmp_path_factory.mktemp("site")
     completed = build_site(REPOSITORY / "mkdocs.yml", folder)
     assert completed.returncode == 0, completed.stderr

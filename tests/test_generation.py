@@ -28,10 +28,11 @@ EOT = 256  # the end-of-document token of the byte tokenizer
 VOCABULARY = ObjectiveVocabulary(EOT + 1, EOT)
 START, MASK, MODE_S = (VOCABULARY.special_id(name) for name in ("start", "mask", "S"))
 SENTINEL_0, SENTINEL_1 = VOCABULARY.sentinel_id(0), VOCABULARY.sentinel_id(1)
-CAUSAL_CONFIG = make_config(1, {})
+CAUSAL_CONFIG = make_config(ranks=1)
 
 
 def build_small_model(**changes):
+    """Build a model with random parameters in eval mode; `changes` are keys of its config."""
     sizes = {"d_model": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "d_ff": 32, "vocab_size": 30}
     config = ModelConfig(**sizes, max_seq_len=MAX_SEQ_LEN, init_std=0.5, **changes)
     model = build_model(config).eval()
@@ -90,7 +91,7 @@ def test_encoder_runs_once_per_prompt(positions):
 
 def encode_prompt_for(prompt="ab", architecture="decoder", **objective):
     """Encode a prompt for a model that was trained with this objective."""
-    config = make_config(1, {"architecture": architecture, "vocab_size": 400}, objective=objective)
+    config = make_config(ranks=1, model={"architecture": architecture, "vocab_size": 400}, objective=objective)
     return encode_prompt(config, make_byte_tokenizer(), prompt)
 
 
@@ -243,6 +244,7 @@ def test_temperature_zero_is_greedy():
 
 
 def make_byte_tokenizer():
+    """Build a tokenizer whose tokens are the 256 bytes and the end of a document."""
     return BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: EOT})
 
 
@@ -328,7 +330,7 @@ def test_text_is_yielded_while_it_is_sampled():
         make_byte_tokenizer(),
         encode_prompt(CAUSAL_CONFIG, make_byte_tokenizer(), "p"),
         Sampling(max_tokens=50, temperature=0),
-        100,
+        max_seq_len=100,
     )
     assert list(itertools.islice(strings, 2)) == ["a", "b"]
     assert model.num_calls == 2

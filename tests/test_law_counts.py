@@ -13,11 +13,13 @@ START, END = "<!-- law counts -->\n", "<!-- /law counts -->"
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run tools/law_counts.py."""
     return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
 def table() -> str:
+    """The output of tools/law_counts.py, which is a table."""
     completed = run_tool()
     assert completed.returncode == 0, completed.stderr
     return completed.stdout

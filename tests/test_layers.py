@@ -64,6 +64,7 @@ def iter_attributes(tree: ast.Module) -> Iterator[str]:
 
 
 def is_within(name: str, package: str) -> bool:
+    """Return whether a module is this package or a module of it."""
     return name == package or name.startswith(package + ".")
 
 

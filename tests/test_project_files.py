@@ -18,6 +18,7 @@ PROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_tex
 
 
 def read_yaml(name: str) -> dict[Any, Any]:
+    """Return the content of a YAML file in the root of the repository, which must be a mapping."""
     content = yaml.safe_load((REPOSITORY / name).read_text())
     assert isinstance(content, dict)
     return content

@@ -16,6 +16,7 @@ RANK = 3  # (1, 1) in a mesh of 2 x 2
 
 @pytest.fixture
 def mesh():
+    """A mesh of 2 x 2 ranks, seen from RANK, without communication."""
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=4)
     yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
     dist.destroy_process_group()

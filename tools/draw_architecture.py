@@ -132,7 +132,7 @@ def iter_path_boxes(y: float) -> Iterator[Box]:
         lines = textwrap.wrap(", ".join(packages), int(width / CHARACTER_WIDTH))
         lines += textwrap.wrap(f"$ {commands}", int(width / CHARACTER_WIDTH)) if commands else []
         fill = COLOR_OF_PACKAGE[packages[0]] if packages else "#ffffff"
-        yield Box(MARGIN + index * (width + 3 * GAP), y, width, 88, title, tuple(lines), fill)
+        yield Box(MARGIN + index * (width + 3 * GAP), y, width, height=88, title=title, lines=tuple(lines), fill=fill)
 
 
 def compute_path_box_width(num_boxes: int) -> float:

@@ -57,7 +57,9 @@ def format_table() -> str:
         ),
         "layouts compared with one process": len(layouts),
         **{f"... on {ranks} ranks": num_layouts_by_ranks[ranks] for ranks in sorted(num_layouts_by_ranks)},
-        "... with three or more mesh dimensions larger than 1": sum(layout.axes >= 3 for layout in layouts),
+        "... with three or more mesh dimensions larger than 1": sum(
+            layout.num_parallel_axes >= 3 for layout in layouts
+        ),
         "layouts of other architectures and objectives": len({str(layout) for layout in ARCHITECTURE_LAYOUTS.values()}),
         "layouts with `torch.compile` and recomputation": len({str(layout) for layout in COMPILED_LAYOUTS.values()}),
         "planted bugs; each makes the comparison fail": len(BUGS),

@@ -94,6 +94,7 @@ def iter_definitions(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _iter_aliases(line: int, names: Iterable[ast.alias]) -> Iterator[tuple[int, str]]:
+    """Yield (line, alias) for each alias of an import."""
     return ((line, alias.asname) for alias in names if alias.asname)
 
 

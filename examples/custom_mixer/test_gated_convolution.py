@@ -34,12 +34,13 @@ LAYOUTS = [
 @pytest.mark.parametrize(("ranks", "parallel", "micro_batch", "sections"), LAYOUTS, ids=str)
 def test_a_layout_computes_the_steps_of_one_process(ranks, parallel, micro_batch, sections):
     data = {"micro_batch": micro_batch} | sections.get("data", {})
-    config = make_config(ranks, MODEL, parallel=parallel, **{**sections, "data": data})
-    assert_config_matches_one_process(config, ranks, steps=2)
+    config = make_config(ranks=ranks, model=MODEL, parallel=parallel, **{**sections, "data": data})
+    assert_config_matches_one_process(config, ranks=ranks, steps=2)
 
 
 def build(seed=0):
-    config = make_config(1, MODEL).model
+    """Build an fp64 model with the mixer and random parameters."""
+    config = make_config(ranks=1, model=MODEL).model
     model, specs = build_model(config).double().eval(), build_param_specs(config)
     for name, parameter in model.named_parameters():
         init_param_(parameter.detach(), name, specs[name].init, seed, parameter.shape, (0,) * parameter.ndim)
@@ -53,7 +54,7 @@ def test_generation_with_a_cache_gives_the_logits_of_the_full_sequence():
 
 
 def test_the_taps_have_no_weight_decay_and_are_divided_over_tensor_ranks():
-    spec = build_param_specs(make_config(1, MODEL).model)["blocks.0.mixer.taps"]
+    spec = build_param_specs(make_config(ranks=1, model=MODEL).model)["blocks.0.mixer.taps"]
     assert (spec.decay, spec.muon, spec.dims[0]) == (False, False, "ffn")
 
 
@@ -68,11 +69,11 @@ def test_the_taps_have_no_weight_decay_and_are_divided_over_tensor_ranks():
 )
 def test_a_wrong_config_is_refused(near, parallel, message):
     kinds = {"near": MODEL["kinds"]["near"] | near, "full": {}}
-    raw = make_raw_config(MODEL | {"kinds": kinds}, parallel=parallel)
-    violations = check(UnresolvedConfig.model_validate(raw), 2 if parallel else 1, 0)
+    raw = make_raw_config(model=MODEL | {"kinds": kinds}, parallel=parallel)
+    violations = check(UnresolvedConfig.model_validate(raw), 2 if parallel else 1, tokenizer_size=0)
     assert [str(violation) for violation in violations if str(violation).startswith(message)]
 
 
 def test_heads_that_the_mixer_does_not_read_need_not_divide_over_tensor_ranks():
-    raw = make_raw_config({"n_heads": 3, "n_kv_heads": 3, "mixer": "gated_convolution"}, parallel={"tp": 2})
-    assert check(UnresolvedConfig.model_validate(raw), 2, 0) == []
+    raw = make_raw_config(model={"n_heads": 3, "n_kv_heads": 3, "mixer": "gated_convolution"}, parallel={"tp": 2})
+    assert check(UnresolvedConfig.model_validate(raw), world_size=2, tokenizer_size=0) == []

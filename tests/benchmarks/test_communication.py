@@ -23,13 +23,15 @@ from benchmarks.communication import (
 from dist_llm.config.derive import AXES
 from tests.laws.worlds import WorldError, get_world
 
-D, V, L = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]
-BLOCK_PARAMS = D * 64 + 2 * D * 32 + 64 * D + 3 * D * MODEL["d_ff"] + 2 * D  # q, k and v, out, feed-forward, norms
-PARAMS = L * BLOCK_PARAMS + 2 * V * D + D
-ACTIVATION_BYTES = 4 * GLOBAL_BATCH * SEQ_LEN * D
+WIDTH, VOCAB_SIZE, NUM_LAYERS = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]
+# Parameters of q, of k and v, of the output projection, of the feed-forward layer and of the norms.
+BLOCK_PARAMS = WIDTH * 64 + 2 * WIDTH * 32 + 64 * WIDTH + 3 * WIDTH * MODEL["d_ff"] + 2 * WIDTH
+PARAMS = NUM_LAYERS * BLOCK_PARAMS + 2 * VOCAB_SIZE * WIDTH + WIDTH
+ACTIVATION_BYTES = 4 * GLOBAL_BATCH * SEQ_LEN * WIDTH
 
 
 def count_busiest(**keys: Any) -> dict[str, Any]:
+    """Return the traffic of the rank that sends most on two ranks; `keys` are fields of the case."""
     return select_busiest_rank(get_world(2).run(count_traffic, make_case(**keys)))
 
 
@@ -43,7 +45,7 @@ def test_replicas_all_reduce_each_gradient_once() -> None:
     row = count_busiest(dp_replicate=2, micro_batch=2)
     # Over two ranks an all-reduce sends as many bytes as it reduces: a group per block and one for the rest, the
     # number of valid tokens (int64) and the loss.
-    assert sum_sent(row, "all-reduce") == (L + 1 + 2, 4 * PARAMS + 8 + 4)
+    assert sum_sent(row, "all-reduce") == (NUM_LAYERS + 1 + 2, 4 * PARAMS + 8 + 4)
     assert row["minimum"] == 4 * PARAMS
     assert row["bytes"] == 4 * PARAMS + 12
 
@@ -51,29 +53,30 @@ def test_replicas_all_reduce_each_gradient_once() -> None:
 @pytest.mark.parametrize(
     ("reshard", "gathered", "calls"),
     [
-        ("never", PARAMS, L + 1),
-        ("default", PARAMS + (L - 1) * BLOCK_PARAMS, 2 * L),
-        ("always", 2 * PARAMS, 2 * (L + 1)),
+        ("never", PARAMS, NUM_LAYERS + 1),
+        ("default", PARAMS + (NUM_LAYERS - 1) * BLOCK_PARAMS, 2 * NUM_LAYERS),
+        ("always", 2 * PARAMS, 2 * (NUM_LAYERS + 1)),
     ],
 )
 def test_shards_are_gathered_as_often_as_they_are_freed(reshard: str, gathered: int, calls: int) -> None:
     row = count_busiest(dp_shard=2, reshard=reshard)
     assert sum_sent(row, "all-gather") == (calls, 4 * gathered // 2)
-    assert sum_sent(row, "reduce-scatter") == (L + 1, 4 * PARAMS // 2)
-    embedding_size = V * D if reshard == "always" else 0  # the embedding's backward reads no weights
+    assert sum_sent(row, "reduce-scatter") == (NUM_LAYERS + 1, 4 * PARAMS // 2)
+    embedding_size = VOCAB_SIZE * WIDTH if reshard == "always" else 0  # the embedding's backward reads no weights
     assert row["minimum"] == 4 * (gathered - embedding_size + PARAMS) // 2
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 def test_tensor_ranks_send_eight_activations_a_block(sequence_parallel: bool) -> None:
     row = count_busiest(tp=2, sequence_parallel=sequence_parallel)
-    loss = 3 * 4 * GLOBAL_BATCH * SEQ_LEN + 4  # three numbers a token; the norm
+    loss = 3 * 4 * GLOBAL_BATCH * SEQ_LEN + 4  # bytes of three fp32 numbers per token, and of the norm
     if sequence_parallel:
-        calls, size = 4 * L + 2, (4 * L + 2) * ACTIVATION_BYTES // 2
+        calls, size = 4 * NUM_LAYERS + 2, (4 * NUM_LAYERS + 2) * ACTIVATION_BYTES // 2
         assert sum_sent(row, "all-gather") == sum_sent(row, "reduce-scatter") == (calls, size)
-        assert sum_sent(row, "all-reduce") == (1 + 3, 4 * D * (2 * L + 1) + loss)  # the norms' gradients in one
+        # One all-reduce has the gradients of all norms.
+        assert sum_sent(row, "all-reduce") == (1 + 3, 4 * WIDTH * (2 * NUM_LAYERS + 1) + loss)
     else:
-        assert sum_sent(row, "all-reduce") == (4 * L + 2 + 3, (4 * L + 2) * ACTIVATION_BYTES + loss)
+        assert sum_sent(row, "all-reduce") == (4 * NUM_LAYERS + 2 + 3, (4 * NUM_LAYERS + 2) * ACTIVATION_BYTES + loss)
     assert row["excess"] < 0.002
 
 
@@ -108,6 +111,7 @@ def test_each_kind_sends_as_much_as_a_ring() -> None:
 
 
 def count_unknown_kind() -> None:
+    """Run a collective that WireCounter does not know."""
     mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
     with WireCounter(mesh):
         dist.broadcast(torch.zeros(1), 0)
@@ -119,6 +123,7 @@ def test_an_unknown_call_is_an_error() -> None:
 
 
 def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
+    """Return a row per case. `excess` is the fraction of bytes above the minimum, by the name of the case."""
     fields = {"ranks": 2, "calls": 1, "bytes": 1, "minimum": 1, "by_axis": []}
     return [{**fields, "layout": case.name, "excess": excess.get(case.name, 0.0)} for case in CASES]
 

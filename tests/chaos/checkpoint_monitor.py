@@ -1,4 +1,10 @@
-"""Check the invariants of a job under faults: no checkpoint is lost, and the run resumes from the newest checkpoint."""
+"""Check the invariants of a job under faults: no checkpoint is lost, and the run resumes from the newest checkpoint.
+
+monitor = CheckpointMonitor(job, checkpoints=job.run / "checkpoints")
+with monitor.running():
+    ...  # inject faults
+assert not monitor.violations
+"""
 
 import hashlib
 import json

@@ -1,5 +1,9 @@
 """Inject random faults into a job, drawn from a seed, and check that the job recovers.
 
+    injector = FaultInjector(seed, job, monitor, net, disk, kinds=FAULT_KINDS)
+    injector.inject_faults(seconds=600)  # raises AssertionError if the job does not recover
+    print(summarize_by_kind(injector.faults))
+
 The first fault of each kind is injected after the run has recovered from the previous fault. Later faults may happen
 during a recovery.
 """
@@ -47,17 +51,20 @@ class Fault:
 
 
 class FaultInjector:
-    """Injects faults into a job. Raises AssertionError if the job does not recover."""
+    """Injects faults into a job. Raises AssertionError if the job does not recover.
+
+    `disk` is the mounted file system of the checkpoints. `kinds` are the kinds of FAULT_KINDS to inject.
+    """
 
     def __init__(
-        self, seed: int, job: Job, monitor: CheckpointMonitor, net: Network, disk: Path, kinds: Sequence[str]
+        self, seed: int, job: Job, monitor: CheckpointMonitor, net: Network, disk: Path, *, kinds: Sequence[str]
     ) -> None:
         self.kinds = kinds
         self.rng, self.job, self.monitor, self.net, self.disk = random.Random(seed), job, monitor, net, disk
         self.start_time, self.faults = time.monotonic(), list[Fault]()
         self.next_kinds = self.rng.sample(kinds, len(kinds))
 
-    def inject_faults(self, seconds: float) -> None:
+    def inject_faults(self, *, seconds: float) -> None:
         """Inject faults for `seconds`, at least one of each kind."""
         while self.elapsed_seconds < seconds or len(self.faults) < len(self.kinds):
             fault = self.inject_fault()
@@ -70,12 +77,14 @@ class FaultInjector:
 
     @property
     def elapsed_seconds(self) -> float:
+        """The time since the start of the injector."""
         return time.monotonic() - self.start_time
 
     def inject_fault(self) -> Fault:
         """Inject one fault of the next kind; each round has all kinds in random order."""
         self.next_kinds = self.next_kinds or self.rng.sample(self.kinds, len(self.kinds))
-        fault = Fault(self.next_kinds.pop(), "", self.elapsed_seconds, self.monitor.step)
+        kind = self.next_kinds.pop()
+        fault = Fault(kind, description="", seconds=self.elapsed_seconds, step=self.monitor.step)
         self.faults.append(fault)
         fault.description = getattr(self, f"inject_{fault.kind}")()
         print(f"{fault.seconds:6.1f} s, step {fault.step}: {fault.description}", flush=True)
@@ -172,8 +181,8 @@ class FaultInjector:
         node = self.rng.choice(NODES)
         request = get_nan_request_path(self.job.directory, f"n{node}")
         request.touch()
-        self.wait(lambda: not request.exists(), "a rank to take a NaN")
-        return f"a NaN into a weight on n{node}"
+        self.wait(lambda: not request.exists(), "a rank to set a weight to NaN")
+        return f"a NaN in a weight on n{node}"
 
     def inject_bit_flip(self) -> str:
         """Flip a bit in the newest checkpoint and kill the ranks; the run must resume from the checkpoint before it."""

@@ -1,4 +1,13 @@
-"""A training job on two simulated nodes, on which a failed torchrun is started again, as by a batch system."""
+"""A training job on two simulated nodes, on which a failed torchrun is started again, as by a batch system.
+
+    with running_network(num_nodes=2) as net:
+        job = Job(net, corpus, tmp_path / "job", "run.steps=100", num_paced_steps=100)
+        job.start(*NODES)
+        exit_codes = job.wait(timeout_seconds=600)
+
+CheckpointMonitor (checkpoint_monitor.py) restarts the failed nodes, and FaultInjector (fault_injector.py) injects
+faults.
+"""
 
 import os
 import signal
@@ -13,8 +22,8 @@ from tests.e2e import commands
 from tests.netns.network import Network
 
 NODES = (1, 2)
-PORT = 29400
-CHECKPOINT_EVERY, CHECKPOINTS_KEPT = 3, 3
+PORT = 29400  # of the rendezvous on node 1
+CHECKPOINT_EVERY, CHECKPOINTS_KEPT = 3, 3  # checkpoint.every in steps, checkpoint.keep
 HANG_SECONDS = 3  # the timeout of the watchdog, run.hang_seconds
 GRACE_SECONDS = 2  # all processes of a torchrun must end within this time after torchrun
 
@@ -40,9 +49,10 @@ ENVIRONMENT = {
 class Job:
     """A job with one torchrun and one rank on each node.
 
-    `directory` contains the run and a log for each node. The first `num_paced_steps` steps are paced by a
-    sleep (rank.py). A thread of CheckpointMonitor calls `restart_failed` repeatedly, which restarts nodes as long as
-    `should_restart` is true. `violations` lists processes that outlived their torchrun.
+    `directory` contains the run and a log for each node. `overrides` are config overrides. In the first
+    `num_paced_steps` steps, each rank sleeps (rank.py), so that faults can happen between steps. A thread of
+    CheckpointMonitor calls `restart_failed` repeatedly, which restarts nodes as long as `should_restart` is true.
+    `violations` lists processes that outlived their torchrun.
     """
 
     def __init__(self, net: Network, corpus: Path, directory: Path, *overrides: object, num_paced_steps: int) -> None:

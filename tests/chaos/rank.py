@@ -1,7 +1,9 @@
-"""Run `dist-llm` with two additions to each step: `python -m tests.chaos.rank DIRECTORY NUM_PACED_STEPS train ...`.
+"""Run `dist-llm` on a rank of a chaos test, with two additions to each step.
 
-The first NUM_PACED_STEPS steps sleep 0.15 s first. If DIRECTORY contains the file `nan_HOST`, a rank on that host
-removes the file and sets one of its weights to NaN.
+    python -m tests.chaos.rank DIRECTORY NUM_PACED_STEPS train ...
+
+Each of the first NUM_PACED_STEPS steps starts with a sleep of PACE_SECONDS. If DIRECTORY contains the file `nan_HOST`,
+a rank on that host removes the file and sets one of its weights to NaN.
 """
 
 import socket

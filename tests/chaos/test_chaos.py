@@ -21,7 +21,7 @@ from tests.chaos.checkpoint_monitor import CheckpointMonitor
 from tests.chaos.fault_injector import DISK_FULL_MESSAGE, FAULT_KINDS, FaultInjector, summarize_by_kind
 from tests.chaos.job import CHECKPOINT_EVERY, CHECKPOINTS_KEPT, NODES, Job
 from tests.e2e import commands
-from tests.e2e.test_kill import assert_same_weights
+from tests.e2e.compare_runs import assert_same_weights
 from tests.netns.network import Network, find_obstacle, running_network
 
 UNLIMITED_STEPS = 10**9  # the run with faults is stopped by a signal
@@ -59,13 +59,13 @@ def test_random_faults_change_no_result(
 ) -> None:
     seed = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
     print(f"CHAOS_SEED={seed}")
-    with running_network(len(NODES)) as net, small_disk(tmp_path / "disk") as disk:
+    with running_network(num_nodes=len(NODES)) as net, small_disk(tmp_path / "disk") as disk:
         run, report = run_with_faults(net, disk, corpus, tmp_path / "faults", 60 * minutes, seed, kinds)
         actual = commands.read_step_rows(run)
         calm_job = Job(net, corpus, tmp_path / "calm", f"run.steps={len(actual)}", num_paced_steps=NUM_PACED_CALM_STEPS)
         try:
             calm_job.start(*NODES)
-            assert calm_job.wait(60 + len(actual)) == [0, 0], calm_job.read_log_tails()
+            assert calm_job.wait(timeout_seconds=60 + len(actual)) == [0, 0], calm_job.read_log_tails()
         finally:
             calm_job.close()
         expected = commands.read_step_rows(calm_job.run)
@@ -91,17 +91,17 @@ def run_with_faults(
     overrides = (f"checkpoint.dir={checkpoints}", f"run.steps={UNLIMITED_STEPS}")
     job = Job(net, corpus, directory, *overrides, num_paced_steps=UNLIMITED_STEPS)
     monitor = CheckpointMonitor(job, checkpoints)
-    injector = FaultInjector(seed, job, monitor, net, disk, kinds)
+    injector = FaultInjector(seed, job, monitor, net, disk, kinds=kinds)
     try:
         job.start(*NODES)
         with monitor.running():
             injector.wait(lambda: monitor.step > 2 * CHECKPOINT_EVERY, "the first steps")
-            injector.inject_faults(seconds)
+            injector.inject_faults(seconds=seconds)
             with monitor.lock:
                 job.should_restart, elapsed_seconds, step_at_stop = False, injector.elapsed_seconds, monitor.step
             job.send_signal(signal.SIGTERM)
             # torchrun exits with 1 after a signal, whatever the exit codes of its ranks are.
-            assert job.wait(30) == [1, 1], job.read_log_tails()
+            assert job.wait(timeout_seconds=30) == [1, 1], job.read_log_tails()
             monitor.check()
             marker = json.loads((job.run / "stopped.json").read_text())
             assert marker == {"signal": "SIGTERM", "step": monitor.step}, (
@@ -110,7 +110,7 @@ def run_with_faults(
             assert monitor.saved_step == monitor.step
             job.overrides = (*job.overrides, f"run.steps={monitor.step + STEPS_AFTER_STOP}")
             job.start(*NODES)
-            assert job.wait(120) == [0, 0], job.read_log_tails()
+            assert job.wait(timeout_seconds=120) == [0, 0], job.read_log_tails()
             monitor.check()
         injector.check()
         assert job.wait_for_exit(*NODES) == [], "processes remain"

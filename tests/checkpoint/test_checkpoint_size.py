@@ -18,8 +18,8 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("optim", OPTIMIZERS, ids=str)
 def test_the_size_counts_weights_and_moments(optim: dict[str, object]) -> None:
-    config = make_config(1, MODELS["tied"], optim=optim)
+    config = make_config(ranks=1, model=MODELS["tied"], optim=optim)
     engine = NativeEngine(config, torch.device("cpu"))
-    train_step(engine, make_batches(config, engine, 0), 1e-3)
+    train_step(engine, make_batches(config, engine, step=0), lr=1e-3)
     tensors = (engine.state.weights() | engine.state.moments()).values()
     assert count_checkpoint_bytes(config) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -32,33 +32,38 @@ from tests.laws.layouts import ADAMW
 from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
-CONFIG = make_config(1, {}, optim=ADAMW)
+CONFIG = make_config(ranks=1, optim=ADAMW)
 
 
-def step(engine: NativeEngine, number: int) -> None:
-    train_step(engine, make_batches(engine.config, engine, number), 1e-3, number)
+def take_step(engine: NativeEngine, step: int) -> None:
+    """Take a training step; `step` counts from 0."""
+    train_step(engine, make_batches(engine.config, engine, step), lr=1e-3, step=step)
 
 
 def build_engine_at_step(steps: int) -> NativeEngine:
+    """Build an engine that has taken `steps` training steps."""
     engine = NativeEngine(CONFIG, CPU)
-    for number in range(steps):
-        step(engine, number)
+    for step in range(steps):
+        take_step(engine, step)
     return engine
 
 
 def copy_state(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    """Return copies of all full weights and moments by name."""
     return {
         name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
     }
 
 
 def load_state(folder: CheckpointFolder | Path) -> dict[str, torch.Tensor]:
+    """Load a checkpoint into a new engine and return its full weights and moments."""
     engine = NativeEngine(CONFIG, CPU)
     store.load_checkpoint(folder, engine.state)
     return copy_state(engine)
 
 
 def are_states_equal(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Return whether all tensors are equal bit for bit. The names must be equal."""
     assert result.keys() == expected.keys()
     return all(torch.equal(result[name], expected[name]) for name in expected)
 
@@ -82,8 +87,8 @@ def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[d
     engine, checkpoints = build_engine_at_step(2), CheckpointStore(directory)
     expected = copy_state(engine)
     checkpoints.save(engine.state, Progress(2), {})
-    for number in (2, 3):
-        step(engine, number)
+    for step in (2, 3):
+        take_step(engine, step)
         checkpoints.poll()
         assert checkpoints.current_write is not None, "the write has ended before its gate opened"
     write_gate.set()
@@ -111,13 +116,13 @@ def test_a_background_save_without_staging_has_later_values(
 
 def test_consecutive_saves_contain_different_values(tmp_path: Path) -> None:
     engine, checkpoints, expected = build_engine_at_step(1), CheckpointStore(tmp_path), {}
-    for number in (1, 2):
-        expected[number] = copy_state(engine)
-        checkpoints.save(engine.state, Progress(number), {})
-        step(engine, number)
+    for step in (1, 2):
+        expected[step] = copy_state(engine)
+        checkpoints.save(engine.state, Progress(step), {})
+        take_step(engine, step)
     checkpoints.finish()
-    for number in (1, 2):
-        assert are_states_equal(load_state(tmp_path / f"step_{number:08d}"), expected[number])
+    for step in (1, 2):
+        assert are_states_equal(load_state(tmp_path / f"step_{step:08d}"), expected[step])
 
 
 def test_a_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
@@ -132,8 +137,8 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/checkpoints"
     engine, checkpoints = build_engine_at_step(1), CheckpointStore(url, CheckpointConfig(keep=2))
-    for number in (1, 2, 3):
-        checkpoints.save(engine.state, Progress(number), {"config.yaml": b"run: {}\n"})
+    for step in (1, 2, 3):
+        checkpoints.save(engine.state, Progress(step), {"config.yaml": b"run: {}\n"})
         checkpoints.finish()
     assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000002", "step_00000003"]
     newest = checkpoints.latest_verified()
@@ -154,8 +159,8 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def save_with_limit(directory: Path, limited_rank: int) -> str:
     """Return the error of a save in which one rank may write at most 4 KiB per file; the next save has no limit."""
-    engine = NativeEngine(make_config(2, {}, optim=ADAMW), CPU)
-    step(engine, 0)
+    engine = NativeEngine(make_config(ranks=2, optim=ADAMW), CPU)
+    take_step(engine, step=0)
     checkpoints = CheckpointStore(directory)
     checkpoints.save(engine.state, Progress(1), {})
     checkpoints.finish()

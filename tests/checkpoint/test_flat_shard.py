@@ -38,7 +38,7 @@ def test_boxes_cover_the_range_exactly(shape: list[int], data: st.DataObject) ->
 
 def test_chunks_are_views_of_the_partition() -> None:
     flat = torch.zeros(9)
-    for _, chunk in local_chunks(FlatShard.from_flat((4, 4), flat, 3)):
+    for _, chunk in local_chunks(FlatShard.from_flat((4, 4), flat, start=3)):
         chunk.fill_(1)
     assert flat.tolist() == [1.0] * 9
 
@@ -70,6 +70,7 @@ class FlatState:
 
 
 def make_tensors() -> dict[str, Tensor]:
+    """Return full tensors of SHAPES whose elements all differ."""
     return {
         name: torch.arange(prod(shape)).view(shape) + 100.0 * number
         for number, (name, shape) in enumerate(SHAPES.items())
@@ -77,6 +78,7 @@ def make_tensors() -> dict[str, Tensor]:
 
 
 def save_flat_state(directory: Path, background: bool) -> None:
+    """Save a checkpoint of FlatState on this rank, in the background or not."""
     checkpoints = CheckpointStore(directory)
     checkpoints.config = checkpoints.config.model_copy(update={"background": background})
     checkpoints.save(FlatState(fill=True), Progress(1), {})
@@ -84,6 +86,7 @@ def save_flat_state(directory: Path, background: bool) -> None:
 
 
 def load_flat_state(directory: Path) -> bool:
+    """Load the checkpoint on this rank; return whether each element of the shard has its saved value."""
     shards = FlatState(fill=False)
     store.load_checkpoint(directory, shards, with_moments=False)
     return torch.equal(shards.flat, FlatState(fill=True).flat)

@@ -22,7 +22,10 @@ TABLES = ("embed.tokens.weight", "head.out.weight")
 
 
 def make_model_config(vocab_size: int, ranks: int = 1, **parallel: int) -> Config:
-    return make_config(ranks, {"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel)
+    """Return a config with this vocabulary size, which is also the seed; `parallel` are keys of that section."""
+    return make_config(
+        ranks=ranks, model={"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel
+    )
 
 
 @pytest.fixture
@@ -34,13 +37,14 @@ def old_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         for batch in batches:
             batch.inputs_BS.clamp_(max=OLD - 1)
             batch.targets_BS.clamp_(max=OLD - 1)
-        train_step(engine, batches, 1e-3, step)
+        train_step(engine, batches, lr=1e-3, step=step)
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(step=2), {})
     state = engine.state.weights() | engine.state.moments()
     return path, {name: copy_full_tensor(tensor) for name, tensor in state.items()}
 
 
 def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: int) -> dict[str, torch.Tensor]:
+    """Initialize an engine from the checkpoint `path` on this rank; return the full weights and moments."""
     engine = NativeEngine(resolved, CPU)
     init_from_checkpoint(path, engine.state, with_moments=keep_optimizer, num_known_ids=num_known, vocab_params=TABLES)
     return {
@@ -48,7 +52,11 @@ def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: in
     }
 
 
-@pytest.mark.parametrize("layout", [Layout(1, {}), Layout(2, {"dp_shard": 2}), Layout(2, {"tp": 2})], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(ranks=1), Layout(ranks=2, parallel={"dp_shard": 2}), Layout(ranks=2, parallel={"tp": 2})],
+    ids=str,
+)
 @pytest.mark.parametrize("keep_optimizer", [False, True], ids=["fresh", "keep"])
 def test_only_known_rows_are_copied(layout: Layout, keep_optimizer: bool, old_checkpoint: tuple) -> None:
     path, old = old_checkpoint
@@ -77,6 +85,6 @@ def test_a_smaller_vocabulary_gets_the_first_rows(old_checkpoint: tuple) -> None
 
 def test_another_model_is_refused(old_checkpoint: tuple) -> None:
     path, _ = old_checkpoint
-    engine = NativeEngine(make_config(1, {"vocab_size": NEW, "d_ff": 64}), CPU)
+    engine = NativeEngine(make_config(ranks=1, model={"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
         init_from_checkpoint(path, engine.state, with_moments=False, num_known_ids=OLD, vocab_params=TABLES)

@@ -28,8 +28,9 @@ FILES = {"config.yaml": b"run: {}\n", "tokenizer.json": b"{}\n"}
 
 
 def build_engine(ranks: int = 1) -> NativeEngine:
-    engine = NativeEngine(make_config(ranks, {}, optim=ADAMW), torch.device("cpu"))
-    train_step(engine, make_batches(engine.config, engine, 0), 1e-3, 0)
+    """Build an engine that has taken one step."""
+    engine = NativeEngine(make_config(ranks=ranks, optim=ADAMW), torch.device("cpu"))
+    train_step(engine, make_batches(engine.config, engine, step=0), lr=1e-3, step=0)
     return engine
 
 
@@ -45,6 +46,7 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def two_copies(two_checkpoints: Path, tmp_path: Path) -> Path:
+    """A copy of the two checkpoints, which a test may damage."""
     return Path(shutil.copytree(two_checkpoints, tmp_path / "pair"))
 
 
@@ -84,7 +86,7 @@ def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path:
 
 
 def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
-    """Its hashes are SHA-256."""
+    """Format 1 has SHA-256 hashes."""
     newest = two_copies / "step_00000002"
     names = [file.name for file in newest.iterdir() if file.name not in (MANIFEST_FILE, MARKER_FILE)]
     files = {name: (newest / name).read_bytes() for name in names}
@@ -105,6 +107,7 @@ def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
 
 
 def truncate(path: Path) -> None:
+    """Remove the last byte of a file."""
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -127,7 +130,7 @@ def test_a_missing_or_truncated_file_is_reported(
 
 
 def test_an_unreadable_file_is_not_reported_as_damaged(two_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the run used the checkpoint before, it would later overwrite the newer one."""
+    """If the run resumed from the previous checkpoint, it would later overwrite the newer one."""
 
     def raise_permission_error(folder: CheckpointFolder, name: str, like: str) -> str:
         raise PermissionError(13, "Permission denied", f"{folder}/{name}")
@@ -154,6 +157,7 @@ def test_all_damaged_checkpoints_raise_an_error(two_copies: Path) -> None:
 
 
 def find_latest_verified_name(directory: Path) -> str:
+    """Return the folder name of the newest checkpoint that matches its manifest, on this rank."""
     newest = CheckpointStore(directory).latest_verified()
     assert newest is not None
     return newest.name
@@ -224,7 +228,7 @@ def test_a_damaged_older_checkpoint_does_not_stop_the_run(two_copies: Path) -> N
     ],
 )
 def test_an_invalid_manifest_is_refused(manifest: bytes, message: str, tmp_path: Path) -> None:
-    """Also if the marker matches the manifest."""
+    """The marker matches the manifest, so only the content is wrong."""
     (tmp_path / MANIFEST_FILE).write_bytes(manifest)
     (tmp_path / MARKER_FILE).write_text(hashlib.sha256(manifest).hexdigest())
     with pytest.raises(CheckpointError, match=message):

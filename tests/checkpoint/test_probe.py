@@ -38,19 +38,20 @@ def measure_twice(config: Config) -> Probe:
     engine = build_engine(config)
     before = measure_probe(engine, config)
     if config.data.seq_len == SEQ_LEN:
-        train_step(engine, make_batches(config, engine, 0), 0.0, 0)
+        train_step(engine, make_batches(config, engine, step=0), lr=0.0, step=0)
         assert compare_probes(before, measure_probe(engine, config), "a step with a rate of 0")
     return before
 
 
 def measure_streamed(engine: NativeEngine, dtype: str = "fp32", **changes: Any) -> Probe:
+    """Compute the probe layer by layer from the weights of the engine; `changes` are keys of the model config."""
     weights = DictWeights(engine.state.weights())
     return compute_probe_layerwise(weights, engine.config.model.model_copy(update=changes), dtype)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_layerwise_probe_equals_that_of_the_engine(model: str) -> None:
-    config = make_config(1, MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
+    config = make_config(ranks=1, model=MODELS[model], optim=ADAMW, loss={"label_smoothing": 0.1, "z_loss": 1e-2})
     engine = build_engine(config)
     actual, expected = measure_probe(engine, config), measure_streamed(engine)
     assert actual.loss == pytest.approx(expected.loss, rel=1e-6)
@@ -62,30 +63,30 @@ def test_the_layerwise_probe_equals_that_of_the_engine(model: str) -> None:
 
 
 LAYOUTS = [
-    Layout(2, {"dp_shard": 2}, "tied"),
-    Layout(2, {"tp": 2}, "gpt"),
-    Layout(2, {"cp": 2}, "tied"),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
-    Layout(2, {"tp": 2}, "t5"),
-    Layout(2, {"pp": 2}, "encoder_decoder", micro_batch=6),
-    Layout(2, {"cp": 2}, "bert"),
-    Layout(3, {"cp": 3}, "bert"),
-    Layout(3, {"cp": 3}, "gpt"),
-    Layout(4, {"pp": 2, "dp_shard": 2}, "tied", micro_batch=3),
-    Layout(4, {"cp": 2, "tp": 2}, "tied"),
+    Layout(ranks=2, parallel={"dp_shard": 2}, model="tied"),
+    Layout(ranks=2, parallel={"tp": 2}, model="gpt"),
+    Layout(ranks=2, parallel={"cp": 2}, model="tied"),
+    Layout(ranks=2, parallel={"pp": 2, "pp_schedule": "zbv"}, model="tied", micro_batch=6),
+    Layout(ranks=2, parallel={"tp": 2}, model="t5"),
+    Layout(ranks=2, parallel={"pp": 2}, model="encoder_decoder", micro_batch=6),
+    Layout(ranks=2, parallel={"cp": 2}, model="bert"),
+    Layout(ranks=3, parallel={"cp": 3}, model="bert"),
+    Layout(ranks=3, parallel={"cp": 3}, model="gpt"),
+    Layout(ranks=4, parallel={"pp": 2, "dp_shard": 2}, model="tied", micro_batch=3),
+    Layout(ranks=4, parallel={"cp": 2, "tp": 2}, model="tied"),
 ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_measures_the_same_probe(layout: Layout) -> None:
-    """Also if the probe's sequences are padded beyond the last position: for three context ranks, to 42."""
+    """Three context ranks pad the sequences of the probe to 42 tokens, beyond the last position of the model."""
     model, data = MODELS[layout.model], {}
     if layout.ranks == 3:
         model, data = model | {"max_seq_len": 40}, {"seq_len": 36}
     sections = {"optim": ADAMW, "data": data}
-    expected = measure_twice(make_config(1, model, **sections))
+    expected = measure_twice(make_config(ranks=1, model=model, **sections))
     sections["data"] = data | {"micro_batch": layout.micro_batch}
-    config = make_config(layout.ranks, model, parallel=layout.parallel, **sections)
+    config = make_config(ranks=layout.ranks, model=model, parallel=layout.parallel, **sections)
     for actual in get_world(layout.ranks).run(measure_twice, config):
         assert actual.loss == pytest.approx(expected.loss, rel=2e-5)
         assert (actual.logits is None) == ("dp_shard" not in layout.parallel or "pp" in layout.parallel)
@@ -108,14 +109,14 @@ def test_every_layout_measures_the_same_probe(layout: Layout) -> None:
     ids=str,
 )
 def test_a_model_of_another_function_is_refused(model: dict[str, Any], changes: dict[str, Any]) -> None:
-    engine = build_engine(make_config(1, model, optim=ADAMW))
+    engine = build_engine(make_config(ranks=1, model=model, optim=ADAMW))
     with pytest.raises(CheckpointError, match=r"(?s)x: the weights do not compute.*loss was [\d.]+ and is [\d.]+"):
         compare_probes(measure_streamed(engine), measure_streamed(engine, **changes), "x")
 
 
 def test_one_changed_parameter_is_refused() -> None:
     """Every parameter affects the probe: doubling one gives another loss."""
-    engine = build_engine(make_config(1, {"n_layers": 2, "tie_embeddings": False}))
+    engine = build_engine(make_config(ranks=1, model={"n_layers": 2, "tie_embeddings": False}))
     weights, config = engine.state.weights(), engine.config.model
     expected = measure_streamed(engine)
     for name, tensor in weights.items():
@@ -126,7 +127,7 @@ def test_one_changed_parameter_is_refused() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_rounding_errors_are_tolerated(precision: str) -> None:
-    engine = build_engine(make_config(1, {}))
+    engine = build_engine(make_config(ranks=1))
     expected = measure_streamed(engine)
     rounded = measure_streamed(engine, precision)
     assert rounded.loss != expected.loss
@@ -134,7 +135,7 @@ def test_rounding_errors_are_tolerated(precision: str) -> None:
     if precision == "bf16":
         with pytest.raises(CheckpointError):
             compare_probes(expected, replace(rounded, weights="fp32"), "the same difference is no rounding of fp32")
-    half_engine = NativeEngine(make_config(1, {}, precision=precision), CPU)
+    half_engine = NativeEngine(make_config(ranks=1, precision=precision), CPU)
     for (_, low_precision), (_, full_precision) in zip(
         half_engine.named_parameters(), engine.named_parameters(), strict=True
     ):
@@ -165,7 +166,7 @@ def test_a_probe_file_is_parsed_back_unchanged() -> None:
 
 
 def test_the_probe_batch_depends_only_on_the_vocabulary_size() -> None:
-    small, large = make_config(1, {}), make_config(1, {"d_model": 64, "n_layers": 1}, run={"seed": 9})
+    small, large = make_config(ranks=1), make_config(ranks=1, model={"d_model": 64, "n_layers": 1}, run={"seed": 9})
     assert torch.equal(build_probe_batch(small.model).inputs_BS, build_probe_batch(large.model).inputs_BS)
     ids = build_probe_batch(small.model).inputs_BS
     assert (int(ids.min()) >= 0, int(ids.max()) < 130) == (True, True)

@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def iter_actions() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yield name and parser of each action of the subcommands `convert` and `data`."""
     for module in (convert_checkpoint, inspect_data):
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)

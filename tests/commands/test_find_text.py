@@ -58,5 +58,5 @@ def test_equal_offsets_in_two_corpora_are_two_documents(monkeypatch, capsys):
 
 
 def test_without_a_matching_document_the_exit_code_is_1(monkeypatch, capsys):
-    code, output = run_find_text(monkeypatch, capsys, 0)
+    code, output = run_find_text(monkeypatch, capsys, num_documents=0)
     assert (code, output) == (1, "no document contains this text\n")

@@ -37,16 +37,18 @@ def make_config(**keys):
 def test_sizes_that_the_objective_implies_are_derived():
     """The vocabulary includes the ids of the objective. max_seq_len is the longer sequence of an encoder-decoder."""
     config = resolve_config(
-        make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64), 1, TOKENIZER_SIZE
+        make_config(model__architecture="encoder_decoder", objective__name="span", data__seq_len=64),
+        world_size=1,
+        tokenizer_size=TOKENIZER_SIZE,
     )
     lengths = compute_component_lengths(config)[0]
     assert config.model.vocab_size == TOKENIZER_SIZE + len(SPECIAL_TOKENS) + lengths.num_spans
     assert config.model.n_encoder_layers == config.model.n_layers == 2
     assert config.model.max_seq_len == 64
-    assert resolve_config(make_config(), 1, TOKENIZER_SIZE).model.vocab_size == TOKENIZER_SIZE, (
-        "causal got additional ids"
-    )
-    assert resolve_config(make_config(), 1, TOKENIZER_SIZE).model.n_encoder_layers == 0
+    assert (
+        resolve_config(make_config(), world_size=1, tokenizer_size=TOKENIZER_SIZE).model.vocab_size == TOKENIZER_SIZE
+    ), "causal got additional ids"
+    assert resolve_config(make_config(), world_size=1, tokenizer_size=TOKENIZER_SIZE).model.n_encoder_layers == 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
@@ -465,7 +467,7 @@ def test_a_violation_names_its_key_and_the_fix(changed_keys, world_size, key, me
     ],
 )
 def test_unusual_but_valid_configs_pass(changed_keys):
-    assert check(make_config(**changed_keys), 1, TOKENIZER_SIZE) == []
+    assert check(make_config(**changed_keys), world_size=1, tokenizer_size=TOKENIZER_SIZE) == []
 
 
 @pytest.mark.parametrize(
@@ -493,13 +495,17 @@ def test_an_older_torch_cannot_split_backward(torch_version, is_refused, monkeyp
     monkeypatch.setattr("dist_llm.config.check_layout.version", {"torch": torch_version}.get)
     changed_keys = {"model__n_layers": 4, "data__micro_batch": 1, "parallel__pp": 2}
     for schedule in ("zbv", "interleaved_zero_bubble"):
-        violations = check(make_config(**changed_keys, parallel__pp_schedule=schedule), 2, TOKENIZER_SIZE)
+        violations = check(
+            make_config(**changed_keys, parallel__pp_schedule=schedule), world_size=2, tokenizer_size=TOKENIZER_SIZE
+        )
         matches = [re.search("torch .* to 2.13", violation.message) is not None for violation in violations]
         assert matches == [True] * is_refused
 
 
 def test_an_invalid_layout_is_one_violation_per_rule():
-    violations = check(make_config(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), 5, TOKENIZER_SIZE)
+    violations = check(
+        make_config(parallel__tp=3, parallel__pp=3, model__n_kv_heads=2), world_size=5, tokenizer_size=TOKENIZER_SIZE
+    )
     assert [violation.keys[0] for violation in violations] == [
         "parallel.dp_shard",
         "model.n_heads",
@@ -523,7 +529,11 @@ def test_the_suggested_batch_sizes_are_valid():
 
 
 def test_rules_of_several_sections_are_reported_together():
-    violations = check(make_config(model__n_kv_heads=3, data__global_batch=7, model__vocab_size=10), 2, TOKENIZER_SIZE)
+    violations = check(
+        make_config(model__n_kv_heads=3, data__global_batch=7, model__vocab_size=10),
+        world_size=2,
+        tokenizer_size=TOKENIZER_SIZE,
+    )
     assert [violation.keys[0] for violation in violations] == [
         "model.n_kv_heads",
         "model.vocab_size",
@@ -542,7 +552,7 @@ def test_rules_of_several_sections_are_reported_together():
     ],
 )
 def test_resolve_derives_d_ff(changed_keys, d_ff):
-    assert resolve_config(make_config(**changed_keys), 1, TOKENIZER_SIZE).model.d_ff == d_ff
+    assert resolve_config(make_config(**changed_keys), world_size=1, tokenizer_size=TOKENIZER_SIZE).model.d_ff == d_ff
 
 
 def test_resolve_derives_all_missing_sizes():
@@ -565,16 +575,16 @@ def test_resolve_keeps_explicit_values():
         schedule__decay_steps=7,
         parallel__dp_shard=2,
     )
-    resolved = resolve_config(config, 2, TOKENIZER_SIZE)
+    resolved = resolve_config(config, world_size=2, tokenizer_size=TOKENIZER_SIZE)
     assert resolved.model.model_dump() == {**config.model.model_dump(), "d_ff": 128, "n_encoder_layers": 0}
     for section in ("data", "schedule", "parallel"):
         assert getattr(resolved, section).model_dump() == getattr(config, section).model_dump()
-    assert resolve_config(resolved, 2, TOKENIZER_SIZE) == resolved
-    assert check(resolved, 2, TOKENIZER_SIZE) == []
+    assert resolve_config(resolved, world_size=2, tokenizer_size=TOKENIZER_SIZE) == resolved
+    assert check(resolved, world_size=2, tokenizer_size=TOKENIZER_SIZE) == []
 
 
 def test_round_up_gives_the_next_multiple():
-    assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
+    assert [round_up(n, multiple=4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
 
 
 def test_format_divisors_shortens_long_lists():
@@ -583,8 +593,8 @@ def test_format_divisors_shortens_long_lists():
 
 
 def test_resolve_dp_shard_uses_the_remaining_ranks():
-    assert resolve_dp_shard(make_config(parallel__dp_replicate=2).parallel, 8) == 4
-    assert resolve_dp_shard(make_config(parallel__dp_replicate=4).parallel, 2) == 1
+    assert resolve_dp_shard(make_config(parallel__dp_replicate=2).parallel, world_size=8) == 4
+    assert resolve_dp_shard(make_config(parallel__dp_replicate=4).parallel, world_size=2) == 1
 
 
 def test_order_of_mesh_axes_is_stable():

@@ -11,6 +11,7 @@ from tests.config.test_check import TOKENIZER_SIZE, make_config
 
 
 def check_model(world_size=1, **keys):
+    """Return the violations of keys of section `model` as strings."""
     return [
         str(violation)
         for violation in check(make_config(**keys), world_size, TOKENIZER_SIZE)
@@ -107,7 +108,7 @@ def test_layers_repeat_the_names_and_inherit_derived_sizes():
     config = make_config(
         model__n_layers=5, model__layers=["plain", "plain", "wide"], model__kinds=kinds, model__attention_scale=0.5
     )
-    model = resolve_config(config, 1, TOKENIZER_SIZE).model
+    model = resolve_config(config, world_size=1, tokenizer_size=TOKENIZER_SIZE).model
     layers = [model.layer_config(layer) for layer in range(5)]
     assert [layer.n_heads for layer in layers] == [4, 4, 8, 4, 4]
     assert {layer.head_dim for layer in layers} == {8}, "head_dim is not derived from the keys of model"
@@ -119,6 +120,8 @@ def test_layers_repeat_the_names_and_inherit_derived_sizes():
 
 def test_a_dumped_config_has_only_the_keys_that_a_kind_sets():
     kinds = {"a": {}, "b": {"n_heads": 2, "attention_scale": None}}
-    config = resolve_config(make_config(model__layers=["a", "b"], model__kinds=kinds), 1, TOKENIZER_SIZE)
+    config = resolve_config(
+        make_config(model__layers=["a", "b"], model__kinds=kinds), world_size=1, tokenizer_size=TOKENIZER_SIZE
+    )
     dumped = dump_config(config)
     assert "kinds:\n    a: {}\n    b:\n      n_heads: 2\n      attention_scale: null\n" in dumped

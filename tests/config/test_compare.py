@@ -32,7 +32,7 @@ from tests.laws.layouts import T5
 
 KINDS: dict[str, Any] = {"layers": ["a", "b"], "kinds": {"a": {}, "b": {"rope_theta": 500.0}}}
 
-# For each key of the model: a value that differs from that of make_config(1, {}), and the keys that give it an effect.
+# For each key of the model: a value that differs from its default in law.py, and the keys that give it an effect.
 OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
     "architecture": ("encoder", {}),
     "d_model": (64, {}),
@@ -88,12 +88,14 @@ OTHER_VALUES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def change_model(config: Config, **keys: Any) -> Config:
+    """Return the config with other values of these keys of section `model`."""
     return config.model_copy(update={"model": config.model.model_copy(update=keys)})
 
 
 def make_config_pair(key: str) -> tuple[Config, Config]:
+    """Return two configs that differ in one key of section `model`, with the keys that it requires."""
     value, required_keys = OTHER_VALUES[key]
-    previous = make_config(1, required_keys)
+    previous = make_config(ranks=1, model=required_keys)
     return previous, change_model(previous, **{key: value})
 
 
@@ -144,22 +146,22 @@ def compute_logits(config: Config) -> torch.Tensor:
 
 
 def test_a_change_without_effect_is_not_a_difference() -> None:
-    previous = make_config(1, {"positions": "none"})
+    previous = make_config(ranks=1, model={"positions": "none"})
     changed = change_model(previous, rope_theta=5e5, max_seq_len=64, relative_buckets=8)
     assert find_function_differences(previous, changed) == []
     explicit = change_model(previous, attention_scale=previous.model.head_dim**-0.5)
     assert find_function_differences(previous, explicit) == []
-    biased = make_config(1, {"bias": True})
+    biased = make_config(ranks=1, model={"bias": True})
     assert find_function_differences(biased, change_model(biased, qkv_bias=True)) == []
     assert get_function_keys(biased.model)["rope_theta"] == 10_000.0
-    layered = make_config(1, KINDS)
+    layered = make_config(ranks=1, model=KINDS)
     kinds = {"x": LayerKind(), "y": LayerKind(rope_theta=500.0)}
     assert find_function_differences(layered, change_model(layered, layers=("x", "y"), kinds=kinds)) == []
     assert find_function_differences(previous, change_model(previous, layers=("x",), kinds=kinds)) == []
 
 
 def test_objectives_are_compared_by_their_effect_on_the_function() -> None:
-    previous = make_config(1, {}, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
+    previous = make_config(ranks=1, objective={"name": "span", "mode": "R"}, data={"seq_len": 64})
     denser = previous.model_copy(update={"objective": previous.objective.model_copy(update={"noise_density": 0.5})})
     assert find_function_differences(previous, denser) == []
     for key, value in (("name", "prefix"), ("mode", "X"), ("see_prefix", False)):
@@ -171,7 +173,7 @@ def test_objectives_are_compared_by_their_effect_on_the_function() -> None:
 
 
 def test_a_resume_cannot_change_vocabulary_padding_or_the_mask() -> None:
-    previous = make_config(1, {})
+    previous = make_config(ranks=1)
     padded = change_model(previous, vocab_multiple=64)
     assert [difference.key for difference in find_resume_differences(previous, padded)] == ["model.vocab_multiple"]
     assert find_resume_differences(previous, change_model(previous, vocab_multiple=2)) != []

@@ -68,7 +68,11 @@ WITHOUT_EFFECT = [
 
 @pytest.mark.parametrize(("keys", "key", "message"), WITHOUT_EFFECT, ids=[key for _, key, _ in WITHOUT_EFFECT])
 def test_a_key_without_effect_is_refused(keys: dict[str, Any], key: str, message: str) -> None:
-    violations = [violation for violation in check(make_config(**keys), 1, 300) if violation.keys[0] == key]
+    violations = [
+        violation
+        for violation in check(make_config(**keys), world_size=1, tokenizer_size=300)
+        if violation.keys[0] == key
+    ]
     assert len(violations) == 1
     assert message in violations[0].message
 
@@ -175,6 +179,7 @@ def qualify_key(section: type[Section], name: str) -> str:
 
 
 def get_fields(kind: type) -> Iterable[str]:
+    """Return the fields of a pydantic model; of other types none."""
     return kind.model_fields if issubclass(kind, BaseModel) and kind is not BaseModel else ()
 
 
@@ -210,23 +215,24 @@ def test_a_run_reads_every_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for name, value in changed_sections.items():
             sections[name] = {**sections.get(name, {}), **value} if isinstance(value, dict) else value
         Path("config.yaml").write_text(json.dumps(sections))
-        read_config(Path("config.yaml"), [], 1)  # raises an error if the config violates a rule
+        read_config(Path("config.yaml"), [], world_size=1)  # raises an error if the config violates a rule
         compute_sequence_lengths.cache_clear()
         with monkeypatch.context() as patch_context:
             patch_context.setattr(settings, "check", lambda *rest: [])  # reading a key in a rule is not an effect
             patch_context.setattr(Section, "__getattribute__", record_and_read)
-            train(read_config(Path("config.yaml"), [], 1), World())
+            train(read_config(Path("config.yaml"), [], world_size=1), World())
     unread = list_keys() - read_keys
     assert not unread - READ_ELSEWHERE, f"keys that no run reads: {sorted(unread - READ_ELSEWHERE)}"
 
 
 def write_corpus(directory: Path) -> None:
+    """Write a corpus with one document in each split."""
     tokenizer = build_tokenizer("byte")
     tokenizer.save(directory)
     text = "to be or not to be, that is the question: " * 20
     shards = {}
     for split in ("train", "heldout"):
-        with ShardWriter(directory, split, "uint16", 1000) as writer:
+        with ShardWriter(directory, split, "uint16", max_tokens=1000) as writer:
             writer.add(tokenizer.encode(text), text_bytes=len(text))
             shards[split] = writer.close()
     Manifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(directory)

@@ -24,6 +24,7 @@ DATA = {"path": "corpus", "seq_len": 8, "global_batch": 12, "micro_batch": 2}
 
 
 def make_config(**sections: Any) -> UnresolvedConfig:
+    """Return an unresolved config with these sections; the others are small defaults."""
     model = {"d_model": 32, "n_layers": 2, "n_heads": 4}
     defaults = {"run": {"dir": "runs/x", "steps": 20}, "model": model, "data": DATA}
     return UnresolvedConfig.model_validate({**defaults, **sections})
@@ -31,7 +32,7 @@ def make_config(**sections: Any) -> UnresolvedConfig:
 
 def find_problems(world_size: int = 2, **sections: Any) -> str:
     """Return the violations of the config, one a line."""
-    return "\n".join(map(str, check(make_config(**sections), world_size, 300)))
+    return "\n".join(map(str, check(make_config(**sections), world_size, tokenizer_size=300)))
 
 
 REFUSED = [
@@ -210,7 +211,7 @@ def test_a_json_that_does_not_contradict_the_config_is_accepted(tmp_path: Path) 
     }
     assert not find_problems_of_json(content, tmp_path)
     config = make_config(engine="deepspeed", deepspeed={"config": str(tmp_path / "ds.json")})
-    deepspeed_config = build_deepspeed_json(resolve_config(config, 2, 300), 2)
+    deepspeed_config = build_deepspeed_json(resolve_config(config, world_size=2, tokenizer_size=300), num_data_ranks=2)
     assert deepspeed_config["train_batch_size"] == 12
     assert deepspeed_config["gradient_accumulation_steps"] == 3
     assert deepspeed_config["zero_optimization"]["stage"] == 2
@@ -221,10 +222,10 @@ def test_a_json_that_does_not_contradict_the_config_is_accepted(tmp_path: Path) 
 
 
 def test_bf16_gradients_are_reduced_in_fp32() -> None:
-    config = resolve_config(make_config(engine="deepspeed", precision="bf16"), 2, 300)
-    assert build_deepspeed_json(config, 2)["communication_data_type"] == "fp32"
-    assert build_deepspeed_json(config, 2)["bf16"] == {"enabled": True}
-    assert build_deepspeed_json(config, 2)["data_types"] == {"grad_accum_dtype": "fp32"}, (
+    config = resolve_config(make_config(engine="deepspeed", precision="bf16"), world_size=2, tokenizer_size=300)
+    assert build_deepspeed_json(config, num_data_ranks=2)["communication_data_type"] == "fp32"
+    assert build_deepspeed_json(config, num_data_ranks=2)["bf16"] == {"enabled": True}
+    assert build_deepspeed_json(config, num_data_ranks=2)["data_types"] == {"grad_accum_dtype": "fp32"}, (
         "stage 2 accumulates in bf16, its default"
     )
 
@@ -241,13 +242,15 @@ CONTRADICTING_VARIABLES = [  # of accelerate launch
     ("environ", "message"), CONTRADICTING_VARIABLES, ids=[message for _, message in CONTRADICTING_VARIABLES]
 )
 def test_contradicting_variables_of_accelerate_launch_are_refused(environ: dict[str, str], message: str) -> None:
-    config = resolve_config(make_config(engine="accelerate"), 2, 300)
+    config = resolve_config(make_config(engine="accelerate"), world_size=2, tokenizer_size=300)
     assert message in str(next(check_accelerate(config, CPU, environ)))
 
 
 def test_matching_variables_of_accelerate_launch_are_accepted() -> None:
     config = resolve_config(
-        make_config(engine="accelerate", accelerate={"plugin": "deepspeed"}, deepspeed={"stage": 3}), 2, 300
+        make_config(engine="accelerate", accelerate={"plugin": "deepspeed"}, deepspeed={"stage": 3}),
+        world_size=2,
+        tokenizer_size=300,
     )
     environ = {
         "ACCELERATE_MIXED_PRECISION": "no",
@@ -259,6 +262,8 @@ def test_matching_variables_of_accelerate_launch_are_accepted() -> None:
 
 
 def test_fsdp2_through_accelerate_is_refused_on_cpus() -> None:
-    config = resolve_config(make_config(engine="accelerate", accelerate={"plugin": "fsdp2"}), 2, 300)
+    config = resolve_config(
+        make_config(engine="accelerate", accelerate={"plugin": "fsdp2"}), world_size=2, tokenizer_size=300
+    )
     assert "fsdp2 needs GPUs" in str(next(check_accelerate(config, CPU, {})))
     assert not list(check_accelerate(config, torch.device("cuda"), {}))

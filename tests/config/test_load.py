@@ -403,7 +403,7 @@ def test_the_description_of_decay_steps_names_the_schedules_that_have_it():
     for name, schedule in get_union_members(ScheduleConfig).items():
         assert (name in description) == ("decay_steps" in schedule.model_fields), name
         if "decay_steps" in schedule.model_fields:
-            rate = learning_rate(AdamWConfig(lr=1.0), schedule(decay_steps=10), 10)
+            rate = learning_rate(AdamWConfig(lr=1.0), schedule(decay_steps=10), step=10)
             assert rate == pytest.approx(0.1), "the learning rate is not the minimum at decay_steps"
 
 

@@ -59,9 +59,9 @@ def test_the_error_lists_the_nearest_layouts(config, world_size, line):
 
 
 def test_the_error_lists_no_layouts_if_the_layout_is_valid():
-    assert find_layout_line(make_config(), 8) is None
-    assert check(make_config(model={"n_kv_heads": 3}), 1, TOKENIZER_SIZE)
-    assert find_layout_line(make_config(model={"n_kv_heads": 3}), 1) is None
+    assert find_layout_line(make_config(), world_size=8) is None
+    assert check(make_config(model={"n_kv_heads": 3}), world_size=1, tokenizer_size=TOKENIZER_SIZE)
+    assert find_layout_line(make_config(model={"n_kv_heads": 3}), world_size=1) is None
 
 
 def list_layouts(world_size):
@@ -104,9 +104,9 @@ def test_other_layout_settings_are_kept():
     """A sequence of 7 tokens does not divide over tp ranks. Without sequence parallelism this is valid."""
     odd_length = {"data": {"seq_len": 7}}
     assert find_layout_line(
-        make_config(tp=8, **odd_length), 4
+        make_config(tp=8, **odd_length), world_size=4
     ) == "parallel: valid layouts of 4 ranks: dp_shard 4; " + ("dp_replicate 2 x dp_shard 2; pp 2 x dp_shard 2")
-    line = find_layout_line(make_config(tp=8, sequence_parallel=False, **odd_length), 4)
+    line = find_layout_line(make_config(tp=8, sequence_parallel=False, **odd_length), world_size=4)
     assert line == "parallel: valid layouts of 4 ranks: tp 4; dp_shard 2 x tp 2; dp_shard 4"
 
 
@@ -118,7 +118,7 @@ def test_the_layouts_follow_the_problems(tmp_path):
         f"data: {{path: '{tmp_path}', seq_len: 16, global_batch: 16}}\n"
     )
     with pytest.raises(ConfigError) as excinfo:
-        read_config(path, ["parallel.tp=16", "model.n_kv_heads=3"], 8)
+        read_config(path, ["parallel.tp=16", "model.n_kv_heads=3"], world_size=8)
     lines = str(excinfo.value).splitlines()
     assert lines[0] == "4 problems in the config:", "the line of layouts is counted as a problem"
     assert len(lines) == 1 + 4 + 1 + 1

@@ -101,7 +101,7 @@ def test_the_name_of_a_section_selects_its_class() -> None:
     assert config.optim == MuonConfig()
     assert isinstance(config.objective, MixtureConfig)
     assert config.objective.components[0] == SpanSpec(mode="R")
-    resolved = resolve_config(config, 1, 300)
+    resolved = resolve_config(config, world_size=1, tokenizer_size=300)
     assert parse_saved(dump_config(resolved), "config.yaml") == resolved
 
 
@@ -147,7 +147,7 @@ def test_a_config_of_0_1_0_is_read(tmp_path: Path) -> None:
     assert config.optim == SGDConfig(lr=0.1, momentum=0.9)
     assert config.schedule == ConstantConfig(warmup_steps=2)
     assert config.objective == UnresolvedConfig.model_validate(RUN).objective
-    assert check(config, 1, 300) == []
+    assert check(config, world_size=1, tokenizer_size=300) == []
 
 
 def test_saved_keys_of_another_version_are_ignored() -> None:

@@ -1,6 +1,7 @@
 """Train with DeepSpeed on several ranks: load, take steps, save, and return the state of DeepSpeed.
 
-`run_plain_torch` takes the same steps in one process with plain torch.
+_, state = run_deepspeed(Run(stage=2, steps=range(3), save=tmp_path))  # on each rank of a world
+*_, expected = run_plain_torch("odd", num_steps=3)  # the same steps in one process with plain torch
 """
 
 import os
@@ -20,7 +21,7 @@ from dist_llm.models.build_model import build_model
 from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.param_spec import collect_param_specs
 
-# All sizes are odd, so that each kind of partition has padding.
+# All sizes but the number of layers are odd, so that each kind of partition has padding.
 SIZES: dict[str, Any] = {
     "d_model": 7,
     "n_layers": 2,
@@ -44,12 +45,15 @@ NUM_ROWS, SEQ_LEN = 4, 8
 NamedTensors = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """A DeepSpeed run. `load` and `save` are checkpoint directories; `steps` are the indices of the batches."""
+    """A DeepSpeed run. `load` and `save` are checkpoint directories; `steps` are the indices of the batches.
 
-    stage: int
-    model: str = "odd"
+    `zero` has keys of section zero_optimization of DeepSpeed's config, `config` has further keys of the config.
+    """
+
+    stage: int  # of ZeRO
+    model: str = "odd"  # a key of MODELS
     steps: range = range(3)
     load: Path | None = None
     save: Path | None = None
@@ -59,7 +63,10 @@ class Run:
 
 
 def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
-    """Return (model, optimizer, names of the parameters of each optimizer group)."""
+    """Build the model `name` of MODELS and its optimizer.
+
+    Returns (model, optimizer, names of the parameters of each optimizer group).
+    """
     model = build_model(ModelConfig(**{**SIZES, **MODELS[name]}))
     for seed, parameter in enumerate(model.parameters()):
         nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
@@ -73,9 +80,10 @@ def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[lis
     return model, optimizer, [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
-def compute_loss(model: Any, name: str, step: int, rank: int, world_size: int) -> Tensor:
-    """Return the mean loss over the rows of one rank in the batch of a step."""
-    ids = torch.randint(0, 13, (NUM_ROWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))[rank::world_size]
+def compute_loss(model: Any, name: str, step: int, *, rank: int, world_size: int) -> Tensor:
+    """Return the mean loss over the rows of one rank in the batch of a step; `name` is a key of MODELS."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(SIZES["vocab_size"], (NUM_ROWS, SEQ_LEN + 1), generator=generator)[rank::world_size]
     kwargs = {"encoder_input": EncoderInput(ids.flip(1))} if name == "shared" else {}
     return model(ids[:, :-1], targets_BS=ids[:, 1:], **kwargs).sum() / ids[:, 1:].numel()
 
@@ -84,7 +92,7 @@ def run_plain_torch(name: str, num_steps: int) -> Iterator[NamedTensors]:
     """Yield weights and moments after each step, with the names of our checkpoints."""
     model, optimizer, _ = build_trained_model(name)
     for step in range(num_steps):
-        compute_loss(model, name, step, 0, 1).backward()
+        compute_loss(model, name, step, rank=0, world_size=1).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -122,7 +130,7 @@ def run_deepspeed(run: Run) -> tuple[NamedTensors, NamedTensors]:
             # increment.
             state.update({key: value.clone() for key, value in state.items() if key == "step"})
     for step in run.steps:
-        loss = compute_loss(engine, run.model, step, dist.get_rank(), dist.get_world_size())
+        loss = compute_loss(engine, run.model, step, rank=dist.get_rank(), world_size=dist.get_world_size())
         engine.backward(loss)
         engine.step()
     if run.save is not None:

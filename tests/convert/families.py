@@ -1,6 +1,12 @@
-"""Small models of each Hugging Face family, with random weights."""
+"""Small models of each Hugging Face family, with random weights.
 
-from typing import Any
+    hf_model, native_model, config = build_models("llama", tie_word_embeddings=True)
+    assert_close(native_model(tokens_BS), hf_model(tokens_BS).logits)
+
+FAMILIES has the sizes of each family. VARIANTS has models of a family with other fields, such as other RoPE scaling.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,7 +16,8 @@ from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
 from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build_model import build_model
 
-VOCAB, S, T = 61, 12, 16
+VOCAB = 61
+S, T = 12, 16  # sequence lengths of the decoder and the encoder
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SMALL = {**SIZES, "intermediate_size": 48}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
@@ -238,8 +245,16 @@ def build_hf_model(family: str, **changes: Any) -> Any:
     return hf_model
 
 
-def build_models(family: str, **changes: Any) -> tuple[Any, Any, Any]:
-    """Return (Hugging Face model with random weights, native model with the same weights, native config)."""
+class ModelPair(NamedTuple):
+    """A Hugging Face model with random weights, and a native model with the same weights and its config."""
+
+    hf_model: Any
+    native_model: Any
+    config: Any
+
+
+def build_models(family: str, **changes: Any) -> ModelPair:
+    """Build both models of a family; `changes` are fields of the Hugging Face config."""
     hf_model = build_hf_model(family, **changes)
     config = parse_hf_config(hf_model.config.to_dict())
     native_model = build_model(config).eval()
@@ -247,10 +262,10 @@ def build_models(family: str, **changes: Any) -> tuple[Any, Any, Any]:
     with torch.no_grad():
         for name, parameter in native_model.named_parameters():
             parameter.copy_(view.read(f"model.{name}"))
-    return hf_model, native_model, config
+    return ModelPair(hf_model, native_model, config)
 
 
-def build_variant(name: str) -> tuple[Any, Any, Any]:
-    """Build the models of one of VARIANTS: (Hugging Face model, native model, native config)."""
+def build_variant(name: str) -> ModelPair:
+    """Build the models of one of VARIANTS."""
     family, changes = VARIANTS[name]
     return build_models(family, **changes)

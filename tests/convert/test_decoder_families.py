@@ -64,19 +64,21 @@ NO_EFFECT = {
 
 
 def make_ids() -> Tensor:
+    """Return random token ids [2, SEQ_LEN]."""
     return torch.randint(3, VOCAB, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value or to 1."""
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_logits_equal_those_of_transformers(name: str) -> None:
-    hf, native, _ = build_variant(name)
+    hf_model, native_model, _ = build_variant(name)
     ids = make_ids()
-    assert relative_difference(native(ids), hf(input_ids=ids).logits) < MAX_DIFFERENCE
+    assert relative_difference(native_model(ids), hf_model(input_ids=ids).logits) < MAX_DIFFERENCE
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -117,11 +119,11 @@ def build_with_weights_of(config: ModelConfig, original: nn.Module) -> nn.Module
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_each_setting_has_an_effect(name: str) -> None:
-    hf, native, config = build_variant(name)
+    hf_model, native_model, config = build_variant(name)
     ids = make_ids()
-    expected = hf(input_ids=ids).logits
+    expected = hf_model(input_ids=ids).logits
     effects = {
-        setting: relative_difference(build_with_weights_of(changed, native)(ids), expected)
+        setting: relative_difference(build_with_weights_of(changed, native_model)(ids), expected)
         for setting, changed in iter_settings(config)
         if (name, setting) not in NO_EFFECT
     }
@@ -171,10 +173,10 @@ def test_a_partial_rotation_that_transformers_ignores_is_refused(family: str) ->
 @pytest.mark.parametrize("family", ["glm", "phi", "gpt_neox", "nemotron", "stablelm"])
 @torch.no_grad()
 def test_any_part_of_a_head_can_rotate(family: str, fraction: float) -> None:
-    """Also if it is not the default of the family."""
+    """The value may differ from the default of the family."""
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": fraction}
-    hf, native, config = build_models(family, rope_parameters=rope)
+    hf_model, native_model, config = build_models(family, rope_parameters=rope)
     assert config.rotary_fraction == fraction
     assert parse_hf_config(build_hf_config(config, family)).rotary_fraction == fraction
     ids = make_ids()
-    assert relative_difference(native(ids), hf(input_ids=ids).logits) < MAX_DIFFERENCE
+    assert relative_difference(native_model(ids), hf_model(input_ids=ids).logits) < MAX_DIFFERENCE

@@ -27,22 +27,23 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 BF16 = {"bf16": {"enabled": True}}
+# By name: the ZeRO stage, and what differs from the default run.
 RUNS = {
-    "0": Run(0),
-    "1": Run(1),
-    "2": Run(2),
-    "3": Run(3),
-    "1 even": Run(1, "even"),
-    "1 shared": Run(1, "shared"),
-    "2 shared": Run(2, "shared"),
-    "3 shared": Run(3, "shared"),
-    "2 aligned": Run(2, zero={"parameter_alignment": True}),
-    "3 sub-groups": Run(3, zero={"sub_group_size": 100}),
-    "1 elastic": Run(1, zero={"elastic_checkpoint": True}),
-    "1 bf16": Run(1, config=BF16),
-    "1 bf16, fp32 gradients": Run(1, config={**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
-    "2 bf16": Run(2, config=BF16),
-    "3 bf16": Run(3, config=BF16),
+    "0": Run(stage=0),
+    "1": Run(stage=1),
+    "2": Run(stage=2),
+    "3": Run(stage=3),
+    "1 even": Run(stage=1, model="even"),
+    "1 shared": Run(stage=1, model="shared"),
+    "2 shared": Run(stage=2, model="shared"),
+    "3 shared": Run(stage=3, model="shared"),
+    "2 aligned": Run(stage=2, zero={"parameter_alignment": True}),
+    "3 sub-groups": Run(stage=3, zero={"sub_group_size": 100}),
+    "1 elastic": Run(stage=1, zero={"elastic_checkpoint": True}),
+    "1 bf16": Run(stage=1, config=BF16),
+    "1 bf16, fp32 gradients": Run(stage=1, config={**BF16, "data_types": {"grad_accum_dtype": "fp32"}}),
+    "2 bf16": Run(stage=2, config=BF16),
+    "3 bf16": Run(stage=3, config=BF16),
 }
 
 
@@ -64,8 +65,9 @@ class DeepSpeedWorlds:
         self.worlds: dict[int, GlooWorld] = {}
 
     def run(self, run: Run, world_size: int = 2) -> tuple[NamedTensors, NamedTensors]:
-        for other_world_size, workers in self.worlds.items():
-            workers.set_paused(other_world_size != world_size)
+        """Return what `run_deepspeed` returns on rank 0 of a world."""
+        for other_world_size, world in self.worlds.items():
+            world.set_paused(other_world_size != world_size)
         if world_size not in self.worlds or not self.worlds[world_size].is_alive:
             self.worlds[world_size] = GlooWorld(world_size)
         return self.worlds[world_size].run(run_deepspeed, run)[0]
@@ -73,10 +75,11 @@ class DeepSpeedWorlds:
 
 @pytest.fixture(scope="module")
 def deepspeed_worlds() -> Iterator[DeepSpeedWorlds]:
+    """The worlds in which DeepSpeed runs; stopped after the module."""
     worlds = DeepSpeedWorlds()
     yield worlds
-    for workers in worlds.worlds.values():
-        workers.stop()
+    for world in worlds.worlds.values():
+        world.stop()
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,7 @@ def train_with_plain_torch(model: str, num_steps: int) -> NamedTensors:
 
 
 def resolve_tag_directory(directory: Path) -> Path:
+    """Return the directory of the newest checkpoint, which the file `latest` names."""
     return directory / (directory / "latest").read_text()
 
 
@@ -140,7 +144,7 @@ def test_reader_matches_deepspeed_state(key: str, saved_run: Any, monkeypatch: p
 @pytest.mark.slow
 def test_reader_handles_round_robin_gradients(deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path) -> None:
     """The moments of plain torch are the reference, because DeepSpeed cannot look up its moments here."""
-    _, state = deepspeed_worlds.run(Run(2, save=tmp_path, zero={"round_robin_gradients": True}))
+    _, state = deepspeed_worlds.run(Run(stage=2, save=tmp_path, zero={"round_robin_gradients": True}))
     actual = open_deepspeed(tmp_path)
     for name, tensor in train_with_plain_torch("odd", 3).items():
         torch.testing.assert_close(actual.read(name), tensor, rtol=1e-4, atol=1e-6)
@@ -158,7 +162,7 @@ def test_reader_handles_other_world_sizes(key: str, world_size: int, saved_run: 
 
 
 def test_some_runs_have_partition_padding() -> None:
-    """Otherwise the tests above could not detect wrong padding."""
+    """Without padded partitions, the tests above could not detect wrong padding."""
     model, _, groups = build_trained_model("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group in groups:
@@ -187,6 +191,7 @@ def make_layout_without_padding(shapes: Shapes, world_size: int, gaps: Sequence[
 
 
 def make_layout_in_reversed_order(layout: Any) -> Any:
+    """Planted bug: the partitions contain the parameters in reverse order."""
     return lambda shapes, *rest: layout(dict(reversed(shapes.items())), *rest)
 
 
@@ -265,7 +270,7 @@ def test_deepspeed_resumes_from_written_checkpoint(
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     groups, settings = get_optimizer_groups(model)
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
-    loaded, end = deepspeed_worlds.run(Run(stage, model, steps=range(3, 4), load=tmp_path))
+    loaded, end = deepspeed_worlds.run(Run(stage=stage, model=model, steps=range(3, 4), load=tmp_path))
     assert_equal_state(InMemoryWeights(loaded), before)
     if moments:
         assert end.keys() == after.keys()
@@ -282,7 +287,7 @@ def test_deepspeed_resumes_at_other_world_sizes(
     before, after = list(run_plain_torch("odd", 4))[-2:]
     groups, settings = get_optimizer_groups("odd")
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, world_size, groups=groups, settings=settings, step=3)
-    loaded, end = deepspeed_worlds.run(Run(stage, steps=range(3, 4), load=tmp_path), world_size)
+    loaded, end = deepspeed_worlds.run(Run(stage=stage, steps=range(3, 4), load=tmp_path), world_size)
     assert_equal_state(InMemoryWeights(loaded), before)
     for name, tensor in after.items():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
@@ -293,7 +298,7 @@ def test_deepspeed_loads_only_weights(stage: int, deepspeed_worlds: DeepSpeedWor
     before = train_with_plain_torch("odd", 3)
     groups, settings = get_optimizer_groups("odd")
     write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
-    loaded, _ = deepspeed_worlds.run(Run(stage, steps=range(0), load=tmp_path, moments=False))
+    loaded, _ = deepspeed_worlds.run(Run(stage=stage, steps=range(0), load=tmp_path, moments=False))
     assert_equal_state(
         InMemoryWeights(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     )
@@ -305,7 +310,7 @@ def test_deepspeed_loads_sub_groups(deepspeed_worlds: DeepSpeedWorlds, tmp_path:
     write_deepspeed(
         tmp_path, InMemoryWeights(before), 3, 2, groups=groups, settings=settings, step=3, sub_group_size=100
     )
-    loaded, _ = deepspeed_worlds.run(Run(3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
+    loaded, _ = deepspeed_worlds.run(Run(stage=3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
     assert_equal_state(InMemoryWeights(loaded), before)
 
 
@@ -318,7 +323,7 @@ def test_deepspeed_resumes_from_written_universal_checkpoint(
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
     write_universal(tmp_path, InMemoryWeights(before), step=3)
     universal = {"checkpoint": {"load_universal": True}}
-    loaded, end = deepspeed_worlds.run(Run(stage, steps=range(3, 4), load=tmp_path, config=universal))
+    loaded, end = deepspeed_worlds.run(Run(stage=stage, steps=range(3, 4), load=tmp_path, config=universal))
     assert_equal_state(InMemoryWeights(loaded), before)
     for name, tensor in after.items() if moments else ():
         torch.testing.assert_close(end[name], tensor, rtol=1e-4, atol=1e-6)
@@ -435,6 +440,7 @@ def test_directory_without_a_checkpoint_is_refused(copy_run: Any, tmp_path: Path
 
 
 def make_directory(path: str) -> None:
+    """Create a directory; MaliciousObject calls this function."""
     os.mkdir(path)
 
 
@@ -465,11 +471,12 @@ def test_reading_a_file_runs_no_code(function: Any, is_refused: bool, tmp_path: 
 
 
 def read_resident_bytes() -> int:
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_memory_does_not_depend_on_the_checkpoint_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading and writing: 1 GiB of weights, almost all of which are virtual."""
+    """The test reads and writes 1 GiB of weights, almost all of which are virtual."""
     shapes = {"model.big": (2**28,), "model.small": (3,)}
     state = InMemoryWeights({"model.small": torch.arange(3.0)})
     state.shapes = shapes

@@ -42,6 +42,7 @@ O200K = (
 
 
 def training_texts():
+    """Return an iterator of the texts on which a BPE is trained."""
     return iter([*PROSE, SOURCE[:100_000]])
 
 
@@ -58,6 +59,7 @@ def build_shuffled():
 
 
 def build_native(name):
+    """Build the native tokenizer of a test case, such as `bpe:600 llama3`."""
     if name == "shuffled":
         return build_shuffled()
     if name == "published gpt2":
@@ -84,14 +86,17 @@ def exported(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bpe():
+    """A native BPE of 600 tokens with the split pattern of Llama 3."""
     return build_native("bpe:600 llama3")
 
 
 def load(directory, **kwargs):
+    """Load a tokenizer with transformers."""
     return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, **kwargs)
 
 
 def assert_same_ids(native, hf_tokenizer, text):
+    """Raise AssertionError unless both tokenizers give the same ids, which decode to the text."""
     ids = native.encode(text).tolist()
     assert hf_tokenizer(text)["input_ids"] == ids
     assert hf_tokenizer.decode(ids) == native.decode(ids) == text
@@ -217,6 +222,7 @@ def test_a_reserved_name_in_use_is_replaced(bpe, tmp_path):
 
 
 def swap_items(items, a, b):
+    """Exchange two items of a list or dict."""
     items[a], items[b] = items[b], items[a]
 
 
@@ -319,6 +325,7 @@ def read_hf_content(bpe, **changes):
 
 
 def write_files(directory, content, **settings):
+    """Write the two tokenizer files of a Hugging Face folder."""
     (directory / TOKENIZER_FILE).write_text(json.dumps(content))
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
@@ -396,6 +403,7 @@ def test_a_tokenizer_like_qwens_is_imported(bpe, tmp_path):
 
 
 def swap_ids(bpe):
+    """Return a tokenizer in which two tokens have each other's ids."""
     vocab = read_hf_content(bpe)["model"]["vocab"]
     swap_items(vocab, "th", "Ġs")
     return read_hf_content(bpe, model={"vocab": vocab})
@@ -472,5 +480,6 @@ def test_a_tokenizer_that_tiktoken_cannot_express_uses_tokenizers(bpe, change, m
 
 
 def split_content(regex):
+    """Return a pre-tokenizer that splits by a regex and then maps bytes."""
     split = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": regex}}
     return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}

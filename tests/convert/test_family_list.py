@@ -9,8 +9,8 @@ from dist_llm.config.compare import MODEL_ROLES
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.convert.hf_config import CLASSES, parse_hf_config
 from dist_llm.convert.hf_family_list import FamilySummary, describe_settings, list_families
+from tests.cli_runner import make_cli_runner
 from tests.convert.families import FAMILIES, VARIANTS, build_hf_model
-from tests.tools import command
 
 REPOSITORY = Path(__file__).parents[2]
 SUMMARIES = {family.model_type: family for family in list_families()}
@@ -72,7 +72,7 @@ LLAMA = {
 
 
 def test_the_table_of_the_document_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All cells but the measured difference."""
+    """The test compares all cells except the measured difference."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     program = importlib.import_module("families")
     table = program.DOCUMENT.read_text().split(program.TABLE_BEGIN)[1].split(program.TABLE_END)[0]
@@ -86,7 +86,7 @@ def test_the_table_of_the_document_is_up_to_date(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_command_prints_each_family_with_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("convert")("list-families") == 0
+    assert make_cli_runner("convert")("list-families") == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["model_type", "class", "of", "transformers", "settings"]
     assert [line.split()[:2] for line in lines] == [[name, hf_class] for name, hf_class in CLASSES.items()]

@@ -35,9 +35,9 @@ from dist_llm.models.build_model import build_model
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
+from tests.cli_runner import make_cli_runner
 from tests.convert.families import FAMILIES, build_hf_model
 from tests.laws.layouts import BART, BERT
-from tests.tools import command
 
 transformers = pytest.importorskip("transformers")
 
@@ -48,16 +48,18 @@ CAUSAL = [family for family in FAMILIES if family not in ("bert", "t5", "bart")]
 @pytest.fixture(scope="module")
 def run_convert() -> Callable[..., int]:
     """Return a function that runs `dist-llm convert` in this process and returns the exit code."""
-    return command("convert")
+    return make_cli_runner("convert")
 
 
 def save_hf_model(family: str, directory: Path) -> Any:
-    hf = build_hf_model(family)
-    hf.save_pretrained(directory)
-    return hf
+    """Write a small Hugging Face model with random weights; return it."""
+    hf_model = build_hf_model(family)
+    hf_model.save_pretrained(directory)
+    return hf_model
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return all tensors of a folder of safetensors files."""
     weights = SafetensorsWeights(directory)
     return {name: weights.read(name) for name in weights.shapes}
 
@@ -151,8 +153,8 @@ def test_encoder_round_trip(run_convert: Callable[..., int], tmp_path: Path) -> 
 
 
 def test_token_ids_survive_a_round_trip(run_convert: Callable[..., int], tmp_path: Path) -> None:
-    hf = save_hf_model("t5", tmp_path / "hf_model")
-    assert hf.config.decoder_start_token_id == 1
+    hf_model = save_hf_model("t5", tmp_path / "hf_model")
+    assert hf_model.config.decoder_start_token_id == 1
     assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native") == 0
     assert run_convert("to-hf", tmp_path / "native", tmp_path / "round_trip") == 0
     actual = json.loads((tmp_path / "round_trip" / "generation_config.json").read_text())
@@ -168,7 +170,7 @@ def test_transformers_generates_the_same_tokens_from_an_export(
     assert json.loads((tmp_path / "hf_model" / "config.json").read_text())["model_type"] == family
     is_encoder_decoder = family in ("t5", "bart")
     loader = transformers.AutoModelForSeq2SeqLM if is_encoder_decoder else transformers.AutoModelForCausalLM
-    hf = loader.from_pretrained(tmp_path / "hf_model")
+    hf_model = loader.from_pretrained(tmp_path / "hf_model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf_model")
 
     model, our_tokenizer, config = load_model(native, torch.device("cpu"))
@@ -180,7 +182,7 @@ def test_transformers_generates_the_same_tokens_from_an_export(
         if is_encoder_decoder:
             ids = torch.tensor([inputs.encoder_ids])
         start = {"decoder_input_ids": torch.tensor([inputs.ids])} if is_encoder_decoder else {}
-        actual = hf.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
+        actual = hf_model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=[], **start)[0]
         native_ids = list(generate_tokens(model, inputs, Sampling(max_tokens=20, temperature=0), 64))
         assert actual[-20:].tolist() == native_ids
         assert (
@@ -198,8 +200,8 @@ def test_missing_rotary_permutation_is_detected(
     save_hf_model("llama", tmp_path / "hf_model")
     original = hf_convert.to_native
 
-    def permute_queries(pair: Any, hf: Any) -> Tensor:
-        tensor = original(pair, hf)
+    def permute_queries(pair: Any, hf_tensors: Any) -> Tensor:
+        tensor = original(pair, hf_tensors)
         if pair.native.endswith("attention.q.weight"):
             return tensor.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
         return tensor
@@ -217,10 +219,10 @@ def test_weights_are_written_in_half_precision_and_several_files(
     arguments = ("--dtype", "bf16", "--shard-gb", "1e-5", "--check")
     assert run_convert("to-hf", native, tmp_path / "hf_model", *arguments) == 0
     assert len(list((tmp_path / "hf_model").glob("*.safetensors"))) > 3
-    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf_model")
-    assert hf.dtype == torch.bfloat16
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf_model")
+    assert hf_model.dtype == torch.bfloat16
     with torch.no_grad():
-        hf.lm_head.weight[3].zero_()
+        hf_model.lm_head.weight[3].zero_()
     assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "round_trip") == 0
     first, reimported = NativeWeights(native), NativeWeights(tmp_path / "round_trip")
     for name, shape in reimported.shapes.items():
@@ -260,6 +262,7 @@ def test_a_family_that_refuses_the_model_says_why() -> None:
 
 
 def make_model_config(changes: dict[str, Any]) -> ModelConfig:
+    """Return the config of a tiny native model with changed keys."""
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
     return ModelConfig.model_validate({**sizes, "vocab_size": 64, "max_seq_len": 32, **changes})
 
@@ -305,8 +308,8 @@ def test_unsupported_config_fields_are_refused(
     family: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     save_hf_model(family, tmp_path)
-    hf = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(hf))
+    hf_config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(hf_config))
     with pytest.raises(CheckpointError, match=message):
         hf_convert.read_config(tmp_path)
 
@@ -368,16 +371,16 @@ def test_a_nanogpt_checkpoint_gives_the_logits_of_gpt2(
         "vocab_size": 61,
         "activation_function": "gelu",
     }
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    hf_model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     with torch.no_grad():
-        for name, parameter in hf.named_parameters():
+        for name, parameter in hf_model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
             if not bias and name.endswith("bias"):
                 parameter.zero_()
     tensors = {
         f"_orig_mod.{name}": tensor.t() if name.endswith(transposed) else tensor
-        for name, tensor in hf.state_dict().items()
+        for name, tensor in hf_model.state_dict().items()
         if bias or not name.endswith(".bias")
     }
     mask = torch.ones(16, 16).tril().view(1, 1, 16, 16)
@@ -391,7 +394,7 @@ def test_a_nanogpt_checkpoint_gives_the_logits_of_gpt2(
     assert config.model.bias == bias
     ids = torch.randint(61, (2, 16))
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids), hf_model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def load_native_model(path: Path) -> tuple[Any, Config]:

@@ -20,6 +20,7 @@ pytest.importorskip("transformers")
 
 
 def make_random_tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Return random token ids [batch, length] without special tokens."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -32,23 +33,23 @@ def make_padding_mask(batch: int, length: int) -> Tensor:
 @pytest.mark.parametrize("family", SINGLE_STACKS)
 @torch.no_grad()
 def test_single_stack_logits_match_with_and_without_padding(family: str) -> None:
-    hf, native, config = build_models(family)
+    hf_model, native_model, config = build_models(family)
     ids, mask = make_random_tokens(4, S), make_padding_mask(4, S)
     is_causal = config.architecture == "decoder"
-    unpadded = native(ids, mask=AttentionMask(causal=is_causal))
-    torch.testing.assert_close(unpadded, hf(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    unpadded = native_model(ids, mask=AttentionMask(causal=is_causal))
+    torch.testing.assert_close(unpadded, hf_model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
-    padded = native(ids, mask=AttentionMask(causal=is_causal, documents_BT=mask - 1))
-    expected = hf(input_ids=ids, attention_mask=mask).logits
+    padded = native_model(ids, mask=AttentionMask(causal=is_causal, documents_BT=mask - 1))
+    expected = hf_model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(padded[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-4)
 
     labels = torch.where(mask == 1, ids, IGNORE_INDEX)
     targets = labels if not is_causal else torch.cat((labels[:, 1:], labels.new_full((4, 1), IGNORE_INDEX)), dim=1)
     loss = (
-        native(ids, targets, AttentionMask(causal=is_causal, documents_BT=mask - 1)).sum()
+        native_model(ids, targets, AttentionMask(causal=is_causal, documents_BT=mask - 1)).sum()
         / (targets != IGNORE_INDEX).sum()
     )
-    expected_loss = hf(input_ids=ids, attention_mask=mask, labels=labels).loss
+    expected_loss = hf_model(input_ids=ids, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(loss, expected_loss, rtol=1e-4, atol=1e-4)
 
 
@@ -56,38 +57,40 @@ def test_single_stack_logits_match_with_and_without_padding(family: str) -> None
 @torch.no_grad()
 def test_packed_documents_give_the_logits_of_separate_documents(family: str) -> None:
     """We pack three documents into a sequence. The Hugging Face model gets each document in its own sequence."""
-    hf, native, config = build_models(family)
+    hf_model, native_model, config = build_models(family)
     edges = [0, 3, 4, S]
     ids = make_random_tokens(2, S)
     documents = torch.bucketize(torch.arange(S), torch.tensor(edges[1:-1]), right=True).expand(2, S)
     positions = torch.cat([torch.arange(end - start) for start, end in pairwise(edges)]).expand(2, S)
     mask = AttentionMask(causal=config.architecture == "decoder", documents_BT=documents)
-    packed = native(ids, mask=mask, positions_BS=positions)
+    packed = native_model(ids, mask=mask, positions_BS=positions)
     for start, end in pairwise(edges):
-        alone = hf(input_ids=ids[:, start:end]).logits
+        alone = hf_model(input_ids=ids[:, start:end]).logits
         torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ENCODER_DECODERS)
 @torch.no_grad()
 def test_encoder_decoder_logits_match(family: str) -> None:
-    hf, native, _ = build_models(family)
+    hf_model, native_model, _ = build_models(family)
     source, inputs, mask = make_random_tokens(4, T), make_random_tokens(4, S, 1), make_padding_mask(4, T)
-    actual = native(inputs, encoder_input=EncoderInput(source))
-    expected = hf(input_ids=source, decoder_input_ids=inputs).logits
+    actual = native_model(inputs, encoder_input=EncoderInput(source))
+    expected = hf_model(input_ids=source, decoder_input_ids=inputs).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
-    actual = native(inputs, encoder_input=EncoderInput(source, AttentionMask(causal=False, documents_BT=mask - 1)))
-    expected = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
+    actual = native_model(
+        inputs, encoder_input=EncoderInput(source, AttentionMask(causal=False, documents_BT=mask - 1))
+    )
+    expected = hf_model(input_ids=source, attention_mask=mask, decoder_input_ids=inputs).logits
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     targets = make_random_tokens(4, S, 2)
-    loss = native(
+    loss = native_model(
         inputs,
         targets_BS=targets,
         encoder_input=EncoderInput(source, AttentionMask(causal=False, documents_BT=mask - 1)),
     )
-    expected_loss = hf(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
+    expected_loss = hf_model(input_ids=source, attention_mask=mask, decoder_input_ids=inputs, labels=targets).loss
     torch.testing.assert_close(loss.sum() / targets.numel(), expected_loss, rtol=1e-4, atol=1e-4)
 
     cut_T, cut_S = 5, 7  # two documents, in both stacks
@@ -95,27 +98,27 @@ def test_encoder_decoder_logits_match(family: str) -> None:
     documents_S = (torch.arange(S) >= cut_S).long().expand(4, S)
     positions_T = (torch.arange(T) - cut_T * documents_T[0]).expand(4, T)
     positions_S = (torch.arange(S) - cut_S * documents_S[0]).expand(4, S)
-    packed = native(
+    packed = native_model(
         inputs,
         mask=AttentionMask(causal=True, documents_BT=documents_S),
         positions_BS=positions_S,
         encoder_input=EncoderInput(source, AttentionMask(causal=False, documents_BT=documents_T), positions_T),
     )
-    first_logits = hf(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
-    second_logits = hf(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits
+    first_logits = hf_model(input_ids=source[:, :cut_T], decoder_input_ids=inputs[:, :cut_S]).logits
+    second_logits = hf_model(input_ids=source[:, cut_T:], decoder_input_ids=inputs[:, cut_S:]).logits
     torch.testing.assert_close(packed, torch.cat((first_logits, second_logits), dim=1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
-    hf, native, config = build_models(family)
+    hf_model, native_model, config = build_models(family)
     mappings = tensor_mappings(family, config)
-    names = dict(native.named_parameters())
+    names = dict(native_model.named_parameters())
     assert sorted(mapping.native for mapping in mappings) == sorted(names)
     used = {mapping.hf for mapping in mappings} | {mapping.plus_row for mapping in mappings if mapping.plus_row}
     parameters = {
         OLDER_NAMES.get(name, name) if family == "gpt_neox" else name: parameter
-        for name, parameter in hf.named_parameters(remove_duplicate=False)
+        for name, parameter in hf_model.named_parameters(remove_duplicate=False)
     }
     assert used <= parameters.keys()
     used_pointers = {parameters[name].data_ptr() for name in used}
@@ -132,13 +135,13 @@ def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
 
 def test_wrong_rotary_pairing_is_detected() -> None:
     """The logits differ if the weights have the rotary layout of Meta, which Hugging Face permutes."""
-    hf, native, _ = build_models("llama")
+    hf_model, native_model, _ = build_models("llama")
     with torch.no_grad():
-        for block in native.blocks.values():
+        for block in native_model.blocks.values():
             q = block.attention.q.weight
             q.copy_(q.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32))
     ids = make_random_tokens(2, S)
-    assert (native(ids) - hf(input_ids=ids).logits).abs().max() > 1e-2
+    assert (native_model(ids) - hf_model(input_ids=ids).logits).abs().max() > 1e-2
 
 
 def test_fused_tensor_is_split_into_chunks() -> None:

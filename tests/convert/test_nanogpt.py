@@ -27,7 +27,7 @@ from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.export import export_bin
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
-from tests.tools import command
+from tests.cli_runner import make_cli_runner
 
 MODEL_ARGS = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 257}
 
@@ -111,6 +111,7 @@ class GPT(nn.Module):
 
 
 def build_nanogpt_model(bias: bool) -> GPT:
+    """Build a model of nanoGPT with random weights, biases and norms."""
     torch.manual_seed(0)
     model = GPT(**MODEL_ARGS, bias=bias, dropout=0.0).eval()
     with torch.no_grad():
@@ -150,6 +151,7 @@ def write_bin_files(directory: Path) -> dict[str, np.ndarray]:
 
 
 def adopt_bin_files(directory: Path) -> Path:
+    """Make a corpus of train.bin and val.bin; return its directory."""
     out = directory / "corpus"
     data, heldout = (str(directory / "train.bin"),), (str(directory / "val.bin"),)
     adopt(
@@ -162,7 +164,7 @@ def adopt_bin_files(directory: Path) -> Path:
 def test_a_round_trip_keeps_weights_losses_and_corpus(
     bias: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_convert = command("convert")
+    run_convert = make_cli_runner("convert")
     nanogpt_model, ids_by_file = build_nanogpt_model(bias=bias), write_bin_files(tmp_path)
     corpus = adopt_bin_files(tmp_path)
     save_nanogpt_checkpoint(nanogpt_model, bias=bias, file=tmp_path / "ckpt.pt")
@@ -210,7 +212,7 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
 
 
 def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
-    run_convert = command("convert")
+    run_convert = make_cli_runner("convert")
     save_nanogpt_checkpoint(build_nanogpt_model(bias=True), bias=True, file=tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
     config, weights = load_saved(tmp_path / "native"), None

@@ -20,11 +20,13 @@ CPU = torch.device("cpu")
 
 
 def build_native(model: str, tmp_path: Path) -> tuple[NativeEngine, Path]:
-    engine = NativeEngine(make_config(1, MODELS[model]), CPU)
+    """Build a model and save its checkpoint; return the engine and the path of the checkpoint."""
+    engine = NativeEngine(make_config(ranks=1, model=MODELS[model]), CPU)
     return engine, save_checkpoint(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
 
 
 def count_parameter_bytes(module: torch.nn.Module) -> int:
+    """Return the size of all parameters in fp32."""
     return sum(parameter.numel() * 4 for parameter in module.parameters())
 
 
@@ -69,7 +71,7 @@ def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
 
 
 def test_missing_accelerate_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"path": tmp_path, "config": make_config(1, {}).model}
+    options: dict[str, Any] = {"path": tmp_path, "config": make_config(ranks=1).model}
     monkeypatch.setattr(offload, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="accelerate is not installed"):
         load_offloaded(**options, device=CPU, folder=tmp_path, memory_bytes=1)

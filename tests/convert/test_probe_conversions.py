@@ -23,6 +23,7 @@ ERROR = "the weights do not compute what they computed when they were saved: the
 
 
 def read_probe(directory: Path) -> Probe:
+    """Return the probe in a directory."""
     probe = parse_probe((directory / PROBE_FILE).read_bytes(), str(directory))
     assert probe is not None
     return probe

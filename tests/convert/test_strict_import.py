@@ -14,9 +14,9 @@ from dist_llm.convert.hf_convert import find_unused_heads, from_huggingface, mod
 from dist_llm.convert.nanogpt import from_nanogpt
 from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
+from tests.cli_runner import make_cli_runner
 from tests.convert.families import FAMILIES, VOCAB, build_hf_model
-from tests.test_fuzz import READERS
-from tests.tools import command
+from tests.fuzz.readers import READERS
 
 
 def make_model(family: str) -> ModelConfig:
@@ -58,23 +58,23 @@ def make_other_value(value: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_is_used_or_reported(family: str) -> None:
     """With another value of a field, the model's function differs, or an error names the field."""
-    hf = make_fields(family)
-    expected = get_function_keys(parse_hf_config(hf))
-    for name in hf.keys() - {"model_type"} - HARMLESS_FIELDS - NO_EFFECT:
-        assert import_function_or_error({**hf, name: make_other_value(hf[name])}) != expected, name
+    hf_fields = make_fields(family)
+    expected = get_function_keys(parse_hf_config(hf_fields))
+    for name in hf_fields.keys() - {"model_type"} - HARMLESS_FIELDS - NO_EFFECT:
+        assert import_function_or_error({**hf_fields, name: make_other_value(hf_fields[name])}) != expected, name
 
 
-def import_function_or_error(hf: dict[str, Any]) -> dict[str, Any] | None:
+def import_function_or_error(hf_fields: dict[str, Any]) -> dict[str, Any] | None:
     """Return the function that the config describes; None if an error names a field."""
     try:
-        return get_function_keys(parse_hf_config(hf))
+        return get_function_keys(parse_hf_config(hf_fields))
     except CheckpointError:
         return None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_absent_field_has_the_default_of_transformers(family: str) -> None:
-    """Or it must be given. Each field is removed once; transformers then completes the config."""
+    """If there is no default, the import requires the field. The test removes each field; transformers completes it."""
     transformers = pytest.importorskip("transformers")
     config_class = getattr(transformers, FAMILIES[family][0])
     content = build_hf_model(family).config.to_dict()
@@ -100,11 +100,11 @@ def test_layers_of_smollm3_without_layer_types_have_the_windows_of_transformers(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_unknown_field_is_reported(family: str) -> None:
-    hf = make_fields(family)
+    hf_fields = make_fields(family)
     with pytest.raises(CheckpointError, match=r"the field residual_scale \(0\.5\) .*--ignore-field residual_scale"):
-        parse_hf_config({**hf, "residual_scale": 0.5})
-    assert parse_hf_config({**hf, "residual_scale": 0.5}, ["residual_scale"]) == parse_hf_config(hf)
-    assert parse_hf_config({**hf, "residual_scale": None}) == parse_hf_config(hf), (
+        parse_hf_config({**hf_fields, "residual_scale": 0.5})
+    assert parse_hf_config({**hf_fields, "residual_scale": 0.5}, ["residual_scale"]) == parse_hf_config(hf_fields)
+    assert parse_hf_config({**hf_fields, "residual_scale": None}) == parse_hf_config(hf_fields), (
         "null differs from a field that is not set"
     )
 
@@ -140,25 +140,25 @@ def make_tensors(family: str) -> dict[str, torch.Tensor]:
     ],
 )
 def test_biases_and_norms_are_not_dropped(source: str, family: str, name: str) -> None:
-    """The tensors of one family with the config of another."""
-    hf = make_tensors(source)
+    """The folder has the tensors of one family and the config of another."""
+    hf_tensors = make_tensors(source)
     model = make_model(source).model_copy(update={"qkv_bias": family == "qwen2", "qk_norm": False})
     with pytest.raises(CheckpointError, match=f"the tensor {name}.* has no counterpart in our model"):
-        from_huggingface(DictWeights({name: hf[name]}), model, family)
+        from_huggingface(DictWeights({name: hf_tensors[name]}), model, family)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
 @pytest.mark.parametrize("extra", ["model.pooler.weight", "cls.seq_relationship.weight", "h.x.attn.bias", "x"])
 def test_a_tensor_without_a_counterpart_is_reported(family: str, extra: str) -> None:
-    hf = make_tensors(family) | {extra: torch.ones(2)}
+    hf_tensors = make_tensors(family) | {extra: torch.ones(2)}
     with pytest.raises(CheckpointError, match=f"the tensor {extra} .* has no counterpart"):
-        from_huggingface(DictWeights(hf), make_model(family), family)
+        from_huggingface(DictWeights(hf_tensors), make_model(family), family)
 
 
 def test_unused_heads_of_bert_are_reported() -> None:
-    hf = DictWeights(make_tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
-    from_huggingface(hf, make_model("bert"), "bert")
-    assert find_unused_heads(hf) == ["bert.pooler.dense.weight"]
+    hf_tensors = DictWeights(make_tensors("bert") | {"bert.pooler.dense.weight": torch.ones(2, 2)})
+    from_huggingface(hf_tensors, make_model("bert"), "bert")
+    assert find_unused_heads(hf_tensors) == ["bert.pooler.dense.weight"]
 
 
 def test_an_unknown_argument_of_nanogpt_is_reported() -> None:
@@ -171,7 +171,7 @@ def test_an_unknown_argument_of_nanogpt_is_reported() -> None:
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "pytorch_model.bin of many", "pytorch_model.bin of old"])
 def test_torch_files_give_the_same_weights_as_safetensors(kind: str, tmp_path: Path) -> None:
-    """One file, several files with an index, and the format of torch before 1.6."""
+    """The test reads one file, several files with an index, and a file in the format of torch before 1.6."""
     actual = {}
     for name in ("gpt2", kind):
         (tmp_path / name).mkdir()
@@ -180,11 +180,11 @@ def test_torch_files_give_the_same_weights_as_safetensors(kind: str, tmp_path: P
         assert bool(list((tmp_path / name).glob("*.safetensors"))) == (name == "gpt2")
         weights = open_huggingface(tmp_path / name)
         actual[name] = {key: weights.read(key) for key in weights.shapes}
-        assert command("convert")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
+        assert make_cli_runner("convert")("from-hf", tmp_path / name, tmp_path / f"{name} of ours") == 0
     assert actual["gpt2"].keys() == actual[kind].keys()
     for key, tensor in actual["gpt2"].items():
         assert torch.equal(actual[kind][key], tensor), key
-    assert command("convert")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
+    assert make_cli_runner("convert")("diff", tmp_path / "gpt2 of ours", tmp_path / f"{kind} of ours") == 0
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"has neither \.safetensors files nor pytorch_model\.bin"):
         open_huggingface(tmp_path / "empty")

@@ -15,14 +15,14 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import MANIFEST_FILE, Manifest, Shard, ShardWriter, select_token_dtype
 from dist_llm.errors import DataError
 
-S = 8  # sequence length in tokens
+SEQ_LEN = 8  # sequence length in tokens
 DOCUMENT_SIZES = (  # in tokens; each document is one shard
-    [3 * S],
-    [2 * S, S],
-    [2 * S - 1, 2 * S + 1],
-    [S, 1, 1, 2 * S],
-    [4 * S + 1, 1],
-    [1] * (2 * S + 1),
+    [3 * SEQ_LEN],
+    [2 * SEQ_LEN, SEQ_LEN],
+    [2 * SEQ_LEN - 1, 2 * SEQ_LEN + 1],
+    [SEQ_LEN, 1, 1, 2 * SEQ_LEN],
+    [4 * SEQ_LEN + 1, 1],
+    [1] * (2 * SEQ_LEN + 1),
 )
 
 
@@ -32,7 +32,7 @@ def test_read_returns_any_window_across_shards(sizes, vocab_size, make_corpus):
     directory, stream = make_corpus(sizes, vocab_size=vocab_size)
     corpus = Corpus(directory)
     assert corpus.num_tokens == len(stream)
-    for window_tokens in (1, S, S + 1, len(stream)):
+    for window_tokens in (1, SEQ_LEN, SEQ_LEN + 1, len(stream)):
         starts = np.arange(len(stream) - window_tokens + 1)
         expected = np.lib.stride_tricks.sliding_window_view(stream, window_tokens)
         assert np.array_equal(corpus.read(starts, window_tokens), expected)
@@ -40,14 +40,17 @@ def test_read_returns_any_window_across_shards(sizes, vocab_size, make_corpus):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_windows"), [(0, 0), (1, 0), (S, 0), (S + 1, 1), (2 * S, 1), (2 * S + 1, 2), (3 * S, 2)]
+    ("num_tokens", "num_windows"),
+    [(0, 0), (1, 0), (SEQ_LEN, 0), (SEQ_LEN + 1, 1), (2 * SEQ_LEN, 1), (2 * SEQ_LEN + 1, 2), (3 * SEQ_LEN, 2)],
 )
 def test_count_windows_leaves_room_for_the_next_token(num_tokens, num_windows, make_counting_corpus):
     corpus = make_counting_corpus(num_tokens)
-    assert corpus.count_windows(S + 1, S) == num_windows
+    assert corpus.count_windows(SEQ_LEN + 1, SEQ_LEN) == num_windows
     if num_windows > 0:
-        windows = corpus.read(np.arange(num_windows) * S, S + 1)
-        assert np.array_equal(windows[:, 1:].ravel(), np.arange(1, num_windows * S + 1)), "a token is not a target once"
+        windows = corpus.read(np.arange(num_windows) * SEQ_LEN, SEQ_LEN + 1)
+        assert np.array_equal(windows[:, 1:].ravel(), np.arange(1, num_windows * SEQ_LEN + 1)), (
+            "a token is not a target once"
+        )
 
 
 def test_select_token_dtype_fits_all_ids():
@@ -100,7 +103,14 @@ def test_writer_closes_its_files_if_the_disk_is_full(tmp_path):
 
 def test_manifest_round_trip(tmp_path):
     shard = Shard("train-00000.bin", tokens=10, documents=2, text_bytes=33, sha256="ab")
-    manifest = Manifest("uint32", 70_000, "cd", ("x", "y"), {"train": (shard, shard), "heldout": ()}, bad_rows=3)
+    manifest = Manifest(
+        "uint32",
+        vocab_size=70_000,
+        tokenizer_sha256="cd",
+        source=("x", "y"),
+        shards={"train": (shard, shard), "heldout": ()},
+        bad_rows=3,
+    )
     manifest.save(tmp_path)
     assert Manifest.load(tmp_path) == manifest
     assert (manifest.count_tokens("train"), manifest.count_documents("train"), manifest.count_text_bytes("train")) == (
@@ -231,7 +241,9 @@ def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
     with (tmp_path / "train-00000.bin").open("wb") as file:
         file.truncate(shard_bytes)
     shard = Shard("train-00000.bin", tokens=shard_bytes // 2, documents=1, text_bytes=shard_bytes, sha256="")
-    Manifest("uint16", 300, "", (), {"train": (shard,), "heldout": ()}).save(tmp_path)
+    Manifest("uint16", vocab_size=300, tokenizer_sha256="", source=(), shards={"train": (shard,), "heldout": ()}).save(
+        tmp_path
+    )
     code = """if True:
         import resource, sys, time
         from pathlib import Path
@@ -242,7 +254,7 @@ def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
         start_time, initial_kb = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for order_name in ("shuffle", "random"):
             keys = dict(path=sys.argv[1], seq_len=1024, global_batch=8, micro_batch=8, order=order_name)
-            config = make_config(1, {}, data=keys)
+            config = make_config(ranks=1, data=keys)
             vocabulary = ObjectiveVocabulary(300, 256)
             loader = build_loader(config, build_fresh_plan(config), vocabulary, dp_rank=0, dp_size=1, pin=False)
             assert loader.load_batches(10**12)[0].num_valid_tokens == 8 * 1024

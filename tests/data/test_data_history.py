@@ -30,7 +30,13 @@ def write_corpus(directory, seed, num_tokens=400):
     writer = ShardWriter(directory, "train", "uint16", max_tokens=100)
     for document in np.random.default_rng(seed).integers(0, 300, (num_tokens // 10, 10)):
         writer.add(document, text_bytes=10)
-    Manifest("uint16", 300, "tokenizer", ("random",), {"train": writer.close(), "heldout": ()}).save(directory)
+    Manifest(
+        "uint16",
+        vocab_size=300,
+        tokenizer_sha256="tokenizer",
+        source=("random",),
+        shards={"train": writer.close(), "heldout": ()},
+    ).save(directory)
     return str(directory)
 
 
@@ -57,6 +63,7 @@ def make_config(tmp_path):
 
 
 def build_segment(config):
+    """Return the segment of the data history that a run with this config starts."""
     return segment_from_config(config, open_sources(config))
 
 
@@ -195,14 +202,18 @@ def test_error_names_a_changed_corpus_or_tokenizer(make_config, tmp_path):
     )
     manifest = Manifest.load(tmp_path / "b")
     for name in "ab":
-        Manifest("uint16", 300, "other", ("random",), manifest.shards).save(tmp_path / name)
+        Manifest("uint16", vocab_size=300, tokenizer_sha256="other", source=("random",), shards=manifest.shards).save(
+            tmp_path / name
+        )
     with pytest.raises(DataError, match=r"\n  tokenizer: tokenizer -> other\n"):
         extend_history(history, build_segment(make_config()), **RESUME_POINT, new_segment=False)
 
 
 def test_sources_with_different_tokenizers_are_rejected(make_config, tmp_path):
     manifest = Manifest.load(tmp_path / "b")
-    Manifest("uint16", 300, "other", ("random",), manifest.shards).save(tmp_path / "b")
+    Manifest("uint16", vocab_size=300, tokenizer_sha256="other", source=("random",), shards=manifest.shards).save(
+        tmp_path / "b"
+    )
     with pytest.raises(
         DataError, match=r"/b: was prepared with a different tokenizer from .*/a; prepare all sources with"
     ):

@@ -31,7 +31,7 @@ from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.training.evaluate import EvaluationSetup, iter_heldout_batches
 from tests.text.test_token_files import build_megatron_index
 
-SEQ = 16  # sequence length in tokens
+SEQ_LEN = 16  # sequence length in tokens
 EOT = 256  # end-of-document id of the tokenizer `byte`
 DOCUMENT_SIZES = (5, 3, 17, 9, 2, 20, 4, 6, 11, 7)  # in tokens
 SEPARATOR_PLACEMENTS = ("trailing", "leading", "none")
@@ -55,7 +55,13 @@ def write_corpus(kind, separators, directory):
         writer = ShardWriter(directory, "train", "uint16", max_tokens=56)
         for document in documents:
             writer.add(document, len(document))
-        Manifest("uint16", 257, "none", ("x",), {"train": writer.close(), "heldout": ()}).save(directory)
+        Manifest(
+            "uint16",
+            vocab_size=257,
+            tokenizer_sha256="none",
+            source=("x",),
+            shards={"train": writer.close(), "heldout": ()},
+        ).save(directory)
         return Corpus(directory)
     files = []
     for file_index, file_documents in enumerate((documents[:6], documents[6:])):
@@ -88,20 +94,27 @@ def write_corpus(kind, separators, directory):
 
 
 def make_config(corpus, global_batch=1, **data):
+    """Return a resolved config of a tiny model; `data` are keys of that section."""
     sections = {
         "run": {"dir": "x", "steps": 1},
         "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
-        "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": global_batch, "prefetch": 0, **data},
+        "data": {
+            "path": str(corpus.directory),
+            "seq_len": SEQ_LEN,
+            "global_batch": global_batch,
+            "prefetch": 0,
+            **data,
+        },
     }
     return resolve_config(UnresolvedConfig.model_validate(sections), world_size=1, tokenizer_size=257)
 
 
 def load_epoch(corpus, **data):
     """Return all windows of an epoch as one batch."""
-    plan = build_fresh_plan(make_config(corpus, **data))
+    plan = build_fresh_plan(make_config(corpus=corpus, **data))
     stream = plan.streams[0]
     num_windows = stream.packed_windows.num_windows if stream.packed_windows else stream.order.num_windows
-    config = make_config(corpus, num_windows, **data)
+    config = make_config(corpus=corpus, global_batch=num_windows, **data)
     loader = build_loader(config, plan, ObjectiveVocabulary(257, EOT), dp_rank=0, dp_size=1, pin=False)
     (batch,) = loader.load_batches(0)
     return batch
@@ -168,7 +181,7 @@ def test_documents_in_one_sequence_do_not_affect_each_other(separators, windows,
     corpus = write_corpus("megatron", separators, tmp_path)
     batch = load_epoch(corpus, windows=windows, document_mask=True)
     document_of_token = np.repeat(np.arange(len(DOCUMENT_SIZES)), DOCUMENT_SIZES)
-    model = build_noisy_model(make_config(corpus))
+    model = build_noisy_model(make_config(corpus=corpus))
     embeddings = []
     model.embed.register_forward_hook(lambda module, inputs, out: embeddings.append(out) or out.retain_grad())
     logits_BSV = model(batch.inputs_BS.long(), mask=batch.mask, positions_BS=batch.positions_BS)
@@ -192,7 +205,7 @@ def test_documents_in_one_sequence_do_not_affect_each_other(separators, windows,
 
 def test_evaluation_uses_the_document_mask(tmp_path):
     corpus = write_corpus("megatron", "none", tmp_path)
-    objective = build_objective(make_config(corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
+    objective = build_objective(make_config(corpus=corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
     heldout = EvaluationSetup({"": corpus}, objective, micro_batch=2)
     batches = list(iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1))
     document_of_token = np.repeat(np.arange(len(DOCUMENT_SIZES)), DOCUMENT_SIZES)
@@ -206,11 +219,11 @@ def test_evaluation_uses_the_document_mask(tmp_path):
 def test_unknown_document_boundaries_are_rejected_if_needed(kind, tmp_path):
     corpus = write_corpus(kind, "none", tmp_path)
     assert corpus.manifest.document_bounds is False
-    assert open_sources(make_config(corpus)), "windows of one stream need document boundaries"
+    assert open_sources(make_config(corpus=corpus)), "windows of one stream need document boundaries"
     for data in ({"document_mask": True}, {"windows": "document"}, {"windows": "packed"}):
         with pytest.raises(DataError, match=r"document boundaries are unknown.*document_mask to false.*tokenize"):
-            open_sources(make_config(corpus, **data))
-    objective = build_objective(make_config(corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
+            open_sources(make_config(corpus=corpus, **data))
+    objective = build_objective(make_config(corpus=corpus, document_mask=True), ObjectiveVocabulary(257, EOT))
     with pytest.raises(DataError, match="document boundaries are unknown"):
         EvaluationSetup({"": corpus}, objective, micro_batch=2).check()
 

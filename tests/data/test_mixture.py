@@ -22,7 +22,7 @@ def test_each_component_numbers_its_samples_consecutively(weights, seed, block):
 @given(WEIGHTS)
 def test_quotas_are_within_one_sample_of_the_weights(weights):
     """The tolerance grows by one for each quota that is rounded up to one sample."""
-    mixture = Mixture.from_weights(weights, 0)
+    mixture = Mixture.from_weights(weights, seed=0)
     assert sum(mixture.quotas) == 1000
     exact_quotas = [weight / sum(weights) * 1000 for weight in weights]
     num_rounded_up = sum(exact_quota < 1 for exact_quota in exact_quotas)

@@ -15,6 +15,7 @@ KEYS = np.array([0, 1, 2**63, 2**64 - 1], dtype=np.uint64)
 
 
 def make_range(size):
+    """Return the numbers from 0 to size - 1 as uint64, as `permute` expects them."""
     return np.arange(size, dtype=np.uint64)
 
 

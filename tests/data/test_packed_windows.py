@@ -26,22 +26,10 @@ from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.evaluate import EvaluationSetup, iter_heldout_batches
 
-SEQ, EOT = 8, 99  # sequence length in tokens, id of the end of a document
-DOCUMENT_SIZES = (  # in tokens
-    2,
-    3,
-    9,
-    10,
-    17,
-    5,
-    2,
-    30,
-    4,
-    8,
-    1,
-    6,
-)
-LENGTHS = SequenceLengths(window_tokens=SEQ + 1, stride_tokens=SEQ, input_tokens=SEQ)
+SEQ_LEN, EOT = 8, 99  # sequence length in tokens, id of the end of a document
+# Sizes of the documents in tokens.
+DOCUMENT_SIZES = (2, 3, 9, 10, 17, 5, 2, 30, 4, 8, 1, 6)
+LENGTHS = SequenceLengths(window_tokens=SEQ_LEN + 1, stride_tokens=SEQ_LEN, input_tokens=SEQ_LEN)
 
 
 def write_corpus(directory, sizes=DOCUMENT_SIZES, prompts=None):
@@ -57,25 +45,34 @@ def write_corpus(directory, sizes=DOCUMENT_SIZES, prompts=None):
         prompt_lengths = None if prompts is None else np.array([prompts[index]])
         writer.extend(ids, np.array([size]), np.array([size - 1]), prompt_lengths)
     shards = {"train": writer.close(), "heldout": ()}
-    Manifest("uint16", 100, "none", ("count",), shards, prompts=prompts is not None).save(directory)
+    Manifest(
+        "uint16", vocab_size=100, tokenizer_sha256="none", source=("count",), shards=shards, prompts=prompts is not None
+    ).save(directory)
     return Corpus(directory)
 
 
 def make_config(corpus, global_batch=1, **data):
+    """Return a resolved config of a tiny model; `data` are keys of that section."""
     sections = {
         "run": {"dir": "x", "steps": 1},
         "model": {"d_model": 16, "n_layers": 2, "n_heads": 2},
-        "data": {"path": str(corpus.directory), "seq_len": SEQ, "global_batch": global_batch, "prefetch": 0, **data},
+        "data": {
+            "path": str(corpus.directory),
+            "seq_len": SEQ_LEN,
+            "global_batch": global_batch,
+            "prefetch": 0,
+            **data,
+        },
     }
     return resolve_config(UnresolvedConfig.model_validate(sections), world_size=1, tokenizer_size=100)
 
 
 def load_epoch(corpus, **data):
     """Return all windows of one epoch as one batch."""
-    plan = build_fresh_plan(make_config(corpus, **data))
+    plan = build_fresh_plan(make_config(corpus=corpus, **data))
     stream = plan.streams[0]
     num_windows = stream.packed_windows.num_windows if stream.packed_windows else stream.order.num_windows
-    config = make_config(corpus, num_windows, **data)
+    config = make_config(corpus=corpus, global_batch=num_windows, **data)
     loader = build_loader(config, plan, ObjectiveVocabulary(100, EOT), dp_rank=0, dp_size=1, pin=False)
     (batch,) = loader.load_batches(0)
     return batch
@@ -85,7 +82,7 @@ def load_epoch(corpus, **data):
 def test_each_token_after_the_first_of_its_document_is_a_target_once(windows, tmp_path):
     corpus = write_corpus(tmp_path)
     batch = load_epoch(corpus, windows=windows)
-    assert batch.inputs_BS.shape[1] == SEQ
+    assert batch.inputs_BS.shape[1] == SEQ_LEN
     expected = [token for document in read_documents(corpus) for token in document[1:]]
     assert sorted(batch.targets_BS[batch.targets_BS != IGNORE_INDEX].tolist()) == sorted(expected)
     assert batch.num_valid_tokens == len(expected) == sum(DOCUMENT_SIZES) - len(DOCUMENT_SIZES)
@@ -107,7 +104,7 @@ def test_packing_does_not_change_the_loss(tmp_path):
     corpus = write_corpus(tmp_path)
     unpacked, packed = load_epoch(corpus, windows="document"), load_epoch(corpus, windows="packed")
     assert len(packed.inputs_BS) < len(unpacked.inputs_BS)
-    model = build_model(make_config(corpus).model)
+    model = build_model(make_config(corpus=corpus).model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -171,7 +168,7 @@ def test_prompts_are_inputs_without_a_loss(windows, tmp_path):
             for size, prompt_len in zip(DOCUMENT_SIZES, PROMPT_LENGTHS, strict=True)
             for position in range(size)
         ]
-        end = (corpus.num_tokens - 1) // SEQ * SEQ + 1  # the tail makes no window
+        end = (corpus.num_tokens - 1) // SEQ_LEN * SEQ_LEN + 1  # the tail makes no window
         assert batch.num_valid_tokens == loss_mask[1:end].sum()
     else:
         assert sorted(batch.targets_BS[is_valid_BS].tolist()) == sorted(completion_tokens)
@@ -181,12 +178,12 @@ def test_prompts_are_inputs_without_a_loss(windows, tmp_path):
 def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
     """This holds also if training uses windows of varying lengths."""
     corpus = write_corpus(tmp_path, prompts=PROMPT_LENGTHS)
-    config = make_config(corpus, windows="document", score_prompts=score_prompts)
+    config = make_config(corpus=corpus, windows="document", score_prompts=score_prompts)
     objective = build_objective(config, ObjectiveVocabulary(100, EOT), masks_prompts(config.data, [corpus]))
     heldout = EvaluationSetup({"": corpus}, objective, micro_batch=4, score_prompts=score_prompts)
     batches = iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1)
     num_scored = sum(batch.num_valid_tokens for batch in batches)
-    num_read = (corpus.num_tokens - 1) // SEQ * SEQ
+    num_read = (corpus.num_tokens - 1) // SEQ_LEN * SEQ_LEN
     num_prompt_tokens = (~corpus.compute_loss_mask(np.array([0]), corpus.num_tokens)[0])[1 : num_read + 1].sum()
     assert num_prompt_tokens > 0
     assert num_scored == (num_read if score_prompts else num_read - num_prompt_tokens)
@@ -194,7 +191,7 @@ def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
 
 def test_padding_is_not_a_target_and_not_attended_to(tmp_path):
     corpus = write_corpus(tmp_path)
-    sections = make_config(corpus, windows="packed").model_dump()
+    sections = make_config(corpus=corpus, windows="packed").model_dump()
     sections["model"] |= {"architecture": "encoder", "vocab_size": None}
     sections["objective"] = {"name": "masked", "mask_rate": 0.5}
     config = resolve_config(UnresolvedConfig.model_validate(sections), world_size=1, tokenizer_size=100)

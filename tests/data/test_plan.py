@@ -169,7 +169,9 @@ def test_a_block_is_shuffled_and_has_no_sample_of_weight_0():
 def test_the_order_within_a_source_does_not_depend_on_the_weights():
     """Sample n of a source is the same window under any weights. The weights only decide at which step it is read."""
     streams = {
-        name: WindowStream(corpus=None, order=ShuffledOrder(len(name), 9, WINDOW), window_tokens=WINDOW)
+        name: WindowStream(
+            corpus=None, order=ShuffledOrder(len(name), num_windows=9, stride=WINDOW), window_tokens=WINDOW
+        )
         for name in ("a", "bb")
     }
     mixture = Mixture(0, quotas=(1,))

@@ -88,6 +88,7 @@ class FileServer:
 
 @pytest.fixture
 def server():
+    """A file server that runs during the test."""
     server = FileServer()
     yield server
     server.close()
@@ -111,12 +112,18 @@ def corpus(tmp_path):
     for document in documents:
         writer.add(document, text_bytes=len(document))
     digest = hashlib.sha256(TOKENIZER).hexdigest()
-    Manifest("uint16", 300, digest, ("random",), {"train": writer.close(), "heldout": ()}).save(directory)
+    Manifest(
+        "uint16",
+        vocab_size=300,
+        tokenizer_sha256=digest,
+        source=("random",),
+        shards={"train": writer.close(), "heldout": ()},
+    ).save(directory)
     (directory / "tokenizer.json").write_bytes(TOKENIZER)
     return directory, np.concatenate(documents)
 
 
-def serve(server, directory):
+def add_to_server(server, directory):
     """Add the files of the directory to the server and return their URL."""
     server.files.update({f"/c/{path.name}": path.read_bytes() for path in directory.iterdir()})
     return f"{server.url}/c"
@@ -129,14 +136,17 @@ def put_in_memory(directory):
 
 
 def open_corpus(url, cache, split="train"):
+    """Open a remote corpus with a local cache, as a run does."""
     return Corpus.from_config(DataConfig(path=url, cache=str(cache), seq_len=4, global_batch=4, micro_batch=4), split)
 
 
 def compute_digest(content):
+    """Return the SHA-256 of bytes with the prefix that a manifest uses."""
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def list_files(directory):
+    """Return the relative paths of all files below a directory."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
@@ -150,7 +160,7 @@ def test_is_remote_and_as_path():
 def test_a_corpus_can_be_read_from_any_kind_of_url(scheme, server, corpus, tmp_path):
     directory, stream = corpus
     cache = tmp_path / "cache"
-    url = {"http": lambda: serve(server, directory) + "/", "memory": lambda: put_in_memory(directory)}.get(
+    url = {"http": lambda: add_to_server(server, directory) + "/", "memory": lambda: put_in_memory(directory)}.get(
         scheme, lambda: directory.as_uri() if scheme == "file" else str(directory)
     )()
     opened_corpus = open_corpus(url, cache)
@@ -169,7 +179,7 @@ def test_a_corpus_can_be_read_from_any_kind_of_url(scheme, server, corpus, tmp_p
 def test_shards_are_fetched_once_on_first_use(server, corpus, tmp_path):
     directory, _ = corpus
     cache = tmp_path / "cache"
-    opened_corpus = open_corpus(serve(server, directory), cache)
+    opened_corpus = open_corpus(add_to_server(server, directory), cache)
     assert server.requested_paths == ["/c/manifest.json", "/c/tokenizer.json"]
     opened_corpus.read(np.array([25]), 4)
     assert server.requested_paths[2:] == ["/c/train-00001.bin"]
@@ -184,7 +194,7 @@ def test_shards_are_fetched_once_on_first_use(server, corpus, tmp_path):
 
 def test_verify_hash_rejects_a_changed_remote_shard(server, corpus, tmp_path):
     data = DataConfig(
-        path=serve(server, corpus[0]),
+        path=add_to_server(server, corpus[0]),
         cache=str(tmp_path / "cache"),
         seq_len=4,
         global_batch=4,
@@ -200,7 +210,7 @@ def test_verify_hash_rejects_a_changed_remote_shard(server, corpus, tmp_path):
 def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     """One shard is local, one on another host, and one has a header."""
     directory, stream = corpus
-    serve(server, directory)
+    add_to_server(server, directory)
     shards = list(Manifest.load(directory).shards["train"])
     content = b"header" + (directory / "train-00002.bin").read_bytes()  # 6 bytes, and 22 tokens
     server.files["/elsewhere"] = content
@@ -216,7 +226,9 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     )
     for name in ("train-00001.bin", "train-00001.offsets", "train-00002.bin"):
         (directory / name).unlink()
-    Manifest("uint16", 300, "", (), {"train": tuple(shards), "heldout": ()}).save(directory)
+    Manifest(
+        "uint16", vocab_size=300, tokenizer_sha256="", source=(), shards={"train": tuple(shards), "heldout": ()}
+    ).save(directory)
     opened_corpus = Corpus(directory, cache=str(tmp_path / "cache"))
     opened_corpus.check_shard_sizes()
     assert np.array_equal(opened_corpus.read(np.array([0]), len(stream))[0], stream)
@@ -226,10 +238,10 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
 def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
     directory, _ = corpus
     batches = []
-    for location in (str(directory), serve(server, directory)):
+    for location in (str(directory), add_to_server(server, directory)):
         keys = {"path": location, "cache": str(tmp_path / "cache"), "seq_len": 4, "global_batch": 8, "micro_batch": 8}
-        config = make_config(1, {}, data=keys)
-        vocabulary = ObjectiveVocabulary(300, 256)
+        config = make_config(ranks=1, data=keys)
+        vocabulary = ObjectiveVocabulary(num_tokenizer_ids=300, eot=256)
         loader = build_loader(config, build_fresh_plan(config), vocabulary, dp_rank=0, dp_size=1, pin=False)
         batches.append(loader.load_batches(0)[0].inputs_BS)
         loader.close()
@@ -292,7 +304,7 @@ def test_permanent_errors_are_not_retried(url, message, server, tmp_path, retry_
 
 
 def test_error_of_an_unreachable_corpus_names_the_local_mirror(server, corpus, tmp_path, retry_pauses):
-    cache, url = tmp_path / "cache", serve(server, corpus[0])
+    cache, url = tmp_path / "cache", add_to_server(server, corpus[0])
     mirrored_corpus = open_corpus(url, cache)
     mirrored_corpus.read(np.array([0]), 60)
     partial_mirror = Path(f"{mirrored_corpus.directory}.killed.partial")
@@ -319,7 +331,7 @@ def test_a_url_without_a_corpus_is_rejected(server, tmp_path):
 
 def test_a_failed_mirror_leaves_no_files(server, corpus, tmp_path, retry_pauses):
     """The tokenizer is missing. The next run must not find an incomplete mirror."""
-    url = serve(server, corpus[0])
+    url = add_to_server(server, corpus[0])
     tokenizer = server.files.pop("/c/tokenizer.json")
     with pytest.raises(DataError, match=r"tokenizer.json: cannot be fetched: HTTP status 404"):
         open_corpus(url, tmp_path / "cache")
@@ -333,7 +345,7 @@ def test_a_failed_mirror_leaves_no_files(server, corpus, tmp_path, retry_pauses)
 
 def test_an_unwritable_cache_is_rejected(server, corpus, tmp_path):
     (tmp_path / "file").touch()
-    url = serve(server, corpus[0])
+    url = add_to_server(server, corpus[0])
     with pytest.raises(DataError, match=r"cannot be written: Not a directory.* set data.cache to a directory"):
         open_corpus(url, tmp_path / "file")
     with pytest.raises(DataError, match=r"/file: cannot be written: File exists"):
@@ -403,8 +415,8 @@ def start_readers(url, cache, output_prefix, num_processes=1):
 def test_sixteen_processes_share_one_cache(server, corpus, tmp_path):
     directory, stream = corpus
     server.pause_seconds = 0.1
-    url, cache = serve(server, directory), tmp_path / "cache"
-    assert start_readers(url, cache, tmp_path / "result", 16).wait(timeout=120) == 0
+    url, cache = add_to_server(server, directory), tmp_path / "cache"
+    assert start_readers(url, cache, tmp_path / "result", num_processes=16).wait(timeout=120) == 0
     expected = stream.astype("<u2").tobytes()
     assert [(tmp_path / f"result{index}").read_bytes() == expected for index in range(16)] == [True] * 16
     assert server.requested_paths.count("/c/train-00000.bin") == 1, "several processes fetched the shard"
@@ -415,7 +427,7 @@ def test_sixteen_processes_share_one_cache(server, corpus, tmp_path):
 
 def test_a_killed_download_leaves_no_complete_file(server, corpus, tmp_path):
     directory, stream = corpus
-    url, cache = serve(server, directory), tmp_path / "cache"
+    url, cache = add_to_server(server, directory), tmp_path / "cache"
     shards = cache / "shards"
     open_corpus(url, cache)
     server.pause_seconds = 60

@@ -32,13 +32,15 @@ def count_one_by_one(plan) -> list[Repetition]:
 @given(draw_plans(), st.integers(0, END_SAMPLE))
 def test_repetitions_match_counted_samples(plan, resume_sample) -> None:
     plan = replace(plan, skip=())
-    repetitions = find_repetitions(plan, 0, END_SAMPLE)
+    repetitions = find_repetitions(plan, first_sample=0, end_sample=END_SAMPLE)
     assert repetitions == count_one_by_one(plan)
-    before = find_repetitions(plan, 0, resume_sample)
+    before = find_repetitions(plan, first_sample=0, end_sample=resume_sample)
     after = find_repetitions(plan, resume_sample, END_SAMPLE)
     assert sorted([*before, *after]) == repetitions, "a resumed run does not report each repetition once"
 
 
 def test_message_of_a_repetition() -> None:
-    assert str(Repetition(42, "web", 1)).startswith("data: web has been read once in full, up to sample 42; ")
-    assert "has been read 10 times in full" in str(Repetition(420, "web", 10))
+    assert str(Repetition(sample=42, source="web", num_reads=1)).startswith(
+        "data: web has been read once in full, up to sample 42; "
+    )
+    assert "has been read 10 times in full" in str(Repetition(sample=420, source="web", num_reads=10))

@@ -1,6 +1,11 @@
 """Helpers of the end-to-end tests: run `dist-llm` as processes with a timeout, and read the files of a run.
 
-Processes are forked from the fork server of tests/warm.py, which has imported torch. Ranks get the environment
+    run_directory = train(tmp_path, corpus, "parallel.tp=2", ranks=2)  # 20 steps of a tiny model on two ranks
+    losses = get_column(read_step_rows(run_directory), "loss")
+    completed = run("generate", "--checkpoint", run_directory, cwd=tmp_path)  # in one process
+    assert "the" in completed.stdout
+
+Processes are forked from the fork server of tests/fork_server.py, which has imported torch. Ranks get the environment
 variables of torchrun; only `run_in_new_interpreter` starts torchrun.
 """
 
@@ -18,12 +23,12 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from tests import warm
+from tests import fork_server
 
 REPOSITORY = Path(__file__).parents[2]
 DEBUG_CONFIG = REPOSITORY / "configs" / "debug.yaml"
-TIMEOUT_SECONDS = 200
-POLL_SECONDS = 0.002
+TIMEOUT_SECONDS = 200  # for a command
+POLL_SECONDS = 0.002  # between two checks of the condition in `kill_when`
 
 # A step of this model takes at least 20 ms, long enough to kill a run between two checkpoints. Its batch divides into
 # microbatches at each world size up to 4.
@@ -52,10 +57,11 @@ def make_environment() -> dict[str, str]:
 def run(
     *arguments: object, ranks: int = 0, cwd: Path, succeed: bool = True, module: str = "dist_llm"
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE ARGUMENTS` to its end, in one process or in `ranks` processes; return its output.
+    """Run `python -m MODULE ARGUMENTS` in `cwd` until it ends; return exit code, stdout and stderr.
 
-    With `succeed`, a non-zero exit code or a warning of a library fails the test. Without `succeed`, several ranks run
-    under torchrun in new interpreters, because torchrun reports the failure.
+    With `ranks`, one process runs for each rank; 0 is one process without the variables of torchrun. With `succeed`, a
+    non-zero exit code or a warning of a library fails the test. Without `succeed`, several ranks run under torchrun in
+    new interpreters, because torchrun reports the failure.
     """
     if ranks and not succeed:
         return run_in_new_interpreter(*arguments, ranks=ranks, cwd=cwd)
@@ -100,12 +106,17 @@ def run_in_new_interpreter(*arguments: object, ranks: int = 0, cwd: Path) -> sub
 
 
 def start_processes(*arguments: object, ranks: int, cwd: Path, output: Path, errors: Path) -> list[ForkServerProcess]:
-    """Start `python -m ARGUMENTS` in one process, or in one process per rank, and return the processes."""
+    """Start `python -m ARGUMENTS` in one process, or in one process per rank, and return the processes.
+
+    All processes append their stdout to the file `output` and their stderr to the file `errors`.
+    """
     command_arguments = list(map(str, arguments))
     if not ranks:
-        return [warm.start_process(command_arguments, make_environment(), cwd, output, errors)]
+        return [fork_server.start_process(command_arguments, make_environment(), cwd=cwd, output=output, errors=errors)]
     return [
-        warm.start_process(command_arguments, make_environment() | variables, cwd, output, errors)
+        fork_server.start_process(
+            command_arguments, make_environment() | variables, cwd=cwd, output=output, errors=errors
+        )
         for variables in make_rank_environments(ranks)
     ]
 
@@ -125,18 +136,21 @@ def find_free_port() -> int:
 
 
 def train(directory: Path, corpus: Path, *overrides: object, ranks: int = 0) -> Path:
-    """Train the tiny model in `directory`/run and return that directory."""
+    """Train the tiny model with config `overrides` such as "run.steps=4"; return the run directory, `directory`/run."""
     run(*make_train_arguments(corpus, *overrides), ranks=ranks, cwd=directory)
     return directory / "run"
 
 
 def make_train_arguments(corpus: Path, *overrides: object) -> tuple[object, ...]:
-    """Return the arguments of `train` for the tiny model."""
+    """Return the arguments of `dist-llm` that train the tiny model with config `overrides`."""
     return ("train", "--config", DEBUG_CONFIG, "run.dir=run", f"data.path={corpus}", *TINY, *overrides)
 
 
-def kill_when(is_ready: Callable[[], bool], arguments: Sequence[object], ranks: int, cwd: Path) -> None:
-    """Start the command; as soon as `is_ready()` returns true, kill all of its processes with SIGKILL."""
+def kill_when(is_ready: Callable[[], bool], arguments: Sequence[object], *, ranks: int, cwd: Path) -> None:
+    """Start `dist-llm ARGUMENTS`; as soon as `is_ready()` returns true, kill all of its processes with SIGKILL.
+
+    The output is in `cwd`/killed.txt.
+    """
     log = cwd / "killed.txt"
     log.write_text("")
     processes = start_processes("dist_llm", *arguments, ranks=ranks, cwd=cwd, output=log, errors=log)
@@ -192,6 +206,6 @@ def find_latest_checkpoint(run_directory: Path) -> Path:
 
 
 def read_progress(checkpoint: Path) -> dict[str, int]:
-    """Return the counters of a checkpoint."""
+    """Return the counters in progress.json of a checkpoint, such as step, samples and tokens."""
     counters: dict[str, int] = json.loads((checkpoint / "progress.json").read_text())
     return counters

@@ -1,4 +1,9 @@
-"""Fixtures of the end-to-end tests: one small corpus, and an uninterrupted run for each layout."""
+"""Fixtures of the end-to-end tests: one small corpus, and an uninterrupted run for each layout.
+
+def test_a_resumed_run_has_equal_losses(corpus, uninterrupted_run, tmp_path):
+    run = commands.train(tmp_path, corpus, *SHARDED.overrides, ranks=SHARDED.ranks)
+    assert_same_metrics(run, uninterrupted_run(SHARDED))
+"""
 
 import shutil
 import sysconfig
@@ -11,7 +16,7 @@ import pytest
 from . import commands
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The number of ranks (0: one process without torchrun) and the overrides on the command line."""
 
@@ -23,8 +28,8 @@ class Layout:
 
 
 ONE_PROCESS = Layout()
-SHARDED = Layout(2, ("parallel.dp_shard=2",))
-REPLICATED = Layout(2, ("parallel.dp_replicate=2",))
+SHARDED = Layout(ranks=2, overrides=("parallel.dp_shard=2",))
+REPLICATED = Layout(ranks=2, overrides=("parallel.dp_replicate=2",))
 
 
 @pytest.fixture(scope="session")

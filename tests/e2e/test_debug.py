@@ -36,4 +36,5 @@ def test_debug_fails_if_the_loss_does_not_fall(corpus: Path, tmp_path: Path) -> 
 
 
 def make_arguments(corpus: Path, *overrides: str) -> tuple[object, ...]:
+    """Return the arguments of the debug command for the tiny model."""
     return (commands.DEBUG_CONFIG, "run.dir=run", f"data.path={corpus}", *commands.TINY, *overrides)

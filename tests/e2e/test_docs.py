@@ -146,14 +146,9 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
     """The blocks of a document run in sequence, in one directory."""
     for folder in ("configs", "tools"):
         (tmp_path / folder).symlink_to(REPOSITORY / folder)
+    script = "\n".join(text for name, text in find_blocks(only_marked=True) if name == document)
     completed = subprocess.run(
-        [
-            "bash",
-            "-euo",
-            "pipefail",
-            "-c",
-            "\n".join(text for name, text in find_blocks(only_marked=True) if name == document),
-        ],
+        ["bash", "-euo", "pipefail", "-c", script],
         cwd=tmp_path,
         env=commands.make_environment(),
         stdin=subprocess.DEVNULL,
@@ -165,6 +160,7 @@ def test_the_marked_blocks_of_a_page_run(document: str, tmp_path: Path) -> None:
 
 
 def relative_name(document: Path) -> str:
+    """Return the path of a document from the root of the repository."""
     return document.relative_to(REPOSITORY).as_posix()
 
 

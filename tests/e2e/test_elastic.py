@@ -1,108 +1,26 @@
 """If a node dies and comes back, torchrun continues with the remaining nodes, and the run reads the same batches."""
 
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from . import commands
+from .elastic_job import Job, count_in_output, count_rows, is_listening, run_node, wait_until
 
 STEPS = 80
 TOLERANCE = 1e-4  # relative; the reference run has another number of ranks
 
 
-@dataclass(frozen=True)
-class Job:
-    """The settings of a job. `wrap_command` wraps a command so that it runs on another node."""
-
-    max_nodes: int
-    steps: int
-    overrides: tuple[str, ...] = ()
-    environment: dict[str, str] = field(default_factory=dict)
-    wrap_command: Callable[[list[str]], list[str]] = list
-
-
-JOB = Job(2, STEPS, ("run.hang_seconds=20",))
-
-
-@contextmanager
-def run_node(name: str, rendezvous: str, corpus: Path, cwd: Path, job: Job = JOB) -> Iterator[subprocess.Popen[bytes]]:
-    """Start torchrun with one rank, for a job of one to `job.max_nodes` nodes; kill it after the block.
-
-    `rendezvous` is host:port. The output goes to `cwd/NAME.txt`.
-    """
-    rendezvous_options = (
-        "last_call_timeout=2,join_timeout=60,read_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=3"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes=1:{job.max_nodes}", "--nproc-per-node=1"]
-    launcher += ["--max-restarts=10", "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-id=test"]
-    launcher += [f"--rdzv-conf={rendezvous_options}", "--monitor-interval=0.2"]
-    arguments = commands.make_train_arguments(corpus, f"run.steps={job.steps}", "checkpoint.every=1", *job.overrides)
-    with (cwd / f"{name}.txt").open("w") as output:
-        process = subprocess.Popen(
-            job.wrap_command([*launcher, "-m", "tests.e2e.paced", "0.15", *map(str, arguments)]),
-            cwd=cwd,
-            env={
-                **commands.make_environment(),
-                "PYTHONPATH": str(commands.REPOSITORY),
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                **job.environment,
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            kill_node(process)
-
-
-def kill_node(process: subprocess.Popen[bytes]) -> None:
-    """Kill all processes of a node at once."""
-    commands.kill_processes(commands.list_process_tree(process.pid))
-    process.wait()
-
-
-def count_rows(cwd: Path) -> int:
-    """Return the number of training steps in the metrics of the run."""
-    path = cwd / "run" / "metrics.jsonl"
-    return len(commands.read_step_rows(cwd / "run")) if path.exists() else 0
-
-
-def wait_until(is_ready: Callable[[], bool], cwd: Path, timeout_seconds: float = 90) -> None:
-    """Wait until `is_ready()` returns true; raise AssertionError with the logs after the timeout."""
-    deadline = time.monotonic() + timeout_seconds
-    while not is_ready():
-        logs = "\n".join(path.read_text() for path in cwd.glob("*.txt"))
-        assert time.monotonic() < deadline, f"never ready:\n{logs}"
-        time.sleep(0.1)
-
-
-def is_listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("localhost", port)) == 0
-
-
-def count_in_output(cwd: Path, text: str) -> int:
-    """Count the occurrences of a text in the output of all nodes."""
-    return sum(path.read_text().count(text) for path in cwd.glob("*.txt"))
+JOB = Job(max_nodes=2, steps=STEPS, overrides=("run.hang_seconds=20",))
 
 
 @pytest.mark.slow  # tests/netns has the same test with separate network namespaces
 @pytest.mark.timeout(400)
 def test_a_job_survives_a_node_that_dies_and_comes_back(corpus: Path, tmp_path: Path) -> None:
     port = commands.find_free_port()
-    with run_node("first", f"localhost:{port}", corpus, tmp_path) as first:
+    with run_node("first", f"localhost:{port}", corpus, tmp_path, JOB) as first:
         wait_until(lambda: is_listening(port), tmp_path)  # the node of the rendezvous must outlive the other
-        with run_node("second", f"localhost:{port}", corpus, tmp_path):
+        with run_node("second", f"localhost:{port}", corpus, tmp_path, JOB):
             wait_until(lambda: count_rows(tmp_path) >= 4, tmp_path)
             assert count_in_output(tmp_path, "ranks: 2 (dp_shard 2)") == 1
         # All processes of the second node are killed.
@@ -111,16 +29,14 @@ def test_a_job_survives_a_node_that_dies_and_comes_back(corpus: Path, tmp_path: 
             lambda: count_rows(tmp_path) >= rows_before + 2 and count_in_output(tmp_path, "ranks: 1 (dp_shard 1)") >= 1,
             tmp_path,
         )
-        with run_node("again", f"localhost:{port}", corpus, tmp_path) as again:
+        with run_node("again", f"localhost:{port}", corpus, tmp_path, JOB) as again:
             wait_until(lambda: count_in_output(tmp_path, "ranks: 2 (dp_shard 2)") >= 2, tmp_path)
-            assert first.wait(120) == 0
-            assert again.wait(30) == 0
+            assert first.wait(timeout=120) == 0
+            assert again.wait(timeout=30) == 0
     reference = tmp_path / "reference"
     reference.mkdir()
-    actual, expected = (
-        commands.read_step_rows(tmp_path / "run"),
-        commands.read_step_rows(commands.train(reference, corpus, f"run.steps={STEPS}")),
-    )
+    actual = commands.read_step_rows(tmp_path / "run")
+    expected = commands.read_step_rows(commands.train(reference, corpus, f"run.steps={STEPS}"))
     assert commands.get_column(actual, "step") == list(range(1, STEPS + 1))
     assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=TOLERANCE)
     assert commands.find_latest_checkpoint(tmp_path / "run").name == f"step_{STEPS:08d}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.stand_in import install_engine
+from tests.engines.fake_engine import install_engine
 
 from . import commands
 
@@ -59,7 +59,7 @@ def test_an_engine_of_another_package_trains(corpus: Path, native_runs: dict[str
     install_engine(tmp_path)
     script = tmp_path / "with_other.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom dist_llm.cli import run\nrun()\n")
-    options = ("run.steps=6", "checkpoint.every=3", "engine=standin", "model.tie_embeddings=true")
+    options = ("run.steps=6", "checkpoint.every=3", "engine=fake", "model.tie_embeddings=true")
     commands.run(*commands.make_train_arguments(corpus, *options), cwd=tmp_path, module=str(script))
     files, rows = read_files_and_rows(tmp_path / "run")
     expected_files, expected_rows = read_files_and_rows(native_runs["tied"])

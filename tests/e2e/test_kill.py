@@ -5,11 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-from dist_llm.generation import load_model
 
 from . import commands
+from .compare_runs import assert_same_metrics, assert_same_weights
 from .conftest import ONE_PROCESS, REPLICATED, SHARDED, Layout
 
 
@@ -28,7 +26,7 @@ def test_a_run_killed_twice_ends_with_equal_results(
                 return False
             return len((run / "metrics.jsonl").read_text().splitlines()) >= step + 2
 
-        commands.kill_when(is_two_steps_later, arguments, layout.ranks, tmp_path)
+        commands.kill_when(is_two_steps_later, arguments, ranks=layout.ranks, cwd=tmp_path)
         assert commands.find_latest_checkpoint(run) == checkpoint, (
             "the process was killed after the next checkpoint, so it tests nothing"
         )
@@ -37,10 +35,7 @@ def test_a_run_killed_twice_ends_with_equal_results(
     assert "resumed from run/checkpoints/step_00000013" in resumed.stderr
 
     expected = uninterrupted_run(layout)
-    for name in ("step", "loss", "grad_norm", "lr", "tokens"):
-        assert commands.get_column(commands.read_step_rows(run), name) == commands.get_column(
-            commands.read_step_rows(expected), name
-        ), name
+    assert_same_metrics(run, expected, names=("step", "loss", "grad_norm", "lr", "tokens"))
     assert_same_weights(run, expected)
     assert commands.read_progress(commands.find_latest_checkpoint(run)) == commands.read_progress(
         commands.find_latest_checkpoint(expected)
@@ -62,16 +57,8 @@ def test_an_incomplete_checkpoint_is_ignored_and_removed(corpus: Path, tmp_path:
     assert not (run / "checkpoints" / "step_00000003").exists()
 
 
-def assert_same_weights(run: Path, expected: Path) -> None:
-    cpu = torch.device("cpu")
-    model, expected_model = load_model(run, cpu)[0], load_model(expected, cpu)[0]
-    expected_weights = dict(expected_model.named_parameters())
-    assert len(expected_weights) > 10
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, expected_weights[name]), name
-
-
 def read_tensorboard_steps(run: Path) -> list[int]:
+    """Return the steps of the loss curve in TensorBoard, in the order in which they were written."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))

@@ -19,8 +19,8 @@ from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.data.tokenizer_file import hash_tokenizer_ids
 from dist_llm.generation import load_model
 from dist_llm.text.tokenizer import Tokenizer
-from tests.hf_folders import GENERATION, MORE_DIFFICULT_TEXTS, ORIGINALS, PROSE, write_folder
-from tests.tools import command
+from tests.cli_runner import make_cli_runner
+from tests.hf_folders import GENERATION, MORE_DIFFICULT_TEXTS, PROSE, TOKENIZER_FILES, write_folder
 
 from . import commands
 
@@ -45,11 +45,12 @@ class Journey:
 
 def convert(*arguments: object) -> None:
     """Run `dist-llm convert ARGUMENTS` in this process, which has imported transformers."""
-    assert command("convert")(*arguments) == 0
+    assert make_cli_runner("convert")(*arguments) == 0
 
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> Journey:
+    """Import a Llama model, prepare a corpus with its tokenizer, train on two ranks, and export the result."""
     root = tmp_path_factory.mktemp("journey")
     reference = write_folder(root / "llama", "byte_level")
     assert reference.get_vocab_size() < VOCAB_SIZE
@@ -74,6 +75,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Journey:
 
 
 def save_model(folder: Path) -> None:
+    """Write a Llama model with random weights, sharded into several files, beside the tokenizer in `folder`."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(
         **sizes, intermediate_size=48, vocab_size=VOCAB_SIZE, max_position_embeddings=64, **IDS
@@ -90,16 +92,18 @@ def save_model(folder: Path) -> None:
 
 
 def load_hf_tokenizer(folder: Path) -> HFTokenizer:
+    """Return the tokenizer of a folder as Hugging Face's tokenizers library reads it."""
     return HFTokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def read_json(folder: Path, name: str) -> Any:
+    """Return the content of a JSON file in a folder."""
     return json.loads((folder / name).read_text())
 
 
 def test_the_tokenizer_files_are_bytewise_equal(journey: Journey) -> None:
     for exported in (journey.exported, journey.untrained):
-        for name in ORIGINALS:
+        for name in TOKENIZER_FILES:
             assert (exported / name).read_bytes() == (journey.source / name).read_bytes(), name
 
 

@@ -38,13 +38,16 @@ def mixture_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return make_overrides
 
 
+# The last stage begins after 6 steps of 12 sequences of 128 tokens.
+STAGES = f"[{{from_tokens: {6 * 12 * 128}, weights: {{code: 0.0, qa: 1.0}}}}]"
+
+
 @pytest.fixture(scope="module")
 def mixed_run(
     corpus: Path, mixture_overrides: Callable[..., tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """An uninterrupted run, whose last stage has no `code`."""
-    stages = f"[{{from_tokens: {6 * 12 * 128}, weights: {{code: 0.0, qa: 1.0}}}}]"
-    overrides = mixture_overrides(stages=stages, skip="[[12, 18]]")
+    overrides = mixture_overrides(stages=STAGES, skip="[[12, 18]]")
     return commands.train(
         tmp_path_factory.mktemp("mixed"), corpus, *overrides, f"run.steps={STEPS}", "checkpoint.every=4"
     )
@@ -82,8 +85,7 @@ def test_a_resume_on_other_world_sizes_reads_the_same_samples(
     mixed_run: Path, corpus: Path, mixture_overrides: Callable[..., tuple[str, ...]], tmp_path: Path
 ) -> None:
     """Four steps on four ranks, four on three and four on two, compared with all steps on one."""
-    stages = f"[{{from_tokens: {6 * 12 * 128}, weights: {{code: 0.0, qa: 1.0}}}}]"
-    overrides = (*mixture_overrides(stages=stages, skip="[[12, 18]]"), "data.micro_batch=1", "schedule.decay_steps=12")
+    overrides = (*mixture_overrides(stages=STAGES, skip="[[12, 18]]"), "data.micro_batch=1", "schedule.decay_steps=12")
     for ranks, steps in ((4, 4), (3, 8), (2, 12)):
         run = commands.train(tmp_path, corpus, *overrides, f"run.steps={steps}", ranks=ranks)
     for name in ("loss", "tokens_code", "tokens_qa", "tokens"):

@@ -125,7 +125,7 @@ def test_a_second_job_does_not_write_into_a_running_run(corpus: Path, tmp_path: 
         return True
 
     long_run = commands.make_train_arguments(corpus, "run.steps=100000", "checkpoint.every=2")
-    commands.kill_when(try_second_job, long_run, 0, tmp_path)
+    commands.kill_when(try_second_job, long_run, ranks=0, cwd=tmp_path)
     assert (run / "run.lock").exists()
     completed = commands.run(*long_run, "run.steps=2", cwd=tmp_path)
     assert "resumed from" in completed.stderr

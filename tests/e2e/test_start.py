@@ -29,6 +29,7 @@ def run_dir(uninterrupted_run: Callable[[Layout], Path], tmp_path: Path) -> Path
 
 
 def read_contents(directory: Path) -> dict[str, bytes]:
+    """Return the content of all files below a directory by relative path."""
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
@@ -128,6 +129,7 @@ def rewrite_checkpoint(checkpoint: Path, change: Callable[[str, Tensor], Tensor]
 
 
 def scale_one_weight(name: str, tensor: Tensor) -> Tensor:
+    """Return the tensor, scaled if it is one certain weight of the second block."""
     return tensor * 1.5 if name == "model.blocks.1.feedforward.down.weight" else tensor
 
 

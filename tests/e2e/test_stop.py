@@ -12,53 +12,13 @@ from pathlib import Path
 import pytest
 
 from . import commands
+from .compare_runs import assert_same_metrics, assert_same_weights
 from .conftest import ONE_PROCESS, SHARDED, Layout
-from .test_kill import assert_same_weights
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-
-
-def start_with_fault(
-    fault: tuple[object, ...], corpus: Path, cwd: Path, *overrides: object, ranks: int = 2
-) -> subprocess.Popen[str]:
-    """Start training with a fault (faulty.py: name, rank, step), with two ranks under torchrun or in one process.
-
-    Returns the process of torchrun or of training.
-    """
-    launcher = TORCHRUN if ranks else [sys.executable]
-    arguments = commands.make_train_arguments(corpus, "run.steps=20", *overrides)
-    return subprocess.Popen(
-        [*launcher, "-m", "tests.e2e.faulty", *map(str, fault), *map(str, arguments)],
-        cwd=cwd,
-        env={**commands.make_environment(), "PYTHONPATH": str(commands.REPOSITORY)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for_end(process: subprocess.Popen[str], timeout_seconds: float) -> tuple[int, str, list[int]]:
-    """Wait for the process and kill its remaining descendants; return (exit code, output, ids of the killed)."""
-    pids = commands.list_process_tree(process.pid)
-    try:
-        output, _ = process.communicate(timeout=timeout_seconds)
-    finally:
-        remaining_pids = [pid for pid in commands.list_process_tree(process.pid) + pids if is_alive(pid)]
-        commands.kill_processes(remaining_pids)
-    return process.returncode, output, remaining_pids
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether the process exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+from .faults import NO_FAULT, Fault, start_with_fault, wait_for_end
 
 
 def read_stop_marker(run: Path) -> dict[str, object]:
+    """Return the content of stopped.json in a run directory."""
     marker: dict[str, object] = json.loads((run / "stopped.json").read_text())
     return marker
 
@@ -70,8 +30,8 @@ def read_stop_marker(run: Path) -> dict[str, object]:
 def test_one_process_saves_after_the_step_and_resumes_with_equal_results(
     fault: str, code: int, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
-    process = start_with_fault((fault, 0, 7), corpus, tmp_path, "checkpoint.every=0", ranks=0)
-    exit_code, output, remaining = wait_for_end(process, 60)
+    process = start_with_fault(Fault(fault, rank=0, step=7), corpus, tmp_path, "checkpoint.every=0", ranks=0)
+    exit_code, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert (exit_code, remaining) == (code, []), output
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
     assert step in (7, 8), "the run did not stop within one step"
@@ -80,9 +40,7 @@ def test_one_process_saves_after_the_step_and_resumes_with_equal_results(
     commands.run(*commands.make_train_arguments(corpus), cwd=tmp_path)
     assert not (tmp_path / "run" / "stopped.json").exists(), "the stop marker remains after the resume"
     expected = uninterrupted_run(ONE_PROCESS)
-    assert commands.get_column(commands.read_step_rows(tmp_path / "run"), "loss") == commands.get_column(
-        commands.read_step_rows(expected), "loss"
-    )
+    assert_same_metrics(tmp_path / "run", expected)
     assert_same_weights(tmp_path / "run", expected)
 
 
@@ -129,8 +87,8 @@ def test_signals_before_and_after_training_are_handled(
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: Path, tmp_path: Path) -> None:
-    process = start_with_fault(("usr1", rank, 5), corpus, tmp_path, *SHARDED.overrides)
-    _, output, remaining = wait_for_end(process, 60)
+    process = start_with_fault(Fault("usr1", rank=rank, step=5), corpus, tmp_path, *SHARDED.overrides)
+    _, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert not remaining
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
     assert step in (5, 6)
@@ -145,10 +103,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(rank: int, corpus: P
     ids=lambda stop_signal: stop_signal.name,
 )
 def test_a_signal_to_torchrun_stops_the_run(stop_signal: signal.Signals, corpus: Path, tmp_path: Path) -> None:
-    process = start_with_fault(("none", 9, 9), corpus, tmp_path, "run.steps=100000", *SHARDED.overrides)
+    process = start_with_fault(NO_FAULT, corpus, tmp_path, "run.steps=100000", *SHARDED.overrides)
     wait_for_steps(process, tmp_path / "run")
     os.kill(process.pid, stop_signal)
-    _, output, remaining = wait_for_end(process, 60)
+    _, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert not remaining
     assert read_stop_marker(tmp_path / "run")["signal"] == stop_signal.name
     step = int(str(read_stop_marker(tmp_path / "run")["step"]))
@@ -158,14 +116,14 @@ def test_a_signal_to_torchrun_stops_the_run(stop_signal: signal.Signals, corpus:
 @pytest.mark.slow
 def test_a_second_ctrl_c_to_torchrun_ends_ranks_that_cannot_save(corpus: Path, tmp_path: Path) -> None:
     """Rank 1 hangs, and rank 0 waits in a collective. After the first Ctrl-C, torchrun waits for up to 30 s."""
-    process = start_with_fault(("sleep", 1, 5), corpus, tmp_path, *SHARDED.overrides)
+    process = start_with_fault(Fault("sleep", rank=1, step=5), corpus, tmp_path, *SHARDED.overrides)
     wait_for_steps(process, tmp_path / "run")
     time.sleep(1)
     os.kill(process.pid, signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
-    _, output, remaining = wait_for_end(process, 20)
+    _, output, remaining = wait_for_end(process, timeout_seconds=20)
     assert not remaining, output
 
 
@@ -181,8 +139,8 @@ def wait_for_steps(process: subprocess.Popen[str], run: Path) -> None:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_raises_ends_the_job_and_is_named(rank: int, corpus: Path, tmp_path: Path) -> None:
-    process = start_with_fault(("raise", rank, 4), corpus, tmp_path, *SHARDED.overrides)
-    code, output, remaining = wait_for_end(process, 60)
+    process = start_with_fault(Fault("raise", rank=rank, step=4), corpus, tmp_path, *SHARDED.overrides)
+    code, output, remaining = wait_for_end(process, timeout_seconds=60)
     assert code != 0
     assert not remaining, output
     assert f"rank {rank} on " in output
@@ -198,8 +156,8 @@ def test_a_rank_that_raises_ends_the_job_and_is_named(rank: int, corpus: Path, t
 )
 def test_a_rank_that_hangs_is_named_and_the_job_ends(fault: str, message: str, corpus: Path, tmp_path: Path) -> None:
     start_time = time.monotonic()
-    process = start_with_fault((fault, 1, 5), corpus, tmp_path, "run.hang_seconds=3", *SHARDED.overrides)
-    code, output, remaining = wait_for_end(process, 100)
+    process = start_with_fault(Fault(fault, rank=1, step=5), corpus, tmp_path, "run.hang_seconds=3", *SHARDED.overrides)
+    code, output, remaining = wait_for_end(process, timeout_seconds=100)
     assert code != 0
     assert not remaining, output
     assert message in output, output
@@ -230,7 +188,9 @@ def test_a_rank_that_never_joins_is_named_and_the_others_exit(corpus: Path, tmp_
 @pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, corpus: Path, tmp_path: Path) -> None:
     options = ("checkpoint.every=2", "log.every=3", *(SHARDED.overrides if ranks else ()))
-    code, output, remaining = wait_for_end(start_with_fault(("nan", 0, 5), corpus, tmp_path, *options, ranks=ranks), 60)
+    code, output, remaining = wait_for_end(
+        start_with_fault(Fault("nan", rank=0, step=5), corpus, tmp_path, *options, ranks=ranks), timeout_seconds=60
+    )
     assert code == (1 if ranks else 2), output
     assert not remaining
     assert "step 5: the loss is nan; nothing was saved since" in output
@@ -240,5 +200,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(ranks: int, c
 
 def test_a_run_continues_after_nan_with_policy_warn(corpus: Path, tmp_path: Path) -> None:
     options = ("run.steps=6", "guard.not_finite=warn")
-    code, output, _ = wait_for_end(start_with_fault(("nan", 0, 5), corpus, tmp_path, *options, ranks=0), 60)
+    code, output, _ = wait_for_end(
+        start_with_fault(Fault("nan", rank=0, step=5), corpus, tmp_path, *options, ranks=0), timeout_seconds=60
+    )
     assert code == 0, output

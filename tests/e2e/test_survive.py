@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from . import commands
+from .compare_runs import assert_same_metrics, assert_same_weights
 from .conftest import ONE_PROCESS, SHARDED, Layout
-from .test_kill import assert_same_weights
 
 CHECKPOINT_EVERY, STEPS = 2, 20
+MAX_DELAY_SECONDS = 0.1  # from the start of a save to the kill
 
 
 def find_newest_committed_step(run: Path) -> int:
@@ -51,7 +52,14 @@ def test_a_kill_during_a_save_loses_at_most_this_save(
             save_step = step_before + CHECKPOINT_EVERY * rng.randint(1, 2)
             if save_step >= STEPS:
                 break
-            kill_during_save(rng.random() * 0.1, run, save_step, arguments, layout.ranks, directory)
+            kill_during_save(
+                run,
+                save_step,
+                delay_seconds=MAX_DELAY_SECONDS * rng.random(),
+                arguments=arguments,
+                ranks=layout.ranks,
+                cwd=directory,
+            )
             num_left -= 1
             assert find_newest_committed_step(run) >= save_step - CHECKPOINT_EVERY
             if step_before:
@@ -60,17 +68,14 @@ def test_a_kill_during_a_save_loses_at_most_this_save(
         completed = commands.run(*arguments, ranks=layout.ranks, cwd=directory)
         assert ("resumed from" in completed.stderr) == resumes
         expected = uninterrupted_run(layout)
-        for name in ("step", "loss", "grad_norm"):
-            assert commands.get_column(commands.read_step_rows(run), name) == commands.get_column(
-                commands.read_step_rows(expected), name
-            ), name
+        assert_same_metrics(run, expected, names=("step", "loss", "grad_norm"))
         assert_same_weights(run, expected)
         if not num_left:
             return
 
 
 def kill_during_save(
-    delay_seconds: float, run: Path, step: int, arguments: tuple[object, ...], ranks: int, directory: Path
+    run: Path, step: int, *, delay_seconds: float, arguments: tuple[object, ...], ranks: int, cwd: Path
 ) -> None:
     """Start the command and kill it `delay_seconds` after it starts to save `step`."""
     folder, save_start_time = run / "checkpoints" / f"step_{step:08d}", 0.0
@@ -82,7 +87,7 @@ def kill_during_save(
             save_start_time = time.monotonic()
         return bool(save_start_time) and time.monotonic() > save_start_time + delay_seconds
 
-    commands.kill_when(is_time_to_kill, arguments, ranks, directory)
+    commands.kill_when(is_time_to_kill, arguments, ranks=ranks, cwd=cwd)
 
 
 def read_folder_identity(folder: Path) -> tuple[int, int] | None:
@@ -126,6 +131,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def run_mount(*arguments: object) -> int:
+    """Run `mount` and return its exit code."""
     return subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode
 
 
@@ -137,7 +143,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_until_space_is_freed(
     )
     failed = commands.run(*arguments, ranks=2, cwd=tmp_path, succeed=False)
     assert failed.returncode != 0
-    assert "No space left on device" in common_error(tmp_path / "run")
+    assert "No space left on device" in read_common_error(tmp_path / "run")
     saved = sorted(small_disk.glob("step_*"))
     assert saved
     assert all((path / "COMMITTED").exists() for path in saved), "an incomplete checkpoint remains"
@@ -148,7 +154,7 @@ def test_a_full_disk_ends_the_run_on_all_ranks_until_space_is_freed(
     assert (small_disk / "step_00000020" / "COMMITTED").exists()
 
 
-def common_error(run: Path) -> str:
+def read_common_error(run: Path) -> str:
     """Return the message of the failed save, which must be equal on both ranks."""
     pattern = r"step_\d+: cannot be written: .*"
     rank_0_message, rank_1_message = (

@@ -8,17 +8,15 @@ import pytest
 from . import commands
 from .conftest import ONE_PROCESS, REPLICATED, SHARDED, Layout
 
-TORCHRUN_ONE = Layout(1)
-SHARDED_4 = Layout(4)  # dp_shard -1: all remaining ranks
-HYBRID = Layout(4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"))
+TORCHRUN_ONE = Layout(ranks=1)
+SHARDED_4 = Layout(ranks=4)  # dp_shard -1: all remaining ranks
+HYBRID = Layout(ranks=4, overrides=("parallel.dp_replicate=2", "parallel.dp_shard=2"))
 
 
 @pytest.mark.parametrize("layout", [TORCHRUN_ONE, SHARDED, REPLICATED, SHARDED_4, HYBRID], ids=str)
 def test_twenty_losses_do_not_depend_on_the_layout(layout: Layout, uninterrupted_run: Callable[[Layout], Path]) -> None:
-    expected, actual = (
-        commands.read_step_rows(uninterrupted_run(ONE_PROCESS)),
-        commands.read_step_rows(uninterrupted_run(layout)),
-    )
+    expected = commands.read_step_rows(uninterrupted_run(ONE_PROCESS))
+    actual = commands.read_step_rows(uninterrupted_run(layout))
 
     assert commands.get_column(actual, "loss") == pytest.approx(commands.get_column(expected, "loss"), rel=1e-5, abs=0)
     assert commands.get_column(actual, "grad_norm") == pytest.approx(

@@ -17,7 +17,7 @@ from dist_llm.engines.build_engine import build_engine, check_engine_config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError
 from tests.e2e import commands
-from tests.engines.stand_in import STAND_IN_SOURCE, install_engine
+from tests.engines.fake_engine import FAKE_ENGINE_SOURCE, install_engine
 from tests.laws.law import make_config
 
 CPU = torch.device("cpu")
@@ -25,12 +25,13 @@ CPU = torch.device("cpu")
 
 def make_engine_config(engine: str, **sections: Any) -> Config:
     """Make a resolved config of an engine. It is not checked, so `list_problems` can report what is wrong with it."""
-    config = make_config(1, {})
+    config = make_config(ranks=1)
     parallel = config.parallel.model_copy(update=sections.pop("parallel", {}))
     return config.model_copy(update={"engine": engine, "parallel": parallel, **sections})
 
 
 def list_problems(config: Config) -> list[str]:
+    """Return the violations of the config rules as strings."""
     return [str(violation) for violation in check(config, world_size=1, tokenizer_size=130)]
 
 
@@ -43,28 +44,28 @@ def package_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_engine_of_another_package_is_built(package_directory: Path) -> None:
     install_engine(package_directory)
-    config = make_engine_config("standin")
+    config = make_engine_config(engine="fake")
     assert list_problems(config) == []
     check_engine_config(config, CPU)
     engine = build_engine(config, CPU)
-    assert (type(engine).__name__, type(engine).__module__) == ("StandIn", "other_standin")
+    assert (type(engine).__name__, type(engine).__module__) == ("FakeEngine", "other_fake")
     assert isinstance(engine, NativeEngine)
-    with pytest.raises(ConfigError, match=r"parallel\.tp: standin cannot do that on cpu; set 1"):
-        check_engine_config(make_engine_config("standin", parallel={"tp": 2}), CPU)
+    with pytest.raises(ConfigError, match=r"parallel\.tp: fake cannot do that on cpu; set 1"):
+        check_engine_config(make_engine_config(engine="fake", parallel={"tp": 2}), CPU)
 
 
 def test_an_engine_without_check_config_is_accepted(package_directory: Path) -> None:
-    install_engine(package_directory, "unchecked", STAND_IN_SOURCE.partition("def check_config")[0])
-    config = make_engine_config("unchecked", parallel={"tp": 2})
+    install_engine(package_directory, name="unchecked", source=FAKE_ENGINE_SOURCE.partition("def check_config")[0])
+    config = make_engine_config(engine="unchecked", parallel={"tp": 2})
     check_engine_config(config, CPU)
 
 
 def test_an_unknown_engine_error_lists_the_known_engines(package_directory: Path) -> None:
     install_engine(package_directory)
-    message = "engine: no installed package has naitve; set one of accelerate, deepspeed, native, standin, or install"
-    assert [line for line in list_problems(make_engine_config("naitve")) if line.startswith(message)]
+    message = "engine: no installed package has naitve; set one of accelerate, deepspeed, fake, native, or install"
+    assert [line for line in list_problems(make_engine_config(engine="naitve")) if line.startswith(message)]
     with pytest.raises(ConfigError, match=message):
-        check_engine_config(make_engine_config("naitve"), CPU)
+        check_engine_config(make_engine_config(engine="naitve"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -79,25 +80,25 @@ def test_a_broken_engine_is_refused(
     source: str, message: str, package_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "other_broken", raising=False)
-    install_engine(package_directory, "broken", source)
+    install_engine(package_directory, name="broken", source=source)
     with pytest.raises(ConfigError, match=message):
-        check_engine_config(make_engine_config("broken"), CPU)
+        check_engine_config(make_engine_config(engine="broken"), CPU)
 
 
 def test_two_packages_with_the_same_engine_name_are_refused(package_directory: Path) -> None:
     install_engine(package_directory, package="one")
     install_engine(package_directory, package="two")
-    message = "engine: standin is registered more than once: one_standin, two_standin; uninstall all but one package"
-    assert message in list_problems(make_engine_config("standin"))
+    message = "engine: fake is registered more than once: one_fake, two_fake; uninstall all but one package"
+    assert message in list_problems(make_engine_config(engine="fake"))
     with pytest.raises(ConfigError, match=message):
-        build_engine(make_engine_config("standin"), CPU)
+        build_engine(make_engine_config(engine="fake"), CPU)
 
 
 def test_outdated_metadata_of_our_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The source tree was installed with `pip install -e .` before engines had entry points."""
     monkeypatch.setattr(engine_names, "entry_points", lambda **_: EntryPoints())
     message = "engine: no installed package has deepspeed; set one of native, or install dist_llm again, whose metadata"
-    assert [line for line in list_problems(make_engine_config("deepspeed")) if line.startswith(message)]
+    assert [line for line in list_problems(make_engine_config(engine="deepspeed")) if line.startswith(message)]
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "accelerate"])
@@ -123,7 +124,7 @@ import dist_llm.cli, dist_llm.generation
 import dist_llm.training.run, dist_llm.training.debug, dist_llm.training.evaluate_checkpoint
 from dist_llm.engines.build_engine import build_engine, check_engine_config
 from tests.laws.law import make_config
-config = make_config(1, {})
+config = make_config(ranks=1)
 check_engine_config(config, torch.device("cpu"))
 build_engine(config, torch.device("cpu"))
 others = ("deepspeed", "accelerate", "dist_llm.engines.deepspeed", "dist_llm.engines.accelerate")

@@ -16,10 +16,12 @@ from gpu_context import CaseContext
 
 
 def hang(context: CaseContext) -> None:
+    """Run longer than the time limit of the case."""
     time.sleep(600)
 
 
 def crash(context: CaseContext) -> None:
+    """End the process without a result."""
     os._exit(3)
 
 

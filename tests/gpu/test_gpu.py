@@ -23,11 +23,12 @@ def test_a_gpu_takes_the_step_that_a_cpu_takes(model: str) -> None:
     """Compare loss, gradient norm and weights of three steps in fp32 without TF32."""
     torch.backends.cuda.matmul.allow_tf32 = False
     engines = [
-        RecordingEngine(make_config(1, MODELS[model], optim=ADAMW), device) for device in (torch.device("cpu"), GPU)
+        RecordingEngine(make_config(ranks=1, model=MODELS[model], optim=ADAMW), device)
+        for device in (torch.device("cpu"), GPU)
     ]
     for step in range(3):
         cpu_report, gpu_report = (
-            train_step(engine, make_batches(engine.config, engine, step), 1e-3, step) for engine in engines
+            train_step(engine, make_batches(engine.config, engine, step), lr=1e-3, step=step) for engine in engines
         )
         assert gpu_report.loss.item() == pytest.approx(cpu_report.loss.item(), rel=1e-5)
         assert gpu_report.grad_norm.item() == pytest.approx(cpu_report.grad_norm.item(), rel=1e-4)
@@ -41,11 +42,11 @@ def test_a_gpu_takes_the_step_that_a_cpu_takes(model: str) -> None:
 def test_block_masks_equal_dense_masks(compiled: bool, sections: dict[str, Any]) -> None:
     """FlexAttention on the GPU equals a dense mask on the CPU. It needs heads of 16 dimensions or more."""
     model = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}
-    cpu = RecordingEngine(make_config(1, model, optim=ADAMW, **sections), torch.device("cpu"))
-    gpu = RecordingEngine(make_config(1, model, optim=ADAMW, compile=compiled, **sections), GPU)
+    cpu = RecordingEngine(make_config(ranks=1, model=model, optim=ADAMW, **sections), torch.device("cpu"))
+    gpu = RecordingEngine(make_config(ranks=1, model=model, optim=ADAMW, compile=compiled, **sections), GPU)
     for step in range(2):
         expected, actual = (
-            train_step(engine, make_batches(engine.config, engine, step), 1e-3, step) for engine in (cpu, gpu)
+            train_step(engine, make_batches(engine.config, engine, step), lr=1e-3, step=step) for engine in (cpu, gpu)
         )
         assert actual.loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
         assert actual.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=1e-3)
@@ -54,20 +55,24 @@ def test_block_masks_equal_dense_masks(compiled: bool, sections: dict[str, Any])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_half_precision_trains(precision: str, compiled: bool) -> None:
-    config = make_config(1, {}, optim={"name": "adamw", "lr": 3e-3, "clip": 1.0}, precision=precision, compile=compiled)
+    config = make_config(
+        ranks=1, optim={"name": "adamw", "lr": 3e-3, "clip": 1.0}, precision=precision, compile=compiled
+    )
     engine = NativeEngine(config, GPU)
-    losses = [train_step(engine, make_batches(config, engine, 0), 3e-3, step).loss.item() for step in range(20)]
+    losses = [
+        train_step(engine, make_batches(config, engine, step=0), lr=3e-3, step=step).loss.item() for step in range(20)
+    ]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_step_does_not_make_the_host_wait_for_the_gpu() -> None:
-    config = make_config(1, {}, optim=ADAMW, precision="bf16")
+    config = make_config(ranks=1, optim=ADAMW, precision="bf16")
     engine = NativeEngine(config, GPU)
-    batches = [batch.pin_memory() for batch in make_batches(config, engine, 0)]
-    train_step(engine, batches, 1e-3)
+    batches = [batch.pin_memory() for batch in make_batches(config, engine, step=0)]
+    train_step(engine, batches, lr=1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(engine, batches, 1e-3)
+        train_step(engine, batches, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -116,10 +121,13 @@ def test_products_in_float8_equal_the_emulation(tokens: int, monkeypatch: pytest
 def test_a_gpu_trains_in_float8_as_a_cpu_emulates_it(compiled: bool) -> None:
     """Losses of 20 steps on one batch agree within 6%, and their sums within 1%, like those of float8 and bf16."""
     sections: dict[str, Any] = {"optim": {"name": "adamw", "lr": 3e-3, "clip": 1.0}, "precision": "bf16", "fp8": True}
-    cpu = NativeEngine(make_config(1, {}, **sections), torch.device("cpu"))
-    gpu = NativeEngine(make_config(1, {}, compile=compiled, **sections), GPU)
+    cpu = NativeEngine(make_config(ranks=1, **sections), torch.device("cpu"))
+    gpu = NativeEngine(make_config(ranks=1, compile=compiled, **sections), GPU)
     expected, actual = (
-        [train_step(engine, make_batches(engine.config, engine, 0), 3e-3, step).loss.item() for step in range(20)]
+        [
+            train_step(engine, make_batches(engine.config, engine, step=0), lr=3e-3, step=step).loss.item()
+            for step in range(20)
+        ]
         for engine in (cpu, gpu)
     )
     assert actual[-1] < 0.8 * actual[0]

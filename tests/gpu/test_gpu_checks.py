@@ -89,6 +89,7 @@ def _shift_norms(module: torch.nn.Module) -> None:
 
 
 def _load_shifted(load: Any, folder: Any, state: Any) -> None:
+    """Planted bug: after loading, one element of a moment is 1 too large."""
     load(folder, state)
     next(iter(state.moments().values())).view(-1)[:1] += 1
 
@@ -108,6 +109,7 @@ class LongStepEngine(NativeEngine):
 
 @pytest.fixture
 def long_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the engine of the GPU checks by LongStepEngine."""
     LongStepEngine.instance_numbers = itertools.count()
     monkeypatch.setattr(gpu_steps, "NativeEngine", LongStepEngine)
 
@@ -137,7 +139,7 @@ def test_a_loss_of_zero_breaks_a_training_case(monkeypatch: pytest.MonkeyPatch) 
     """A step that computes nothing would be fast, so a training case checks the first loss."""
     measurement = {"seconds": 0.1, "peak": 1, "loss": 0.0}
     monkeypatch.setattr(gpu_figures, "make_native_stepper", lambda config, device: lambda steps: measurement)
-    row = gpu_figures.measure_training(CPU, "llama-1b", 4096, 4)
+    row = gpu_figures.measure_training(CPU, "llama-1b", seq_len=4096, batch=4)
     assert row["broken"]
     assert row["tokens_per_second"] == pytest.approx(4 * 64 / 0.1)
 
@@ -151,10 +153,20 @@ def test_nan_and_a_wrong_shape_break_a_comparison() -> None:
 
 
 def test_a_gap_begins_at_the_end_of_all_earlier_kernels() -> None:
-    device_spans = [Span("a", 0, 10), Span("long", 2, 30), Span("short", 5, 6), Span("b", 34, 40), Span("c", 40, 50)]
-    host_spans = [Span("aten::mm", 1, 3), Span("aten::item", 31, 33), Span("aten::add", 39, 40)]
+    device_spans = [
+        Span("a", start=0, end=10),
+        Span("long", start=2, end=30),
+        Span("short", start=5, end=6),
+        Span("b", start=34, end=40),
+        Span("c", start=40, end=50),
+    ]
+    host_spans = [
+        Span("aten::mm", start=1, end=3),
+        Span("aten::item", start=31, end=33),
+        Span("aten::add", start=39, end=40),
+    ]
     (gap,) = gpu_profile.find_gaps(device_spans, host_spans)
-    assert gap == Gap(30, 4, previous_kernel="long", next_kernel="b", last_host_operator="aten::item")
+    assert gap == Gap(start=30, micros=4, previous_kernel="long", next_kernel="b", last_host_operator="aten::item")
     summary = gpu_profile.summarize_spans(device_spans, host_spans)
     assert (summary["kernel_window_micros"], summary["idle_micros"], summary["kernels"]) == (50, 4, 5)
     assert gpu_profile.summarize_spans([], [])["broken"] == ["the profile has no kernel"]

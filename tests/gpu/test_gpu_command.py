@@ -36,7 +36,7 @@ HIDE_ABSENT_PACKAGES = f"import sys; sys.modules.update(dict.fromkeys({ABSENT_PA
 without_cuda = pytest.mark.skipif(torch.version.cuda is not None, reason="the fake GPU needs torch's CPU build")
 
 
-def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py") -> subprocess.Popen[str]:
+def start_program(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py") -> subprocess.Popen[str]:
     """Start a program, or with `code` this Python code, with these arguments."""
     program_args = ["-c", code] if code else [str(program)]
     return subprocess.Popen(
@@ -50,6 +50,7 @@ def start(*arguments: str, code: str = "", program: Path = BENCHMARKS / "gpu.py"
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a result file by name."""
     return {row["row"]: row for row in json.loads(path.read_text())["rows"]}
 
 
@@ -62,7 +63,7 @@ def case_name_of(name: str) -> str:
 def test_every_case_runs_on_a_fake_gpu(tmp_path: Path) -> None:
     """The sizes are tiny. A case fails if a tensor is not on the fake GPU, or if a step reads a value."""
     code = f"{HIDE_ABSENT_PACKAGES} sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; sys.exit(gpu.main())"
-    process = start("--device", "fake", "--tiny", "--write", str(tmp_path), code=code)
+    process = start_program("--device", "fake", "--tiny", "--write", str(tmp_path), code=code)
     output, errors = process.communicate(timeout=280)
     rows = read_rows(tmp_path / "gpu-fake.json")
     assert {name: row["error"] for name, row in rows.items() if row["outcome"] == "failed"} == {}
@@ -79,7 +80,7 @@ def test_results_survive_hangs_crashes_and_sigkill(tmp_path: Path) -> None:
     """One case hangs, one crashes, and the next succeeds. Then SIGKILL leaves a complete file and no child process."""
     path = tmp_path / "gpu-cpu.json"
     program = Path(__file__).parent / "failing_cases.py"
-    with start("--device", "cpu", "--write", str(tmp_path), program=program) as process:
+    with start_program("--device", "cpu", "--write", str(tmp_path), program=program) as process:
         deadline = time.monotonic() + 250
         while not path.exists() or len(read_rows(path)) < 4:
             assert process.poll() is None, process.communicate()
@@ -114,10 +115,12 @@ class InProcessRunner:
 
 
 def run_out_of_memory(context: CaseContext) -> None:
+    """Fail as torch does without free GPU memory."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB.")
 
 
 def interrupt(context: CaseContext) -> None:
+    """Fail as on Ctrl-C."""
     raise KeyboardInterrupt
 
 
@@ -180,6 +183,7 @@ def test_an_interrupted_run_prints_the_finished_cases(run_gpu_command: Any, caps
 
 
 def read_command_line(pid: int) -> str:
+    """Return the command line of a process; empty if it does not exist."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -214,7 +218,7 @@ def test_committed_memory_peaks_are_current(tmp_path: Path) -> None:
     peaks = gpu_report.read_traced_peaks()
     names = [case.name for case in CASES if case.kind == "train"]
     assert peaks.keys() >= set(names)
-    process = start("--device", "fake", "--write", str(tmp_path), "--cases", names[0])
+    process = start_program("--device", "fake", "--write", str(tmp_path), "--cases", names[0])
     process.communicate(timeout=1100)
     traced = read_rows(tmp_path / "gpu-fake.json")[names[0]]["traced_peak"]
     assert traced == pytest.approx(peaks[names[0]], rel=0.01)

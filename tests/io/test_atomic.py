@@ -26,6 +26,7 @@ def write_folder(target, shared):
 
 
 def snapshot(directory):
+    """Return the content of all files below a directory by relative path."""
     return {
         str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()
     }

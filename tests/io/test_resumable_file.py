@@ -39,7 +39,7 @@ def test_resumed_writer_writes_the_same_bytes(seed, tmp_path):
     for document in documents:
         writer.add(document, 3)
     expected = writer.close()
-    assert write_randomly(cut, documents, 0.3, seed) == expected
+    assert write_randomly(cut, documents, cut_probability=0.3, seed=seed) == expected
     for shard in expected:
         for name in (shard.file, shard.file.replace(".bin", ".offsets")):
             assert (cut / name).read_bytes() == (one_by_one / name).read_bytes()

@@ -47,6 +47,7 @@ def make_healthy_reports() -> list[NodeReport]:
 
 
 def make_changed_reports(*ranks: int, **values: object) -> list[NodeReport]:
+    """Return healthy reports, with other values of these fields in the reports of the ranks."""
     return [replace(report, **values) if report.rank in ranks else report for report in make_healthy_reports()]
 
 
@@ -143,9 +144,10 @@ def test_interleaved_ranks_are_listed_individually():
 
 
 def measure_as_two_nodes(directory: Path) -> list[NodeReport]:
+    """Measure both ranks of a world as if each ran on a node of its own."""
     rank = dist.get_rank()
     own_world = World(rank=rank, world_size=2, local_rank=0, host=f"node{rank}")
-    return preflight.measure_ranks(own_world, directory, PreflightTimeout(own_world, 60))
+    return preflight.measure_ranks(own_world, directory, PreflightTimeout(own_world, seconds=60))
 
 
 def test_two_ranks_measure_the_same_reports(tmp_path):
@@ -201,6 +203,7 @@ def test_nccl_is_used_only_if_all_nodes_have_gpus(tmp_path):
 
 
 def measure_shifted_clock(seconds: float) -> float:
+    """Measure the clock offset while the clock of rank 1 is `seconds` ahead."""
     original = time.time
     if dist.get_rank() == 1:
         time.time = lambda: original() + seconds
@@ -216,9 +219,10 @@ def test_a_clock_offset_is_measured():
 
 
 def try_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
+    """Test whether the ranks share files; rank i uses the directory `directories[i]`."""
     rank = dist.get_rank()
     return preflight.try_shared_file(
-        directories[rank], PreflightTimeout(World(rank=rank, world_size=2), 60), wait_seconds=0.5
+        directories[rank], PreflightTimeout(World(rank=rank, world_size=2), seconds=60), wait_seconds=0.5
     )
 
 
@@ -242,7 +246,7 @@ def test_the_shared_file_is_removed_after_a_failure(tmp_path, monkeypatch):
 
     monkeypatch.setattr(preflight, "_has_content", raise_error)
     with pytest.raises(ConfigError, match=r"rank 0 failed in --directory: the network went away"):
-        run_preflight(tmp_path, 60, World())
+        run_preflight(tmp_path, seconds=60, world=World())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,12 +254,10 @@ def test_a_hanging_rank_reports_its_phase(tmp_path, monkeypatch, capsys):
     exit_codes = []
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(preflight.os, "_exit", exit_codes.append)
-    timeout = PreflightTimeout(World(rank=3, world_size=8, local_rank=1, host="node1"), 0.05)
-    timeout.phase, timeout.problems, timeout.file = (
-        "the all-reduce of node1 and node2",
-        ["node2: NCCL is old"],
-        tmp_path / "file",
-    )
+    timeout = PreflightTimeout(World(rank=3, world_size=8, local_rank=1, host="node1"), seconds=0.05)
+    timeout.phase = "the all-reduce of node1 and node2"
+    timeout.problems = ["node2: NCCL is old"]
+    timeout.file = tmp_path / "file"
     timeout.file.touch()
     with timeout.running():
         pass
@@ -273,6 +275,7 @@ def test_a_hanging_rank_reports_its_phase(tmp_path, monkeypatch, capsys):
 
 
 def measure_all_reduce_at_fixed_rate() -> tuple[float, float]:
+    """Measure latency and rate of an all-reduce that takes 1 s per 8 MiB."""
     preflight._all_reduce_seconds, original = (lambda size, *rest: size / 2**23), preflight._all_reduce_seconds
     try:
         return preflight.measure_all_reduce(CPU, dist.group.WORLD)
@@ -289,6 +292,7 @@ def test_the_bandwidth_is_the_traffic_of_one_link(ranks, traffic_factor):
 
 
 def measure_neighbour_with_slow_link(hosts: list[str], slow: list[int], seconds: float) -> float:
+    """Measure the bandwidth between neighbours; all-reduces of the group `slow` take `seconds` longer."""
     rank, original = dist.get_rank(), dist.all_reduce
 
     def slow_all_reduce(tensor, group):
@@ -299,14 +303,16 @@ def measure_neighbour_with_slow_link(hosts: list[str], slow: list[int], seconds:
     dist.all_reduce = slow_all_reduce
     try:
         own_world = World(rank=rank, world_size=len(hosts), local_rank=0, host=hosts[rank])
-        return preflight.measure_neighbour_bandwidth(own_world, hosts, CPU, PreflightTimeout(own_world, 60))
+        return preflight.measure_neighbour_bandwidth(own_world, hosts, CPU, PreflightTimeout(own_world, seconds=60))
     finally:
         dist.all_reduce = original
 
 
 def test_neighbor_nodes_are_measured_in_pairs():
     """Three nodes; the last has two ranks and a slow link."""
-    first, second, *last = get_world(4).run(measure_neighbour_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], 0.2)
+    first, second, *last = get_world(4).run(
+        measure_neighbour_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], seconds=0.2
+    )
     assert second < 2**23 * 4 / 3 / 0.2 / 1e9
     assert first > 0
     assert all(map(math.isnan, last))
@@ -318,7 +324,7 @@ def test_a_rank_without_a_matmul_still_reports(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(preflight, "measure_matmul_tflops", raise_error)
     with pytest.raises(ConfigError, match=r"1 problem .*\n  here: rank 0: CUDA out of memory: tried to$"):
-        run_preflight(tmp_path, 60, World(host="here"))
+        run_preflight(tmp_path, seconds=60, world=World(host="here"))
     assert "here" in capsys.readouterr().out, "the table is not printed after an error"
 
 
@@ -329,7 +335,7 @@ def test_problems_before_a_failed_collective_are_reported(tmp_path, monkeypatch)
     monkeypatch.setattr(preflight, "measure_all_reduce", raise_error)
     monkeypatch.setattr(preflight, "select_device", lambda world: (_ for _ in ()).throw(ConfigError("no GPU 3")))
     with pytest.raises(ConfigError) as excinfo:
-        run_preflight(tmp_path, 60, World(host="here"))
+        run_preflight(tmp_path, seconds=60, world=World(host="here"))
     assert str(excinfo.value).splitlines() == [
         "2 problems found:",
         "  here: rank 0: no GPU 3",
@@ -343,10 +349,10 @@ def test_only_rank_0_reports_problems(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "process_group", lambda *rest, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(preflight, "measure_ranks", lambda *rest: make_changed_reports(2, 3, clock_offset_seconds=5.0))
     with pytest.raises(ConfigError, match=r"1 problem found:\n  node1: its clock is 5.0 s ahead"):
-        run_preflight(tmp_path, 60, World(rank=0, world_size=8, local_rank=0, host="node0"))
+        run_preflight(tmp_path, seconds=60, world=World(rank=0, world_size=8, local_rank=0, host="node0"))
     assert "node3" in capsys.readouterr().out
     with pytest.raises(SystemExit) as excinfo:
-        run_preflight(tmp_path, 60, World(rank=5, world_size=8, local_rank=1, host="node2"))
+        run_preflight(tmp_path, seconds=60, world=World(rank=5, world_size=8, local_rank=1, host="node2"))
     assert (excinfo.value.code, pauses) == (2, [3])
     printed = capsys.readouterr()
     assert printed.out + printed.err == ""

@@ -25,26 +25,25 @@ from dist_llm.launch.run_lock import (
     parse_holder,
 )
 
-ELSEWHERE = LockHolder("t", "n7", 12, "another machine", "99", "yesterday")
+ELSEWHERE = LockHolder("t", "n7", process=12, machine="another machine", start_time="99", since="yesterday")
 
 
 def make_holder(**changes: object) -> LockHolder:
+    """Describe this process as the holder of a lock, with changed fields."""
     return replace(describe_this_process("here", {}), **changes)  # type: ignore[arg-type]
 
 
 def read_holder(directory: Path) -> LockHolder:
+    """Return the holder that the lock file of a directory names."""
     return parse_holder((directory / LOCK_FILE).read_bytes())
 
 
 def write_lock(directory: Path, holder: LockHolder) -> Path:
+    """Write the lock file of a directory and return its path."""
     directory.mkdir(exist_ok=True)
     path = directory / LOCK_FILE
     path.write_bytes(dump_holder(holder))
     return path
-
-
-def job_is_running(job: str) -> bool:
-    return False
 
 
 def test_a_second_run_is_refused_with_the_holder(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_ignored_signals_stay_ignored(number: signal.Signals) -> None:
 
 
 def agree_on_signals(rank: int) -> list[int]:
+    """Take three steps, in the second of which `rank` receives SIGUSR1; return the agreed signal of each step."""
     signals_by_step = []
     with StopSignals() as signals:
         for step in range(3):
@@ -111,7 +112,7 @@ def test_the_batch_script_finds_the_stop_marker(
     path = tmp_path / ("elsewhere" if from_environment else "stopped.json")
     if from_environment:
         monkeypatch.setenv(STOP_MARKER_VARIABLE, str(path))
-    write_stop_marker(signal.SIGUSR1, 7, tmp_path)
+    write_stop_marker(signal.SIGUSR1, step=7, directory=tmp_path)
     assert json.loads(path.read_text()) == {"signal": "SIGUSR1", "step": 7}
     clear_stop_marker(tmp_path)
     clear_stop_marker(tmp_path)

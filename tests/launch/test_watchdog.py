@@ -25,27 +25,29 @@ from dist_llm.launch.world import World
 def make_report(
     collective: str = "gloo:all_reduce [[4]] of default_pg", activity: str = "step 5", host: str = "n1"
 ) -> dict[str, Any]:
+    """Return what the watchdog thread of a rank publishes."""
     return {"host": host, "activity": activity, "collective": collective, "location": "train.py, in forward"}
 
 
 def test_a_rank_outside_collectives_holds_up_the_others() -> None:
-    assert diagnose_stall({0: make_report(), 1: make_report("", host="n2"), 2: make_report()}, 3) == [
+    assert diagnose_stall({0: make_report(), 1: make_report("", host="n2"), 2: make_report()}, num_ranks=3) == [
         "rank 1 on n2 holds up the run, in step 5: train.py, in forward"
     ]
 
 
 def test_a_rank_without_a_report_is_named() -> None:
-    assert diagnose_stall({0: make_report(), 2: make_report()}, 3) == [
+    assert diagnose_stall({0: make_report(), 2: make_report()}, num_ranks=3) == [
         "rank 1 does not answer: its process is stopped, or its node is gone"
     ]
 
 
 def test_no_rank_is_named_if_all_ranks_wait() -> None:
-    (line,) = diagnose_stall({0: make_report("gloo:send [[2]] of pp"), 1: make_report()}, 2)
+    (line,) = diagnose_stall({0: make_report("gloo:send [[2]] of pp"), 1: make_report()}, num_ranks=2)
     assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
 
 
 def run_watchdog(limit_seconds: float, num_heartbeats: int, run_seconds: float, factor: int = 1) -> list[int]:
+    """Send heartbeats, then none for `run_seconds`; return the exit codes with which the watchdog ended the process."""
     exit_codes: list[int] = []
     with Watchdog(World(), limit_seconds, exit_process=exit_codes.append) as watchdog:
         for step in range(num_heartbeats):
@@ -56,11 +58,12 @@ def run_watchdog(limit_seconds: float, num_heartbeats: int, run_seconds: float, 
 
 @pytest.fixture(autouse=True)
 def disable_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    """End processes at once."""
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 0.0)
 
 
 def test_a_run_without_progress_is_ended() -> None:
-    assert run_watchdog(0.2, NUM_FIRST_STEPS + 1, 0.8) == [EXIT_CODE]
+    assert run_watchdog(limit_seconds=0.2, num_heartbeats=NUM_FIRST_STEPS + 1, run_seconds=0.8) == [EXIT_CODE]
 
 
 def test_a_run_is_ended_if_the_store_does_not_answer(
@@ -76,7 +79,7 @@ def test_a_run_is_ended_if_the_store_does_not_answer(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", StoppedStore)
     exit_codes: list[int] = []
-    with Watchdog(World(rank=1, world_size=2), 0.2, exit_process=exit_codes.append) as watchdog:
+    with Watchdog(World(rank=1, world_size=2), limit_seconds=0.2, exit_process=exit_codes.append) as watchdog:
         for step in range(NUM_FIRST_STEPS + 1):
             watchdog.heartbeat(f"step {step}")
         deadline = time.monotonic() + 10
@@ -90,7 +93,7 @@ def test_a_run_that_resumes_is_not_ended(monkeypatch: pytest.MonkeyPatch, caplog
     """The network recovers while the diagnosis is collected."""
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 1.0)
     exit_codes: list[int] = []
-    with Watchdog(World(), 0.2, exit_process=exit_codes.append) as watchdog:
+    with Watchdog(World(), limit_seconds=0.2, exit_process=exit_codes.append) as watchdog:
         for step in range(NUM_FIRST_STEPS + 1):
             watchdog.heartbeat(f"step {step}")
         time.sleep(0.6)
@@ -113,7 +116,7 @@ def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     exit_codes: list[int] = []
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, read_process_identity(sleeper.pid))))
-        with Watchdog(own_world, 0.4, exit_process=exit_codes.append) as watchdog:
+        with Watchdog(own_world, limit_seconds=0.4, exit_process=exit_codes.append) as watchdog:
             for step in range(NUM_FIRST_STEPS + 1):
                 watchdog.heartbeat(f"step {step}")
             time.sleep(0.7)
@@ -132,11 +135,11 @@ def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["the first steps", "a long activity", "no limit"],
 )
 def test_a_longer_timeout_applies_to_slow_activities(limit: float, heartbeats: int, factor: int) -> None:
-    assert run_watchdog(limit, heartbeats, 0.8, factor) == []
+    assert run_watchdog(limit, heartbeats, run_seconds=0.8, factor=factor) == []
 
 
 def test_the_timeout_is_ten_times_the_median_of_long_steps() -> None:
-    watchdog = Watchdog(World(), 1.0)
+    watchdog = Watchdog(World(), limit_seconds=1.0)
     for step in range(NUM_FIRST_STEPS):
         watchdog.heartbeat(f"step {step}")
     for _ in range(3):

@@ -1,7 +1,14 @@
 """Planted bugs: faults of parallel training, each of which must make the comparison with one process fail.
 
+    with plant_bug("gradients_are_not_clipped"):
+        train_step(...)  # in this process, clipping does nothing inside the block
+
 A bug is a context manager that patches dist_llm or torch in this process while it is open. The name of a bug says what
-is wrong. test_planted_bugs.py and test_optimizers.py check that each bug is detected.
+is wrong, and its docstring describes the effect. `record_trace` (law.py) plants a bug on each rank.
+test_planted_bugs.py and test_optimizers.py check that each bug is detected.
+
+A new bug is a function with the decorator `register_bug`. test_planted_bugs.py needs a layout on which it has an
+effect.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +40,7 @@ BUGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {}
 
 
 def plant_bug(name: str) -> AbstractContextManager[Any]:
-    """Return the context manager of a bug."""
+    """Return a context manager that plants the bug with this name in this process."""
     return BUGS[name]()
 
 
@@ -49,11 +56,14 @@ def _local_with_zero_offset(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[i
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Replace a function whose effect the bug removes."""
     return None
 
 
 @register_bug
 def gradients_are_not_reduced_over_replicas() -> Iterator[Any]:
+    """FSDP does not all-reduce gradients over dp_replicate."""
+
     class DistWithoutReduction:
         def __getattr__(self, name: str) -> Any:
             return getattr(dist, name) if name != "all_reduce" else lambda *args, **kwargs: None
@@ -64,6 +74,8 @@ def gradients_are_not_reduced_over_replicas() -> Iterator[Any]:
 
 @register_bug
 def gradients_are_not_reduced_over_shards() -> Iterator[Any]:
+    """FSDP keeps the local chunk of each gradient in place of a reduce-scatter."""
+
     def keep_local_chunk(output: torch.Tensor, input: torch.Tensor, op: Any, group: Any, **kwargs: Any) -> None:
         output.copy_(input.view(dist.get_world_size(group), -1)[dist.get_rank(group)])
 
@@ -112,6 +124,7 @@ def vocabulary_head_gradients_are_not_reduced_over_tensor_ranks() -> Iterator[An
 
 
 def _gather_local_gradients_only(region: tensor_parallel.TensorParallelRegion, x_BTD: torch.Tensor) -> torch.Tensor:
+    """All-gather tokens in forward; in backward slice the local gradient in place of a reduce-scatter."""
     return mesh.differentiable_collective(x_BTD, region.all_gather_no_grad, region.local_tokens)
 
 
@@ -135,24 +148,29 @@ def tensor_ranks_use_the_positions_of_the_first_rank() -> Iterator[Any]:
 
 @register_bug
 def tied_embedding_is_not_reduced_over_stages() -> Iterator[Any]:
+    """The first and the last pipeline stage update their copies of the tied embedding separately."""
     with patch.object(pipeline_parallel.TiedEmbeddingGroup, "reduce_grads", _do_nothing):
         yield
 
 
 @register_bug
 def norm_layer_gradients_of_token_slices_are_not_reduced() -> Iterator[Any]:
+    """With sequence parallelism each tensor rank has the norm gradients of its own tokens only."""
     with patch("dist_llm.engines.native.all_reduce_replicated_grads", _do_nothing):
         yield
 
 
 @register_bug
 def gradients_are_averaged_over_ranks() -> Iterator[Any]:
+    """FSDP divides the sum of gradients by the number of ranks, although the losses are already normalized."""
     with patch.object(FSDPModule, "set_gradient_divide_factor", _do_nothing):
         yield
 
 
 @register_bug
 def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
+    """Each data-parallel rank divides by its own number of valid tokens."""
+
     def skip_all_reduce(self: NativeEngine, value: Any) -> torch.Tensor:
         return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else original(self, value)
 
@@ -163,6 +181,8 @@ def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
 
 @register_bug
 def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
+    """Each microbatch is divided by its own number of valid tokens."""
+
     def normalize_each_microbatch(
         self: NativeEngine, batches: Any, num_valid_tokens: torch.Tensor, step: int
     ) -> torch.Tensor:
@@ -179,17 +199,20 @@ def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
 
 @register_bug
 def loss_is_divided_twice() -> Iterator[Any]:
+    """The loss is divided by the square of the number of valid tokens."""
     original = NativeEngine.accumulate
     with patch.object(
         NativeEngine,
         "accumulate",
-        lambda self, b, num_valid_tokens, s: original(self, b, num_valid_tokens * num_valid_tokens, s),
+        lambda self, batches, num_valid_tokens, step: original(self, batches, num_valid_tokens**2, step),
     ):
         yield
 
 
 @register_bug
 def loss_is_averaged_over_padding() -> Iterator[Any]:
+    """The number of valid tokens includes targets that are ignored."""
+
     def count_padding(engine: Any, batches: Any, *args: Any) -> Any:
         return original(engine, [replace(batch, num_valid_tokens=batch.targets_BS.numel()) for batch in batches], *args)
 
@@ -200,15 +223,19 @@ def loss_is_averaged_over_padding() -> Iterator[Any]:
 
 @register_bug
 def only_the_last_microbatch_is_accumulated() -> Iterator[Any]:
+    """All other microbatches of a step are dropped."""
     original = NativeEngine.accumulate
     with patch.object(
-        NativeEngine, "accumulate", lambda self, b, num_valid_tokens, s: original(self, b[-1:], num_valid_tokens, s)
+        NativeEngine,
+        "accumulate",
+        lambda self, batches, num_valid_tokens, step: original(self, batches[-1:], num_valid_tokens, step),
     ):
         yield
 
 
 @register_bug
 def all_ranks_read_the_same_samples() -> Iterator[Any]:
+    """All data-parallel ranks read the samples of rank 0."""
     original = NativeEngine.dp_rank_and_size
     with patch.object(NativeEngine, "dp_rank_and_size", property(lambda self: (0, original.fget(self)[1]))):  # type: ignore[attr-defined]
         yield
@@ -216,6 +243,7 @@ def all_ranks_read_the_same_samples() -> Iterator[Any]:
 
 @register_bug
 def gradients_are_clipped_by_the_local_norm() -> Iterator[Any]:
+    """The gradient norm is not reduced over tensor ranks, so each rank clips by a different norm."""
     original = mesh.all_reduce_over_axes_
 
     def skip_tp_all_reduce(value: torch.Tensor, mesh: Any, axes: Any) -> torch.Tensor:
@@ -227,12 +255,15 @@ def gradients_are_clipped_by_the_local_norm() -> Iterator[Any]:
 
 @register_bug
 def gradient_norm_counts_replicated_parameters_once_per_tensor_rank() -> Iterator[Any]:
+    """The norm treats replicated parameters as sharded over tp."""
     with patch("dist_llm.engines.gradient_norm.is_sharded_over", lambda parameter, axis: True):
         yield
 
 
 @register_bug
 def gradient_norm_counts_the_tied_embedding_in_both_stages() -> Iterator[Any]:
+    """The norm adds the tied embedding in the first and in the last pipeline stage."""
+
     def count_both_stages(self: NativeEngine) -> torch.Tensor:
         original_flags = [model_part.is_first_stage for model_part in self.model_parts]
         for model_part in self.model_parts:
@@ -249,12 +280,15 @@ def gradient_norm_counts_the_tied_embedding_in_both_stages() -> Iterator[Any]:
 
 @register_bug
 def gradients_are_not_clipped() -> Iterator[Any]:
+    """The optimizer gets the gradients without clipping."""
     with patch.object(gradient_clipping, "clip_grads_", _do_nothing):
         yield
 
 
 @register_bug
 def context_ranks_count_positions_from_zero() -> Iterator[Any]:
+    """The positions of each context rank start at 0, not at the offset of its tokens."""
+
     def number_from_zero(batch: Any, rank: int, ranks: int) -> Any:
         local_batch = shard_sequences(batch, rank, ranks)
         positions = torch.arange(local_batch.inputs_BS.shape[1])
@@ -297,6 +331,8 @@ def tied_head_uses_a_copy_of_the_embedding() -> Iterator[Any]:
 
 @register_bug
 def vocabulary_maximum_is_not_reduced_over_tensor_ranks() -> Iterator[Any]:
+    """Each tensor rank subtracts the maximum of its own logits before the softmax."""
+
     class DistWithLocalMaximum:
         def __getattr__(self, name: str) -> Any:
             return getattr(dist, name)
@@ -311,6 +347,7 @@ def vocabulary_maximum_is_not_reduced_over_tensor_ranks() -> Iterator[Any]:
 
 @register_bug
 def vocabulary_padding_is_in_the_softmax() -> Iterator[Any]:
+    """The rows that pad the vocabulary to a multiple take part in the softmax."""
     original = tensor_parallel.VocabParallelHead._build_vocab_shard
 
     def include_padding_rows(self: Any, weight_WD: Any) -> Any:
@@ -322,12 +359,15 @@ def vocabulary_padding_is_in_the_softmax() -> Iterator[Any]:
 
 @register_bug
 def all_ranks_initialize_the_same_shard() -> Iterator[Any]:
+    """Each rank draws the initial values of the first shard."""
     with patch.object(parallelize, "local_with_offset", _local_with_zero_offset):
         yield
 
 
 @register_bug
 def pipeline_rescales_gradients() -> Iterator[Any]:
+    """The pipeline schedule divides gradients by the number of microbatches."""
+
     def enable_grad_scaling(kind: Any) -> Any:
         return lambda *args, **kwargs: kind(*args, **{**kwargs, "scale_grads": True})
 
@@ -362,6 +402,7 @@ def every_microbatch_uses_the_mask_of_the_first() -> Iterator[Any]:
 
 @register_bug
 def stochastic_depth_differs_between_tensor_ranks() -> Iterator[Any]:
+    """Tensor ranks drop the layers of different sequences."""
     original = decoder.stochastic_depth_scale  # type: ignore[attr-defined]
     with patch.object(
         decoder, "stochastic_depth_scale", lambda sample_hash_B, *args: original(sample_hash_B + dist.get_rank(), *args)
@@ -460,6 +501,7 @@ def every_tensor_rank_has_the_gates_of_the_first_heads() -> Iterator[Any]:
 
 @register_bug
 def windows_ignore_documents() -> Iterator[Any]:
+    """Attention within a window also reads tokens of the previous document."""
     original = banded_attention._band_mask
     with patch.object(
         banded_attention, "_band_mask", lambda mask, *args: original(replace(mask, documents_BT=None), *args)
@@ -469,6 +511,7 @@ def windows_ignore_documents() -> Iterator[Any]:
 
 @register_bug
 def windows_are_one_key_short_on_context_ranks() -> Iterator[Any]:
+    """The attention mask of a window allows one key less."""
     original = AttentionMask.allows
 
     def allows_less(self: AttentionMask, *args: Any) -> torch.Tensor:
@@ -504,6 +547,8 @@ def weights_stay_gathered_after_the_last_backward() -> Iterator[Any]:
 
 @register_bug
 def shards_are_orthogonalized_separately() -> Iterator[Any]:
+    """Muon orthogonalizes the shard of each rank in place of the full matrix."""
+
     def orthogonalize_shards(self: DistributedOrthogonalizer, updates: Any) -> Any:
         shards = [sharded.to_local(update) for update in updates]
         for shard, result in zip(shards, orthogonalize(shards), strict=True):
@@ -529,17 +574,25 @@ def shards_are_returned_to_the_wrong_rank() -> Iterator[Any]:
 
 @register_bug
 def momentum_is_reset_before_each_step() -> Iterator[Any]:
+    """SGD starts each step without momentum."""
     with _before_sgd_steps(lambda optimizer: optimizer.state.clear()):
         yield
 
 
 @register_bug
 def momentum_is_kept_on_the_first_rank_only() -> Iterator[Any]:
-    with _before_sgd_steps(lambda optimizer: optimizer.state.clear() if dist.get_rank() else None):
+    """SGD has no momentum on ranks other than 0."""
+
+    def reset_momentum(optimizer: LocalSGD) -> None:
+        if dist.get_rank() != 0:
+            optimizer.state.clear()
+
+    with _before_sgd_steps(reset_momentum):
         yield
 
 
 def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextManager[Any]:
+    """Call `action` with the optimizer before each step of SGD."""
     original = LocalSGD.step
 
     def step(self: LocalSGD, closure: None = None) -> None:
@@ -551,6 +604,7 @@ def _before_sgd_steps(action: Callable[[LocalSGD], None]) -> AbstractContextMana
 
 @register_bug
 def stochastic_rounding_depends_on_the_local_index() -> Iterator[Any]:
+    """The random numbers of an element depend on its index in the shard, not in the full tensor."""
     with patch("dist_llm.engines.native.local_with_offset", _local_with_zero_offset):
         yield
 

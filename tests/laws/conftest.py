@@ -9,6 +9,7 @@ from tests.laws.worlds import restart_world, stop_all
 
 @pytest.fixture(autouse=True, scope="session")
 def _worlds() -> Iterator[None]:
+    """Stop all worlds at the end of the session."""
     yield
     stop_all()
 

@@ -1,5 +1,9 @@
 """Run steps of DeepSpeed and accelerate on the ranks of a world, and compare them with one native process.
 
+    config = make_config(ranks=2, model=MODELS["tied"], optim=ADAMW, **ENGINE_SECTIONS["zero2"])
+    assert_engine_matches_one_process(ranks=2, config=config, steps=3)
+
+ENGINE_SECTIONS has the config sections of each engine. BUGS are planted bugs, which the comparison must detect.
 Used by test_engines.py, test_engines_pipeline.py and run_space.py. The learning rate changes in each step, so that a
 rate that is set too late is detected.
 """
@@ -40,28 +44,29 @@ from tests.laws.worlds import get_world
 
 PlantedBug = Callable[[], AbstractContextManager[None]]
 CPU = torch.device("cpu")
-LR_DECAY = 0.7  # each learning rate over that of the previous step
+LR_DECAY = 0.7  # the learning rate of a step over that of the previous step
+HELDOUT_STEP = 1000  # the number of a batch on which no test trains
 
 
-def make_deepspeed_sections(stage: int, **options: Any) -> dict[str, Any]:
-    """Return the config sections of DeepSpeed with a ZeRO stage."""
+def make_deepspeed_sections(*, stage: int, **options: Any) -> dict[str, Any]:
+    """Return the config sections of DeepSpeed; `stage` is the ZeRO stage, `options` are keys of section `deepspeed`."""
     return {"engine": "deepspeed", "deepspeed": {"stage": stage, **options}}
 
 
-def make_accelerate_sections(plugin: str, **options: Any) -> dict[str, Any]:
-    """Return the config sections of accelerate with a plugin."""
-    return {"engine": "accelerate", "accelerate": {"plugin": plugin}, **options}
+def make_accelerate_sections(*, plugin: str, **sections: Any) -> dict[str, Any]:
+    """Return the config sections of accelerate with a plugin; `sections` are further sections."""
+    return {"engine": "accelerate", "accelerate": {"plugin": plugin}, **sections}
 
 
 ENGINE_SECTIONS = {
-    **{f"zero{stage}": make_deepspeed_sections(stage) for stage in range(4)},
-    "ddp": make_accelerate_sections("ddp"),
-    "accelerate-zero2": make_accelerate_sections("deepspeed", deepspeed={"stage": 2}),
-    "accelerate-zero3": make_accelerate_sections("deepspeed", deepspeed={"stage": 3}),
+    **{f"zero{stage}": make_deepspeed_sections(stage=stage) for stage in range(4)},
+    "ddp": make_accelerate_sections(plugin="ddp"),
+    "accelerate-zero2": make_accelerate_sections(plugin="deepspeed", deepspeed={"stage": 2}),
+    "accelerate-zero3": make_accelerate_sections(plugin="deepspeed", deepspeed={"stage": 3}),
 }
 OFFLOADED_ENGINE_SECTIONS = {
-    "zero2-offload": make_deepspeed_sections(2, offload_optimizer="cpu"),
-    "zero3-offload": make_deepspeed_sections(3, offload_optimizer="cpu", offload_params="cpu"),
+    "zero2-offload": make_deepspeed_sections(stage=2, offload_optimizer="cpu"),
+    "zero3-offload": make_deepspeed_sections(stage=3, offload_optimizer="cpu", offload_params="cpu"),
 }
 
 
@@ -83,16 +88,18 @@ class EngineTrace:
 
 def run_steps(
     config: Config,
+    *,
     steps: Sequence[int],
     bug: str | None = None,
     load: Path | None = None,
     save: Path | None = None,
-    skip: bool = False,
+    skip_nonfinite: bool = False,
 ) -> EngineTrace:
-    """Run the steps with the numbers `steps` on this rank and return the trace.
+    """Run the steps with the numbers `steps`, such as range(3), on this rank and return the trace.
 
     `bug` is the name of a planted bug or fault. The run starts from the checkpoint `load`, and saves a checkpoint to
-    the directory `save` at its end. With `skip`, the guard (training/guard.py) skips steps with non-finite gradients.
+    the directory `save` at its end. With `skip_nonfinite`, the guard (training/guard.py) skips steps whose gradients
+    are not finite.
     """
     with open_engine(config) as engine, ExitStack() as planted:
         if bug:
@@ -102,13 +109,12 @@ def run_steps(
             store.load_checkpoint(load, engine.state)
         guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
         for step in steps:
-            should_apply = partial(guard.should_apply, step) if skip else None
             report = train_step(
                 engine,
                 make_batches(config, engine, step),
-                compute_learning_rate(config, step),
-                step,
-                should_apply=should_apply,
+                lr=compute_learning_rate(config, step),
+                step=step,
+                should_apply=partial(guard.should_apply, step) if skip_nonfinite else None,
             )
             trace.losses.append(report.loss.item())
             trace.num_valid_tokens.append(int(report.num_valid_tokens))
@@ -117,40 +123,43 @@ def run_steps(
             trace.learning_rates.append([group["lr"] / group["lr_mult"] for group in groups])
             if step in (steps[0], steps[-1]):
                 trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
-        (batch, *_) = make_batches(config, engine, 1000)
+        (batch, *_) = make_batches(config, engine, step=HELDOUT_STEP)
         trace.heldout_loss = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
             save_checkpoint(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return trace
 
 
-def trace_native_process(config: Config, steps: int) -> Trace:
-    """Return the trace of one native process with the learning rates of `run_steps`."""
+def trace_native_process(config: Config, *, steps: int) -> Trace:
+    """Return the trace of one process with the native engine and the learning rates of `run_steps`."""
     native = config.model_copy(update={"engine": "native"})
-    return trace_one_process(native, steps, lr_decay=LR_DECAY)
+    return trace_one_process(native, steps=steps, lr_decay=LR_DECAY)
 
 
 def assert_engine_matches_one_process(
-    ranks: int, config: Config, steps: int, bug: str | None = None, first_tolerance: float = 1e-5
+    *, ranks: int, config: Config, steps: int, bug: str | None = None, first_tolerance: float = 1e-5
 ) -> None:
-    """Run the engine on `ranks` ranks. Raises AssertionError unless its steps match those of one native process."""
-    by_rank = get_world(ranks).run(run_steps, config, range(steps), bug)
-    expected = trace_native_process(config, steps)
+    """Run the engine on `ranks` ranks; raise AssertionError unless its steps match those of one native process.
+
+    `first_tolerance` is the relative tolerance of the first step, as in `assert_traces_match`.
+    """
+    by_rank = get_world(ranks).run(run_steps, config, steps=range(steps), bug=bug)
+    expected = trace_native_process(config, steps=steps)
     assert_traces_match(merge_engine_traces(by_rank, expected), expected, first_tolerance=first_tolerance)
     for step, learning_rates in enumerate(by_rank[0].learning_rates):
-        assert learning_rates == [config.optim.lr * LR_DECAY**step] * len(learning_rates), (
-            "a group does not have the learning rate of the step"
+        assert set(learning_rates) == {compute_learning_rate(config, step)}, (
+            f"step {step}: the parameter groups have the learning rates {learning_rates}"
         )
 
 
 def compute_learning_rate(config: Config, step: int) -> float:
-    """Return the learning rate of a step."""
+    """Return the learning rate of a step, counted from 0."""
     return config.optim.lr * LR_DECAY**step
 
 
 @contextmanager
 def open_engine(config: Config) -> Iterator[Engine]:
-    """Build an engine, and reset the global settings of its library afterwards."""
+    """Build an engine for the block, and reset the global settings of its library afterwards."""
     with patch.dict(os.environ):
         engine = build_engine(config, CPU)
         try:
@@ -219,6 +228,8 @@ def losses_are_averaged_over_ranks(original: Callable[..., Tensor]) -> Callable[
 
 @patch_accumulate
 def only_the_last_microbatch_is_accumulated(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The losses of the other microbatches are computed without gradients, so that the reported loss is right."""
+
     def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
         with torch.no_grad():
             scores = [
@@ -231,6 +242,8 @@ def only_the_last_microbatch_is_accumulated(original: Callable[..., Tensor]) -> 
 
 @patch_accumulate
 def the_second_step_is_not_finite(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The losses and gradients of step 1, counted from 0, are NaN."""
+
     def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
         return original(self, batches, num_valid_tokens * (torch.nan if step == 1 else 1.0), step)
 
@@ -239,6 +252,7 @@ def the_second_step_is_not_finite(original: Callable[..., Tensor]) -> Callable[.
 
 @contextmanager
 def losses_are_divided_by_the_microbatches() -> Iterator[None]:
+    """The engines divide each loss by the number of microbatches, 3, although it is already normalized."""
     import accelerate
     import deepspeed
 
@@ -254,6 +268,7 @@ def losses_are_divided_by_the_microbatches() -> Iterator[None]:
 
 @contextmanager
 def the_learning_rate_is_set_after_the_step() -> Iterator[None]:
+    """Each step uses the learning rate of the previous step."""
     with (
         patch.object(DeepSpeedEngine, "update", delay_learning_rate(DeepSpeedEngine.update)),
         patch.object(AccelerateEngine, "update", delay_learning_rate(AccelerateEngine.update)),

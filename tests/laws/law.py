@@ -1,8 +1,19 @@
 """The helpers of the law tests. The law: a parallel layout computes the same training steps as one process.
 
-`record_trace` runs steps on random batches and records a trace: the loss, the number of valid tokens, the gradient
-norm, the gradients before clipping, and the parameters after the step. `merge_ranks` assembles full tensors from the
-traces of the ranks. `assert_traces_match` compares the merged trace with that of one process.
+To compare a layout (layouts.py) with one process:
+
+    assert_matches_one_process(LAYOUTS["tp2_llama"], optim=CLIPPED_SGD, steps=2)
+
+or in single steps, for example to run the ranks with other options than the reference:
+
+    config = make_layout_config(Layout(ranks=2, parallel={"tp": 2}, model="gpt"), optim=CLIPPED_SGD)
+    actual = merge_ranks(get_world(2).run(record_trace, config, steps=2))
+    assert_traces_match(actual, trace_one_process(config, steps=2))
+
+`record_trace` runs steps on random batches on one rank and records a trace: the loss, the number of valid tokens, the
+gradient norm, the gradients before clipping, and the parameters after the step. `get_world` (worlds.py) calls it on all
+ranks. `merge_ranks` assembles full tensors from the traces of the ranks. `assert_traces_match` compares the merged
+trace with that of one process.
 
 `record_trace` computes in fp64 if the precision of the run is fp32 (`choose_comparison_dtype`). Rounding errors are
 then about 1e-15 and cannot hide a bug. Code that steps an engine itself enters `use_default_dtype` for this.
@@ -51,7 +62,7 @@ MODEL: dict[str, Any] = {
     "vocab_size": 130,
     "vocab_multiple": 4,
 }
-GLOBAL_BATCH, SEQ_LEN = 24, 32
+GLOBAL_BATCH, SEQ_LEN = 24, 32  # sequences in a step, tokens in a sequence
 TEXT_IDS = 97  # number of ids in random text; the ids from 97 to 129 are special tokens of an objective
 
 
@@ -96,16 +107,18 @@ class Trace:
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
 
 
-def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
-    """Return a config as a user writes it; `model` and `sections` override the defaults of the law tests.
+def make_raw_config(*, model: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    """Return a config as a user writes it, with the defaults of the law tests.
 
-    The keys of `sections` are sections or top-level keys of the schema.
+    `model` overrides keys of MODEL. `sections` overrides other sections or top-level keys of the schema, such as
+    `parallel={"tp": 2}` or `precision="bf16"`.
     """
+    model = MODEL | (model or {})
     architecture = model.get("architecture", "decoder")
     raw: dict[str, Any] = {
         "objective": OBJECTIVE_OF_ARCHITECTURE[architecture],
         "run": {"dir": "unused", "steps": 20, "seed": 3},
-        "model": MODEL | model,
+        "model": model,
         "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": GLOBAL_BATCH, "micro_batch": 0},
         "optim": {"name": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip": 0.0},
     }
@@ -116,17 +129,37 @@ def make_raw_config(model: dict[str, Any], **sections: Any) -> dict[str, Any]:
     return raw
 
 
-def make_config(ranks: int, model: dict[str, Any], **sections: Any) -> Config:
-    """Return a resolved config for `ranks` ranks; the other arguments are those of `make_raw_config`."""
-    config = UnresolvedConfig.model_validate(make_raw_config(model, **sections))
+def make_config(*, ranks: int, model: dict[str, Any] | None = None, **sections: Any) -> Config:
+    """Return a resolved config for `ranks` ranks; the other arguments are those of `make_raw_config`.
+
+    Raises AssertionError if a config rule refuses it.
+    """
+    config = UnresolvedConfig.model_validate(make_raw_config(model=model, **sections))
     assert not (violations := check(config, ranks, tokenizer_size=0)), violations
     return resolve_config(config, ranks, tokenizer_size=0)
 
 
-def make_random_sequences(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
-    """Return random inputs and targets [GLOBAL_BATCH, SEQ_LEN].
+def make_layout_config(layout: Layout, *, optim: dict[str, Any], **sections: Any) -> Config:
+    """Return a resolved config for the ranks, the model and the microbatch size of a layout.
 
-    The sequences have very different numbers of targets, so that a mean of means would be far off.
+    `optim` is the section of the optimizer, such as ADAMW of layouts.py. `sections` are further config sections; their
+    keys take precedence over those of the layout.
+    """
+    overrides = {
+        **layout.sections,
+        **sections,
+        "model": MODELS[layout.model] | sections.get("model", {}),
+        "data": {"micro_batch": layout.micro_batch} | layout.sections.get("data", {}) | sections.get("data", {}),
+        "parallel": layout.parallel | sections.get("parallel", {}),
+    }
+    return make_config(ranks=layout.ranks, optim=optim, **overrides)
+
+
+def make_random_sequences(seed: int, vocab_size: int = 130) -> tuple[Tensor, Tensor]:
+    """Return random inputs and targets, each of shape [GLOBAL_BATCH, SEQ_LEN].
+
+    Some targets are IGNORE_INDEX. The sequences have very different numbers of valid targets, so that a mean of
+    per-rank means differs from the mean over all valid targets.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
@@ -154,10 +187,10 @@ def make_batches(config: Config, engine: Engine, step: int) -> list[Batch]:
 
 
 def uses_random_sequences(config: Config) -> bool:
-    """Whether the batches come from `make_random_sequences` and not from the objective of the config.
+    """Return whether the batches come from `make_random_sequences` and not from the objective of the config.
 
-    This is so if all components are causal, without a document mask. In random sequences, the numbers of targets differ
-    more than in the samples that an objective builds.
+    This is the case if all components are causal and there is no document mask. In random sequences, the numbers of
+    targets differ more than in the samples that an objective builds.
     """
     model, components = config.model, config.objective.components
     is_causal = model.architecture == "decoder" and all(component.name == "causal" for component in components)
@@ -186,7 +219,10 @@ def build_samples(config: Config, step: int, indices: range) -> Batch:
 
 
 def compute_document_ids(window: np.ndarray, end_token: int) -> np.ndarray:
-    """Return the document index of each token, from 0; each document ends with `end_token`."""
+    """Return the index of the document of each token of a window [W], counted from 0.
+
+    Each document ends with `end_token`.
+    """
     is_end = (window == end_token).astype(np.int64)
     return np.cumsum(is_end) - is_end
 
@@ -210,7 +246,7 @@ class RecordingEngine(NativeEngine):
 
 
 def copy_local_shards(tensors: Iterable[tuple[str, Any]]) -> ShardsByName:
-    """Copy the shards of the tensors on this rank."""
+    """Return copies of the shards on this rank. `tensors` are (name, tensor or DTensor) pairs."""
     return {
         name: [(offset, shard.detach().clone()) for offset, shard in local_chunks(value)] for name, value in tensors
     }
@@ -222,8 +258,8 @@ def copy_full_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def record_trace(config: Config, steps: int, bug: str | None = None, lr_decay: float = 1.0) -> RankTrace:
-    """Run `steps` steps in one process or on this rank of a world (worlds.py).
+def record_trace(config: Config, *, steps: int, bug: str | None = None, lr_decay: float = 1.0) -> RankTrace:
+    """Run `steps` steps in one process or on this rank of a world (worlds.py), and return their trace.
 
     `bug` is the name of a planted bug (bugs.py). Each learning rate is `lr_decay` times that of the previous step.
     """
@@ -265,7 +301,7 @@ def _record_trace(config: Config, steps: int, lr_decay: float) -> RankTrace:
     return rank_trace
 
 
-def trace_one_process(config: Config, steps: int, lr_decay: float = 1.0) -> Trace:
+def trace_one_process(config: Config, *, steps: int, lr_decay: float = 1.0) -> Trace:
     """Return the reference: the trace of one process without parallelism, recomputation or compilation.
 
     The global batch is one microbatch. Each learning rate is `lr_decay` times that of the previous step.
@@ -277,11 +313,14 @@ def trace_one_process(config: Config, steps: int, lr_decay: float = 1.0) -> Trac
 
 @lru_cache(maxsize=64)
 def _trace_one_process(config_json: str, steps: int, lr_decay: float) -> Trace:
-    return merge_ranks([record_trace(Config.model_validate_json(config_json), steps, lr_decay=lr_decay)])
+    return merge_ranks([record_trace(Config.model_validate_json(config_json), steps=steps, lr_decay=lr_decay)])
 
 
 def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
-    """Merge the traces of all ranks. Values that several ranks report must be equal bit for bit."""
+    """Merge the traces of all ranks into one trace with full tensors. The index in `by_rank` is the rank.
+
+    Raises AssertionError unless the values that several ranks report are equal bit for bit.
+    """
     rank_0 = by_rank[0]
     for rank, rank_trace in enumerate(by_rank[1:], 1):
         for name in ("losses", "num_valid_tokens", "grad_norms", "expert_counts"):
@@ -298,9 +337,9 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
 
 
 def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Assemble full tensors from the shards of all ranks.
+    """Assemble full tensors of the given shapes from the shards of all ranks; return them by name.
 
-    Overlapping shards must be equal bit for bit, and no element may be missing.
+    Raises AssertionError if overlapping shards are not equal bit for bit, or if an element is missing.
     """
     full_tensors = {}
     for name in (name for name in shapes if any(name in shards for shards in by_rank)):
@@ -319,28 +358,19 @@ def merge_shards(by_rank: Sequence[ShardsByName], shapes: dict[str, tuple[int, .
 
 
 def assert_matches_one_process(
-    layout: Layout, optim: dict[str, Any], steps: int, bug: str | None = None, **sections: Any
+    layout: Layout, *, optim: dict[str, Any], steps: int, bug: str | None = None, **sections: Any
 ) -> None:
     """Run the layout on its number of ranks; raise AssertionError unless it computes the steps of one process.
 
-    `sections` are further config sections, as in `make_raw_config`.
+    `bug` is the name of a bug that is planted in the layout only. The other arguments are those of
+    `make_layout_config`.
     """
-    config = make_config(
-        layout.ranks,
-        MODELS[layout.model],
-        optim=optim,
-        **{
-            **layout.sections,
-            **sections,
-            "data": {"micro_batch": layout.micro_batch} | layout.sections.get("data", {}),
-            "parallel": layout.parallel | sections.get("parallel", {}),
-        },
-    )
-    assert_config_matches_one_process(config, layout.ranks, steps, bug)
+    config = make_layout_config(layout, optim=optim, **sections)
+    assert_config_matches_one_process(config, ranks=layout.ranks, steps=steps, bug=bug)
 
 
 def assert_config_matches_one_process(
-    config: Config, ranks: int, steps: int, bug: str | None = None, later_tolerance: float | None = None
+    config: Config, *, ranks: int, steps: int, bug: str | None = None, later_tolerance: float | None = None
 ) -> None:
     """Do the same as `assert_matches_one_process` for a resolved config.
 
@@ -348,20 +378,22 @@ def assert_config_matches_one_process(
     """
     if config.compile:
         restart_world(ranks)
-    actual_trace = merge_ranks(get_world(ranks).run(record_trace, config, steps, bug))
-    assert_traces_match(actual_trace, trace_one_process(config, steps), later_tolerance=later_tolerance)
+    actual_trace = merge_ranks(get_world(ranks).run(record_trace, config, steps=steps, bug=bug))
+    assert_traces_match(actual_trace, trace_one_process(config, steps=steps), later_tolerance=later_tolerance)
 
 
 def assert_traces_match(
     actual_trace: Trace,
     expected_trace: Trace,
+    *,
     first_tolerance: float | None = None,
     later_tolerance: float | None = None,
 ) -> None:
-    """Compare two traces, with `first_tolerance` in step 1 and `later_tolerance` in the steps after step 1.
+    """Raise AssertionError unless two traces match: counts of valid tokens exactly, all other values approximately.
 
-    Tolerances are relative to the largest element of each tensor. The defaults are 1e-11 for fp64. For other dtypes,
-    they are 1e-5 in step 1 and 1e-4 in the steps after step 1.
+    The tolerance is `first_tolerance` in step 1 and `later_tolerance` in the steps after step 1. Tolerances are
+    relative to the largest element of each tensor. The defaults are 1e-11 for fp64. For other dtypes, they are 1e-5 in
+    step 1 and 1e-4 in the steps after step 1.
     """
     is_fp64 = next(iter(actual_trace.parameters[0].values())).dtype == torch.float64
     first_tolerance = first_tolerance or (1e-11 if is_fp64 else 1e-5)
@@ -376,26 +408,32 @@ def assert_traces_match(
     ):
         for step, (actual_value, expected_value) in enumerate(zip(actual_values, expected_values, strict=True)):
             tolerance = first_tolerance if step == 0 else later_tolerance
-            assert_close(f"{label} of step {step + 1}", to_scalar(actual_value), to_scalar(expected_value), tolerance)
+            actual, expected = to_fp64_scalar(actual_value), to_fp64_scalar(expected_value)
+            assert_close(f"{label} of step {step + 1}", actual, expected, tolerance)
     for index, tolerance, step_name in ((0, first_tolerance, "first step"), (-1, later_tolerance, "last step")):
         for kind in ("gradients", "parameters"):
-            actual, expected = getattr(actual_trace, kind)[index], getattr(expected_trace, kind)[index]
-            assert actual.keys() == expected.keys(), f"{kind}: {actual.keys() ^ expected.keys()}"
+            actual_tensors, expected_tensors = getattr(actual_trace, kind)[index], getattr(expected_trace, kind)[index]
+            assert actual_tensors.keys() == expected_tensors.keys(), (
+                f"{kind}: {actual_tensors.keys() ^ expected_tensors.keys()}"
+            )
             # A gradient that is zero in exact arithmetic consists of the rounding errors of its summands. An example is
             # the gradient of a key bias without RoPE.
             rounding = 1e-14 if is_fp64 else 1e-7
-            noise = rounding * max(float(value.abs().max()) for value in expected.values())
-            for name in expected:
-                label = f"{kind[:-1]} {name}, {step_name}"
-                assert_close(label, actual[name], expected[name], tolerance, noise)
+            noise = rounding * max(float(value.abs().max()) for value in expected_tensors.values())
+            for name, expected in expected_tensors.items():
+                assert_close(f"{kind[:-1]} {name}, {step_name}", actual_tensors[name], expected, tolerance, noise)
 
 
-def to_scalar(value: float) -> Tensor:
+def to_fp64_scalar(value: float) -> Tensor:
+    """Return a tensor with one element."""
     return torch.tensor(value, dtype=torch.float64)
 
 
 def assert_close(label: str, actual: Tensor, expected: Tensor, tolerance: float, noise: float = 0.0) -> None:
-    """Raise AssertionError if the largest difference exceeds `tolerance` times the largest element plus `noise`."""
+    """Raise AssertionError if the largest difference exceeds `tolerance` times the largest element plus `noise`.
+
+    `tolerance` is relative, `noise` is absolute, and `label` starts the error message.
+    """
     largest_element = float(expected.abs().max())
     difference = float((actual - expected).abs().max())
     assert difference <= tolerance * largest_element + noise, (
@@ -405,7 +443,10 @@ def assert_close(label: str, actual: Tensor, expected: Tensor, tolerance: float,
 
 
 def save_checkpoint(store: CheckpointStore, engine: Engine, progress: Progress, files: dict[str, bytes]) -> Path:
-    """Save a checkpoint, wait until it is on disk, and return its path."""
+    """Save a checkpoint, wait until it is on disk, and return its path.
+
+    `files` are further files of the checkpoint: {name: content}.
+    """
     store.save(engine.state, progress, files)
     store.finish()
     path = (store.directory / f"step_{progress.step:08d}").local_path

@@ -1,4 +1,11 @@
-"""The layouts, models and optimizers with which the law tests compare a parallel run with one process."""
+"""The layouts, models and optimizers with which the law tests compare a parallel run with one process.
+
+MODELS has the `model` sections, LAYOUTS the parallel layouts by name, and CLIPPED_SGD, ADAMW, MUON, ... are `optim`
+sections. law.py combines them:
+
+    layout = Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2}, model="gpt")
+    assert_matches_one_process(layout, optim=ADAMW, steps=2)
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -172,7 +179,7 @@ OBJECTIVE_OF_ARCHITECTURE: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """A parallel layout, the model that it trains, and further config sections.
 
@@ -181,13 +188,13 @@ class Layout:
     """
 
     ranks: int
-    parallel: dict[str, Any]
+    parallel: dict[str, Any] = field(default_factory=dict)
     model: str = "llama"
-    micro_batch: int = field(default=0, kw_only=True)
-    sections: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    micro_batch: int = 0
+    sections: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def axes(self) -> int:
+    def num_parallel_axes(self) -> int:
         """The number of mesh axes larger than 1."""
         return sum(self.parallel.get(axis, 1) > 1 for axis in AXES)
 
@@ -214,73 +221,74 @@ def index_by_name(*layouts: Layout) -> dict[str, Layout]:
     return named
 
 
-def _layout(ranks: int, model: str = "llama", micro_batch: int = 0, **parallel: Any) -> Layout:
-    return Layout(ranks, parallel, model, micro_batch=micro_batch)
+def _layout(*, ranks: int, model: str = "llama", micro_batch: int = 0, **parallel: Any) -> Layout:
+    """Return a layout whose section `parallel` has the keys `parallel`."""
+    return Layout(ranks=ranks, parallel=parallel, model=model, micro_batch=micro_batch)
 
 
 LAYOUTS = index_by_name(
     # Two ranks: one mesh axis, with each of its options
-    _layout(2, dp_replicate=2),
-    _layout(2, "tied", micro_batch=4, dp_replicate=2),
-    _layout(2, "gpt", dp_shard=2),
-    _layout(2, micro_batch=4, dp_shard=2, reshard="always"),
-    _layout(2, "tied", micro_batch=4, dp_shard=2, reshard="never"),
-    _layout(2, micro_batch=4, dp_shard=2, reduce_each_microbatch=True),
-    _layout(2, dp_shard=2, cpu_offload=True),
-    _layout(2, tp=2),
-    _layout(2, "tied", micro_batch=8, tp=2, sequence_parallel=False),
-    _layout(2, "gpt", micro_batch=3, tp=2),  # the token slice of a rank contains one and a half sequences
-    _layout(2, "gpt", tp=2, sequence_parallel=False),
-    _layout(2, "post_norm", tp=2),
-    _layout(2, "tied", micro_batch=8, cp=2),
-    _layout(2, "gpt", cp=2),
-    _layout(2, micro_batch=6, pp=2),
-    _layout(2, "tied", micro_batch=6, pp=2, pp_split="count"),
-    _layout(2, "gpt", micro_batch=6, pp=2, pp_schedule="gpipe"),
-    _layout(2, "tied", micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
-    _layout(2, micro_batch=6, pp=2, pp_schedule="interleaved_zero_bubble"),
-    _layout(2, "tied", micro_batch=6, pp=2, pp_schedule="zbv"),
+    _layout(ranks=2, dp_replicate=2),
+    _layout(ranks=2, model="tied", micro_batch=4, dp_replicate=2),
+    _layout(ranks=2, model="gpt", dp_shard=2),
+    _layout(ranks=2, micro_batch=4, dp_shard=2, reshard="always"),
+    _layout(ranks=2, model="tied", micro_batch=4, dp_shard=2, reshard="never"),
+    _layout(ranks=2, micro_batch=4, dp_shard=2, reduce_each_microbatch=True),
+    _layout(ranks=2, dp_shard=2, cpu_offload=True),
+    _layout(ranks=2, tp=2),
+    _layout(ranks=2, model="tied", micro_batch=8, tp=2, sequence_parallel=False),
+    _layout(ranks=2, model="gpt", micro_batch=3, tp=2),  # the token slice of a rank contains one and a half sequences
+    _layout(ranks=2, model="gpt", tp=2, sequence_parallel=False),
+    _layout(ranks=2, model="post_norm", tp=2),
+    _layout(ranks=2, model="tied", micro_batch=8, cp=2),
+    _layout(ranks=2, model="gpt", cp=2),
+    _layout(ranks=2, micro_batch=6, pp=2),
+    _layout(ranks=2, model="tied", micro_batch=6, pp=2, pp_split="count"),
+    _layout(ranks=2, model="gpt", micro_batch=6, pp=2, pp_schedule="gpipe"),
+    _layout(ranks=2, model="tied", micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
+    _layout(ranks=2, micro_batch=6, pp=2, pp_schedule="interleaved_zero_bubble"),
+    _layout(ranks=2, model="tied", micro_batch=6, pp=2, pp_schedule="zbv"),
     # Three ranks: no dimension of the model is divisible by 3
-    _layout(3, "tied", dp_shard=3),
-    _layout(3, micro_batch=4, dp_replicate=3),
+    _layout(ranks=3, model="tied", dp_shard=3),
+    _layout(ranks=3, micro_batch=4, dp_replicate=3),
     # Four ranks: pairs of mesh axes
-    _layout(4, "tied", micro_batch=2, dp_shard=4),
-    _layout(4, dp_replicate=2, dp_shard=2),
-    _layout(4, "tied", micro_batch=4, dp_shard=2, tp=2, cpu_offload=True),
-    _layout(4, "gpt", dp_shard=2, tp=2, sequence_parallel=False),
-    _layout(4, dp_replicate=2, tp=2),
-    _layout(4, "gpt", tp=4),
-    _layout(4, "tied", cp=4),
-    _layout(4, micro_batch=8, cp=2, tp=2),
-    _layout(4, "tied", cp=2, tp=2, sequence_parallel=False),
-    _layout(4, micro_batch=4, dp_shard=2, cp=2),
-    _layout(4, "gpt", dp_replicate=2, cp=2),
-    _layout(4, "gpt", micro_batch=6, pp=4),
-    _layout(4, "tied", micro_batch=6, pp=2, tp=2),
-    _layout(4, micro_batch=6, pp=2, cp=2),
-    _layout(4, "tied", micro_batch=3, pp=2, dp_shard=2),
-    _layout(4, "gpt", micro_batch=3, pp=2, dp_replicate=2),
-    _layout(4, "tied", micro_batch=3, pp=2, dp_shard=2, pp_schedule="zbv"),
-    _layout(4, micro_batch=6, pp=2, tp=2, pp_schedule="interleaved_zero_bubble"),
-    _layout(4, "tied", micro_batch=6, pp=2, cp=2, pp_schedule="interleaved_1f1b"),
+    _layout(ranks=4, model="tied", micro_batch=2, dp_shard=4),
+    _layout(ranks=4, dp_replicate=2, dp_shard=2),
+    _layout(ranks=4, model="tied", micro_batch=4, dp_shard=2, tp=2, cpu_offload=True),
+    _layout(ranks=4, model="gpt", dp_shard=2, tp=2, sequence_parallel=False),
+    _layout(ranks=4, dp_replicate=2, tp=2),
+    _layout(ranks=4, model="gpt", tp=4),
+    _layout(ranks=4, model="tied", cp=4),
+    _layout(ranks=4, micro_batch=8, cp=2, tp=2),
+    _layout(ranks=4, model="tied", cp=2, tp=2, sequence_parallel=False),
+    _layout(ranks=4, micro_batch=4, dp_shard=2, cp=2),
+    _layout(ranks=4, model="gpt", dp_replicate=2, cp=2),
+    _layout(ranks=4, model="gpt", micro_batch=6, pp=4),
+    _layout(ranks=4, model="tied", micro_batch=6, pp=2, tp=2),
+    _layout(ranks=4, micro_batch=6, pp=2, cp=2),
+    _layout(ranks=4, model="tied", micro_batch=3, pp=2, dp_shard=2),
+    _layout(ranks=4, model="gpt", micro_batch=3, pp=2, dp_replicate=2),
+    _layout(ranks=4, model="tied", micro_batch=3, pp=2, dp_shard=2, pp_schedule="zbv"),
+    _layout(ranks=4, micro_batch=6, pp=2, tp=2, pp_schedule="interleaved_zero_bubble"),
+    _layout(ranks=4, model="tied", micro_batch=6, pp=2, cp=2, pp_schedule="interleaved_1f1b"),
     # Eight ranks: three mesh axes, or two of which one is 4
-    _layout(8, "tied", micro_batch=2, dp_replicate=2, dp_shard=2, tp=2),
-    _layout(8, dp_replicate=2, dp_shard=2, cp=2),
-    _layout(8, "gpt", micro_batch=4, dp_shard=2, cp=2, tp=2),
-    _layout(8, "tied", dp_shard=2, cp=2, tp=2, sequence_parallel=False),
-    _layout(8, dp_replicate=2, cp=2, tp=2),
-    _layout(8, "tied", micro_batch=3, pp=2, dp_shard=2, tp=2),
-    _layout(8, "gpt", micro_batch=3, pp=2, dp_replicate=2, tp=2),
-    _layout(8, "tied", micro_batch=6, pp=2, cp=2, tp=2),
-    _layout(8, micro_batch=6, pp=2, cp=2, tp=2, sequence_parallel=False),
-    _layout(8, "tied", micro_batch=3, pp=2, dp_shard=2, cp=2),
-    _layout(8, micro_batch=3, pp=2, dp_replicate=2, dp_shard=2),
-    _layout(8, "tied", micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="zbv"),
-    _layout(8, micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="interleaved_1f1b"),
-    _layout(8, micro_batch=3, pp=2, dp_shard=2, cp=2, pp_schedule="interleaved_zero_bubble"),
-    _layout(8, "gpt", micro_batch=2, dp_shard=4, tp=2),
-    _layout(8, "tied", dp_shard=2, tp=4),
-    _layout(8, micro_batch=6, pp=4, tp=2),
+    _layout(ranks=8, model="tied", micro_batch=2, dp_replicate=2, dp_shard=2, tp=2),
+    _layout(ranks=8, dp_replicate=2, dp_shard=2, cp=2),
+    _layout(ranks=8, model="gpt", micro_batch=4, dp_shard=2, cp=2, tp=2),
+    _layout(ranks=8, model="tied", dp_shard=2, cp=2, tp=2, sequence_parallel=False),
+    _layout(ranks=8, dp_replicate=2, cp=2, tp=2),
+    _layout(ranks=8, model="tied", micro_batch=3, pp=2, dp_shard=2, tp=2),
+    _layout(ranks=8, model="gpt", micro_batch=3, pp=2, dp_replicate=2, tp=2),
+    _layout(ranks=8, model="tied", micro_batch=6, pp=2, cp=2, tp=2),
+    _layout(ranks=8, micro_batch=6, pp=2, cp=2, tp=2, sequence_parallel=False),
+    _layout(ranks=8, model="tied", micro_batch=3, pp=2, dp_shard=2, cp=2),
+    _layout(ranks=8, micro_batch=3, pp=2, dp_replicate=2, dp_shard=2),
+    _layout(ranks=8, model="tied", micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="zbv"),
+    _layout(ranks=8, micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="interleaved_1f1b"),
+    _layout(ranks=8, micro_batch=3, pp=2, dp_shard=2, cp=2, pp_schedule="interleaved_zero_bubble"),
+    _layout(ranks=8, model="gpt", micro_batch=2, dp_shard=4, tp=2),
+    _layout(ranks=8, model="tied", dp_shard=2, tp=4),
+    _layout(ranks=8, micro_batch=6, pp=4, tp=2),
 )
 
 # Config sections of objectives other than causal, and of a document mask.
@@ -298,6 +306,7 @@ DOCUMENTS = {"data": {"document_mask": True}}
 
 
 def _with_sections(layout: Layout, **sections: Any) -> Layout:
+    """Return the layout with these further config sections."""
     return replace(layout, sections=sections)
 
 
@@ -305,17 +314,17 @@ def _layouts_of_layer_model(model: str) -> list[Layout]:
     """Return each axis, each schedule and three axes together, for a model with other layers than those of Llama."""
     schedules = ("1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
     return [
-        _layout(2, model, micro_batch=4, dp_shard=2),
-        _layout(4, model, micro_batch=3, dp_replicate=2, dp_shard=2),
-        _layout(2, model, micro_batch=3, tp=2),
-        _layout(2, model, tp=2, sequence_parallel=False),
-        _with_sections(_layout(2, model, tp=2), **DOCUMENTS),
-        _with_sections(_layout(2, model, cp=2), **DOCUMENTS),
-        _with_sections(_layout(2, model, cp=2), **PREFIX),
-        *(_layout(2, model, micro_batch=6, pp=2, pp_schedule=schedule) for schedule in schedules),
-        _with_sections(_layout(8, model, micro_batch=4, dp_shard=2, cp=2, tp=2), **DOCUMENTS),
-        _with_sections(_layout(8, model, micro_batch=6, pp=2, cp=2, tp=2), **DOCUMENTS),
-        _layout(8, model, micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="zbv"),
+        _layout(ranks=2, model=model, micro_batch=4, dp_shard=2),
+        _layout(ranks=4, model=model, micro_batch=3, dp_replicate=2, dp_shard=2),
+        _layout(ranks=2, model=model, micro_batch=3, tp=2),
+        _layout(ranks=2, model=model, tp=2, sequence_parallel=False),
+        _with_sections(_layout(ranks=2, model=model, tp=2), **DOCUMENTS),
+        _with_sections(_layout(ranks=2, model=model, cp=2), **DOCUMENTS),
+        _with_sections(_layout(ranks=2, model=model, cp=2), **PREFIX),
+        *(_layout(ranks=2, model=model, micro_batch=6, pp=2, pp_schedule=schedule) for schedule in schedules),
+        _with_sections(_layout(ranks=8, model=model, micro_batch=4, dp_shard=2, cp=2, tp=2), **DOCUMENTS),
+        _with_sections(_layout(ranks=8, model=model, micro_batch=6, pp=2, cp=2, tp=2), **DOCUMENTS),
+        _layout(ranks=8, model=model, micro_batch=3, pp=2, dp_shard=2, tp=2, pp_schedule="zbv"),
     ]
 
 
@@ -323,63 +332,66 @@ def _layouts_with_experts(model: str) -> list[Layout]:
     """Return expert-parallel degrees on each axis, with each schedule, and with three axes together."""
     schedules = ("1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
     return [
-        _layout(2, model, dp_replicate=2),
-        _layout(2, model, micro_batch=4, dp_shard=2),
-        _layout(2, model, micro_batch=4, dp_shard=2, ep=2),
-        _layout(3, model, dp_shard=3),
-        _layout(2, model, tp=2),
-        _layout(2, model, tp=2, sequence_parallel=False),
-        _layout(2, model, micro_batch=3, tp=2, ep=2),
-        _layout(2, model, tp=2, ep=2, sequence_parallel=False),
-        _with_sections(_layout(2, model, cp=2), **DOCUMENTS),
-        _with_sections(_layout(2, model, cp=2, ep=2), **PREFIX),
-        *(_layout(2, model, micro_batch=6, pp=2, pp_schedule=schedule) for schedule in schedules),
-        _layout(4, model, micro_batch=3, dp_replicate=2, dp_shard=2, ep=2),
-        _layout(4, model, micro_batch=3, dp_shard=4, ep=2, reshard="always"),
-        _layout(4, model, dp_shard=4, ep=4, reshard="never"),
-        _layout(4, model, dp_shard=4, ep=2, reduce_each_microbatch=True),
-        _layout(4, model, dp_shard=2, tp=2, ep=4, cpu_offload=True),
-        *(_layout(4, model, micro_batch=3, pp=2, dp_shard=2, ep=2, pp_schedule=schedule) for schedule in schedules),
-        _layout(8, model, micro_batch=3, dp_shard=8, ep=8),
-        _layout(8, model, micro_batch=2, dp_shard=2, cp=2, tp=2, ep=8),
-        _layout(8, model, micro_batch=2, dp_replicate=2, dp_shard=2, tp=2, ep=4, sequence_parallel=False),
-        _layout(8, model, micro_batch=3, pp=2, dp_shard=2, tp=2, ep=2, pp_schedule="interleaved_1f1b"),
-        _layout(8, model, micro_batch=3, pp=2, dp_shard=2, cp=2, ep=4, pp_schedule="zbv"),
+        _layout(ranks=2, model=model, dp_replicate=2),
+        _layout(ranks=2, model=model, micro_batch=4, dp_shard=2),
+        _layout(ranks=2, model=model, micro_batch=4, dp_shard=2, ep=2),
+        _layout(ranks=3, model=model, dp_shard=3),
+        _layout(ranks=2, model=model, tp=2),
+        _layout(ranks=2, model=model, tp=2, sequence_parallel=False),
+        _layout(ranks=2, model=model, micro_batch=3, tp=2, ep=2),
+        _layout(ranks=2, model=model, tp=2, ep=2, sequence_parallel=False),
+        _with_sections(_layout(ranks=2, model=model, cp=2), **DOCUMENTS),
+        _with_sections(_layout(ranks=2, model=model, cp=2, ep=2), **PREFIX),
+        *(_layout(ranks=2, model=model, micro_batch=6, pp=2, pp_schedule=schedule) for schedule in schedules),
+        _layout(ranks=4, model=model, micro_batch=3, dp_replicate=2, dp_shard=2, ep=2),
+        _layout(ranks=4, model=model, micro_batch=3, dp_shard=4, ep=2, reshard="always"),
+        _layout(ranks=4, model=model, dp_shard=4, ep=4, reshard="never"),
+        _layout(ranks=4, model=model, dp_shard=4, ep=2, reduce_each_microbatch=True),
+        _layout(ranks=4, model=model, dp_shard=2, tp=2, ep=4, cpu_offload=True),
+        *(
+            _layout(ranks=4, model=model, micro_batch=3, pp=2, dp_shard=2, ep=2, pp_schedule=schedule)
+            for schedule in schedules
+        ),
+        _layout(ranks=8, model=model, micro_batch=3, dp_shard=8, ep=8),
+        _layout(ranks=8, model=model, micro_batch=2, dp_shard=2, cp=2, tp=2, ep=8),
+        _layout(ranks=8, model=model, micro_batch=2, dp_replicate=2, dp_shard=2, tp=2, ep=4, sequence_parallel=False),
+        _layout(ranks=8, model=model, micro_batch=3, pp=2, dp_shard=2, tp=2, ep=2, pp_schedule="interleaved_1f1b"),
+        _layout(ranks=8, model=model, micro_batch=3, pp=2, dp_shard=2, cp=2, ep=4, pp_schedule="zbv"),
     ]
 
 
 ARCHITECTURE_LAYOUTS = index_by_name(
     # encoders
-    _layout(2, "bert", micro_batch=4, dp_shard=2),
-    _layout(2, "bert", dp_replicate=2),
-    _layout(2, "bert", micro_batch=3, tp=2),
-    _layout(2, "bert", tp=2, sequence_parallel=False),
-    _layout(2, "bert", cp=2),
-    _layout(2, "bert", micro_batch=6, pp=2),
-    _layout(4, "bert", micro_batch=4, dp_shard=2, tp=2),
-    _with_sections(_layout(4, "bert", cp=2, tp=2), **DOCUMENTS),
-    _layout(4, "bert", micro_batch=3, pp=2, dp_shard=2),
+    _layout(ranks=2, model="bert", micro_batch=4, dp_shard=2),
+    _layout(ranks=2, model="bert", dp_replicate=2),
+    _layout(ranks=2, model="bert", micro_batch=3, tp=2),
+    _layout(ranks=2, model="bert", tp=2, sequence_parallel=False),
+    _layout(ranks=2, model="bert", cp=2),
+    _layout(ranks=2, model="bert", micro_batch=6, pp=2),
+    _layout(ranks=4, model="bert", micro_batch=4, dp_shard=2, tp=2),
+    _with_sections(_layout(ranks=4, model="bert", cp=2, tp=2), **DOCUMENTS),
+    _layout(ranks=4, model="bert", micro_batch=3, pp=2, dp_shard=2),
     # encoder-decoders
-    _layout(2, "t5", micro_batch=4, dp_shard=2),
-    _layout(2, "t5", micro_batch=3, tp=2),
-    _layout(2, "t5", tp=2, sequence_parallel=False),
-    _layout(2, "bart", micro_batch=4, dp_shard=2),
-    _layout(2, "bart", tp=2),
-    _with_sections(_layout(2, "bart", micro_batch=6, pp=2), **PREFIX),
-    _layout(2, "encoder_decoder", micro_batch=6, pp=2, pp_schedule="gpipe"),
-    _layout(2, "bart", micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
-    _with_sections(_layout(2, "encoder_decoder", micro_batch=4, dp_shard=2), **DOCUMENTS),
-    _layout(4, "t5", micro_batch=4, dp_shard=2, tp=2),
-    _with_sections(_layout(4, "bart", dp_replicate=2, dp_shard=2), **PREFIX),
-    _layout(4, "encoder_decoder", micro_batch=6, pp=2, tp=2),
-    _layout(4, "bart", micro_batch=3, pp=2, dp_shard=2),
+    _layout(ranks=2, model="t5", micro_batch=4, dp_shard=2),
+    _layout(ranks=2, model="t5", micro_batch=3, tp=2),
+    _layout(ranks=2, model="t5", tp=2, sequence_parallel=False),
+    _layout(ranks=2, model="bart", micro_batch=4, dp_shard=2),
+    _layout(ranks=2, model="bart", tp=2),
+    _with_sections(_layout(ranks=2, model="bart", micro_batch=6, pp=2), **PREFIX),
+    _layout(ranks=2, model="encoder_decoder", micro_batch=6, pp=2, pp_schedule="gpipe"),
+    _layout(ranks=2, model="bart", micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
+    _with_sections(_layout(ranks=2, model="encoder_decoder", micro_batch=4, dp_shard=2), **DOCUMENTS),
+    _layout(ranks=4, model="t5", micro_batch=4, dp_shard=2, tp=2),
+    _with_sections(_layout(ranks=4, model="bart", dp_replicate=2, dp_shard=2), **PREFIX),
+    _layout(ranks=4, model="encoder_decoder", micro_batch=6, pp=2, tp=2),
+    _layout(ranks=4, model="bart", micro_batch=3, pp=2, dp_shard=2),
     # decoders with prefix, document and mixed masks
-    _with_sections(_layout(2, micro_batch=4, dp_shard=2), **PREFIX),
-    _with_sections(_layout(2, cp=2), **PREFIX),
-    _with_sections(_layout(2, "tied", cp=2), **DOCUMENTS),
-    _with_sections(_layout(2, micro_batch=6, pp=2), **UL2),
-    _with_sections(_layout(2, "gpt", tp=2), **DOCUMENTS, **UL2),
-    _with_sections(_layout(4, "tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
+    _with_sections(_layout(ranks=2, micro_batch=4, dp_shard=2), **PREFIX),
+    _with_sections(_layout(ranks=2, cp=2), **PREFIX),
+    _with_sections(_layout(ranks=2, model="tied", cp=2), **DOCUMENTS),
+    _with_sections(_layout(ranks=2, micro_batch=6, pp=2), **UL2),
+    _with_sections(_layout(ranks=2, model="gpt", tp=2), **DOCUMENTS, **UL2),
+    _with_sections(_layout(ranks=4, model="tied", cp=2, tp=2), **DOCUMENTS, **PREFIX),
     # layers of several kinds, other norm placements, parallel sublayers
     *(
         layout
@@ -389,27 +401,27 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     # mixtures of experts, with the experts of a layer on one rank or spread over ranks
     *(layout for model in ("moe", "deepseek") for layout in _layouts_with_experts(model)),
     # bounded logits and stochastic depth
-    _layout(2, "bounded", micro_batch=4, dp_shard=2),
-    _layout(2, "bounded", micro_batch=3, tp=2),
-    _layout(2, "bounded", tp=2, sequence_parallel=False),
-    _layout(2, "bounded", cp=2),
-    _layout(2, "bounded", micro_batch=6, pp=2),
+    _layout(ranks=2, model="bounded", micro_batch=4, dp_shard=2),
+    _layout(ranks=2, model="bounded", micro_batch=3, tp=2),
+    _layout(ranks=2, model="bounded", tp=2, sequence_parallel=False),
+    _layout(ranks=2, model="bounded", cp=2),
+    _layout(ranks=2, model="bounded", micro_batch=6, pp=2),
 )
 
 # Layouts for tests that are too slow for all of LAYOUTS, such as tests of compilation and recomputation.
 COMPILED_LAYOUTS = index_by_name(
-    _layout(2, micro_batch=4, dp_shard=2),
-    _layout(2, "tied", dp_replicate=2),
-    _layout(2, "tied", tp=2),
-    _layout(2, "gpt", tp=2, sequence_parallel=False),
-    _layout(2, cp=2),
-    _layout(2, "tied", micro_batch=6, pp=2),
-    _layout(2, micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
-    _layout(4, "tied", micro_batch=4, dp_shard=2, tp=2),
-    _layout(4, "tied", dp_shard=2, cp=2),
-    _layout(4, micro_batch=6, pp=2, tp=2),
-    _layout(8, "tied", micro_batch=4, dp_shard=2, cp=2, tp=2),
-    _layout(8, "tied", micro_batch=3, pp=2, dp_shard=2, tp=2),
+    _layout(ranks=2, micro_batch=4, dp_shard=2),
+    _layout(ranks=2, model="tied", dp_replicate=2),
+    _layout(ranks=2, model="tied", tp=2),
+    _layout(ranks=2, model="gpt", tp=2, sequence_parallel=False),
+    _layout(ranks=2, cp=2),
+    _layout(ranks=2, model="tied", micro_batch=6, pp=2),
+    _layout(ranks=2, micro_batch=6, pp=2, pp_schedule="interleaved_1f1b"),
+    _layout(ranks=4, model="tied", micro_batch=4, dp_shard=2, tp=2),
+    _layout(ranks=4, model="tied", dp_shard=2, cp=2),
+    _layout(ranks=4, micro_batch=6, pp=2, tp=2),
+    _layout(ranks=8, model="tied", micro_batch=4, dp_shard=2, cp=2, tp=2),
+    _layout(ranks=8, model="tied", micro_batch=3, pp=2, dp_shard=2, tp=2),
 )
 
 SGD = {"name": "sgd", "lr": 1.0, "weight_decay": 0.0, "clip": 0.0}

@@ -105,10 +105,12 @@ def search_failures(seed: int, seconds: float, report: Callable[[str], None]) ->
 
 
 def format_counts(counts: Counter[str]) -> str:
+    """Return the counts as text, such as `8 drawn, 5 refused, 3 equal, 0 failed`."""
     return ", ".join(f"{counts[name]} {name}" for name in ("drawn", "refused", "equal", "failed"))
 
 
 def main() -> int:
+    """Search for failures with the options of the command line; return 1 if there is one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawn cases; default: %(default)s")
     parser.add_argument("--minutes", type=float, default=10.0, help="duration; default: %(default)s")

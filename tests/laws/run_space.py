@@ -137,11 +137,11 @@ def assert_case_matches_one_process(case: Case) -> None:
     Raises AssertionError unless losses, gradients and parameters match those of one process.
     """
     later_tolerance = BF16_MOMENTS_TOLERANCE if case["optimizer"] == "bf16_moments" else None
-    config = make_config(count_ranks(case), MODELS[case["model"]], **make_config_sections(case))
+    config = make_config(ranks=count_ranks(case), model=MODELS[case["model"]], **make_config_sections(case))
     if config.engine != "native":
-        assert_engine_matches_one_process(count_ranks(case), config, steps=2)
+        assert_engine_matches_one_process(ranks=count_ranks(case), config=config, steps=2)
         return
-    assert_config_matches_one_process(config, count_ranks(case), steps=2, later_tolerance=later_tolerance)
+    assert_config_matches_one_process(config, ranks=count_ranks(case), steps=2, later_tolerance=later_tolerance)
 
 
 def find_violations(case: Case) -> Iterator[str]:
@@ -156,7 +156,7 @@ def find_violations(case: Case) -> Iterator[str]:
         yield "reduce_each_microbatch has no effect on one microbatch"
     if count_ranks(case) == 1:
         yield "one process is the reference"
-    config = UnresolvedConfig.model_validate(make_raw_config(MODELS[case["model"]], **make_config_sections(case)))
+    config = UnresolvedConfig.model_validate(make_raw_config(model=MODELS[case["model"]], **make_config_sections(case)))
     yield from (str(violation) for violation in check(config, count_ranks(case), tokenizer_size=0))
 
 

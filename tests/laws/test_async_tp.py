@@ -55,12 +55,13 @@ def trace_fused_steps(config: Config, reverse_shards: bool) -> tuple[RankTrace, 
         patch.object(inductor, "post_grad_custom_pre_pass", None),
         patch.object(torch.distributed, "is_nccl_available", lambda: True),  # the compiler checks it on any device
     ):
-        rank_trace = record_trace(config, 2)
+        rank_trace = record_trace(config, steps=2)
     library._destroy()
     return rank_trace, dict(counter.names)
 
 
 def _gather_reversed(shard: torch.Tensor, weights: list[torch.Tensor], dim: int, group: str, **kwargs: Any) -> Any:
+    """Planted bug: the outputs have the shards of the ranks in reverse order."""
     full, outputs = FUSED["fused_all_gather_matmul"](shard, weights, dim, group, **kwargs)
     return full, [output.flip(dim) for output in outputs]
 
@@ -68,19 +69,19 @@ def _gather_reversed(shard: torch.Tensor, weights: list[torch.Tensor], dim: int,
 @pytest.mark.parametrize("recompute", ["none", pytest.param("selective", marks=pytest.mark.slow)])
 def test_fused_collectives_compute_the_step_of_one_process(recompute: str) -> None:
     parallel = {"tp": 2, "async_tp": True, "recompute": recompute}
-    config = make_config(2, {}, optim=SGD, compile=True, parallel=parallel)
+    config = make_config(ranks=2, optim=SGD, compile=True, parallel=parallel)
     restart_world(2)
-    traces, counts = zip(*get_world(2).run(trace_fused_steps, config, False), strict=True)
+    traces, counts = zip(*get_world(2).run(trace_fused_steps, config, reverse_shards=False), strict=True)
     # Forward: before q, k, v and before gate, up; after attention and after down. Backward: before the latter two.
     assert counts[0] == counts[1]
     assert counts[0]["fused_all_gather_matmul"] >= 4
     assert counts[0]["fused_matmul_reduce_scatter"] >= 2
-    assert_traces_match(merge_ranks(traces), trace_one_process(config, 2))
+    assert_traces_match(merge_ranks(traces), trace_one_process(config, steps=2))
 
 
 def test_shards_in_the_wrong_order_break_the_law() -> None:
-    config = make_config(2, {}, optim=SGD, compile=True, parallel={"tp": 2, "async_tp": True})
+    config = make_config(ranks=2, optim=SGD, compile=True, parallel={"tp": 2, "async_tp": True})
     restart_world(2)
-    traces = [rank_trace for rank_trace, _ in get_world(2).run(trace_fused_steps, config, True)]
+    traces = [rank_trace for rank_trace, _ in get_world(2).run(trace_fused_steps, config, reverse_shards=True)]
     with pytest.raises(AssertionError, match="off by"):
-        assert_traces_match(merge_ranks(traces), trace_one_process(config, 2))
+        assert_traces_match(merge_ranks(traces), trace_one_process(config, steps=2))

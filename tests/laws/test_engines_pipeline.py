@@ -9,7 +9,7 @@ from tests.laws.layouts import ADAMW, SGD
 from tests.laws.test_engines import CLIPPED_MOMENTUM_SGD, make_engine_config
 
 pytestmark = pytest.mark.usefixtures("restart_worlds_afterwards")
-PIPELINE = {**make_deepspeed_sections(1), "parallel": {"pp": 2}}
+PIPELINE = {**make_deepspeed_sections(stage=1), "parallel": {"pp": 2}}
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 6), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])
@@ -18,11 +18,19 @@ PIPELINE = {**make_deepspeed_sections(1), "parallel": {"pp": 2}}
 def test_the_pipeline_computes_the_steps_of_one_process(
     optim: dict[str, Any], model: str, ranks: int, micro_batch: int
 ) -> None:
-    assert_engine_matches_one_process(ranks, make_engine_config(ranks, PIPELINE, model, optim, micro_batch), steps=3)
+    assert_engine_matches_one_process(
+        ranks=ranks,
+        config=make_engine_config(ranks=ranks, engine=PIPELINE, model=model, optim=optim, micro_batch=micro_batch),
+        steps=3,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", [SGD, CLIPPED_MOMENTUM_SGD, ADAMW], ids=["sgd", "clipped", "adamw"])
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 8), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])
 def test_the_pipeline_computes_twenty_steps(ranks: int, micro_batch: int, optim: dict[str, Any]) -> None:
-    assert_engine_matches_one_process(ranks, make_engine_config(ranks, PIPELINE, "llama", optim, micro_batch), steps=20)
+    assert_engine_matches_one_process(
+        ranks=ranks,
+        config=make_engine_config(ranks=ranks, engine=PIPELINE, model="llama", optim=optim, micro_batch=micro_batch),
+        steps=20,
+    )

@@ -8,30 +8,36 @@ Tensor and context ranks differ more. They sum in another order, and FSDP gather
 one process keeps in fp32. Activations then differ in the last bit of bf16, and more where float8 rounds the other way.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
+from dist_llm.config.schema import Config
 from dist_llm.parallel import fp8
-from tests.laws.law import GLOBAL_BATCH, Trace, make_config, merge_ranks, record_trace, trace_one_process
-from tests.laws.layouts import MODELS, SGD, Layout, index_by_name
-from tests.laws.worlds import get_world, restart_world
+from tests.laws.law import (
+    GLOBAL_BATCH,
+    Trace,
+    make_layout_config,
+    merge_ranks,
+    record_trace,
+    trace_one_process,
+)
+from tests.laws.layouts import SGD, Layout, index_by_name
+from tests.laws.worlds import get_world, restart_world, run_on_ranks
 
 SIZES = {"n_kv_heads": 8, "d_ff": 64}  # the sizes on each of two tensor ranks are multiples of 16
 LAYOUTS = index_by_name(
-    Layout(2, {"dp_shard": 2}, micro_batch=4),
-    Layout(2, {"dp_replicate": 2}, "gpt"),
-    Layout(2, {"tp": 2}, "tied"),
-    Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt"),
-    Layout(2, {"cp": 2}),
-    Layout(2, {"pp": 2}, "tied", micro_batch=6),
-    Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=6),
-    Layout(2, {"dp_shard": 2, "recompute": "selective"}),
-    Layout(2, {"tp": 2, "recompute": "full"}, "gpt"),
-    Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
-    Layout(2, {"tp": 2}, "t5", micro_batch=8),
+    Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=4),
+    Layout(ranks=2, parallel={"dp_replicate": 2}, model="gpt"),
+    Layout(ranks=2, parallel={"tp": 2}, model="tied"),
+    Layout(ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="gpt"),
+    Layout(ranks=2, parallel={"cp": 2}),
+    Layout(ranks=2, parallel={"pp": 2}, model="tied", micro_batch=6),
+    Layout(ranks=2, parallel={"pp": 2, "pp_schedule": "zbv"}, micro_batch=6),
+    Layout(ranks=2, parallel={"dp_shard": 2, "recompute": "selective"}),
+    Layout(ranks=2, parallel={"tp": 2, "recompute": "full"}, model="gpt"),
+    Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2}, model="tied"),
+    Layout(ranks=2, parallel={"tp": 2}, model="t5", micro_batch=8),
 )
 COMPILED = (
     "dp_shard2_micro4_llama",
@@ -42,23 +48,14 @@ COMPILED = (
 )
 
 
-def make_layout_config(layout: Layout, precision: str = "bf16", fp8: bool = True) -> Any:
-    return make_config(
-        layout.ranks,
-        MODELS[layout.model] | SIZES,
-        optim=SGD,
-        parallel=layout.parallel,
-        data={"micro_batch": layout.micro_batch},
-        precision=precision,
-        fp8=fp8,
-    )
+def make_fp8_config(layout: Layout, *, precision: str = "bf16", fp8: bool = True) -> Config:
+    """Return the config of a layout with matrices that are large enough for fp8."""
+    return make_layout_config(layout, optim=SGD, model=SIZES, precision=precision, fp8=fp8)
 
 
 def trace_one_step(layout: Layout) -> Trace:
     """Return the trace of one float8 step of the layout."""
-    if layout.ranks == 1:
-        return merge_ranks([record_trace(make_layout_config(layout), 1)])
-    return merge_ranks(get_world(layout.ranks).run(record_trace, make_layout_config(layout), 1))
+    return merge_ranks(run_on_ranks(layout.ranks, record_trace, make_fp8_config(layout), steps=1))
 
 
 def find_least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
@@ -73,7 +70,7 @@ def find_least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor])
 
 def assert_near_fp32(actual: Trace, layout: Layout) -> None:
     """Compare with fp32: loss within 1e-3, norm within 2e-2, each gradient with a cosine above 0.98 (bf16: 0.9999)."""
-    expected = trace_one_process(make_layout_config(layout, "fp32", fp8=False), 1)
+    expected = trace_one_process(make_fp8_config(layout, precision="fp32", fp8=False), steps=1)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=1e-3)
     assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=2e-2)
     cosine, name = find_least_cosine(actual.gradients[0], expected.gradients[0])
@@ -92,8 +89,8 @@ def test_float8_is_near_fp32(layout: Layout) -> None:
 def test_compiled_float8_is_near_fp32(name: str) -> None:
     layout = LAYOUTS[name]
     restart_world(layout.ranks)
-    compiled_config = make_layout_config(layout).model_copy(update={"compile": True})
-    assert_near_fp32(merge_ranks(get_world(layout.ranks).run(record_trace, compiled_config, 1)), layout)
+    compiled_config = make_fp8_config(layout).model_copy(update={"compile": True})
+    assert_near_fp32(merge_ranks(get_world(layout.ranks).run(record_trace, compiled_config, steps=1)), layout)
 
 
 def find_largest_difference(trace: Trace, expected_trace: Trace) -> float:
@@ -102,16 +99,16 @@ def find_largest_difference(trace: Trace, expected_trace: Trace) -> float:
     return max(float((actual - expected).norm() / expected.norm()) for actual, expected in pairs)
 
 
-ONE = Layout(1, {}, micro_batch=GLOBAL_BATCH)
-TWO = Layout(2, {"dp_shard": 2})  # one microbatch per rank
+ONE = Layout(ranks=1, micro_batch=GLOBAL_BATCH)
+TWO = Layout(ranks=2, parallel={"dp_shard": 2})  # one microbatch per rank
 SPLITS = [
-    (Layout(1, {}, micro_batch=1), ONE),
-    (Layout(1, {}, micro_batch=12), ONE),
-    (Layout(2, {"pp": 2}, micro_batch=6), ONE),
-    (Layout(2, {"dp_shard": 2}, micro_batch=3), TWO),
-    (Layout(2, {"dp_replicate": 2}, micro_batch=4), TWO),
-    (Layout(4, {"dp_shard": 4}), TWO),
-    (Layout(4, {"dp_replicate": 2, "dp_shard": 2}, micro_batch=2), TWO),
+    (Layout(ranks=1, micro_batch=1), ONE),
+    (Layout(ranks=1, micro_batch=12), ONE),
+    (Layout(ranks=2, parallel={"pp": 2}, micro_batch=6), ONE),
+    (Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=3), TWO),
+    (Layout(ranks=2, parallel={"dp_replicate": 2}, micro_batch=4), TWO),
+    (Layout(ranks=4, parallel={"dp_shard": 4}), TWO),
+    (Layout(ranks=4, parallel={"dp_replicate": 2, "dp_shard": 2}, micro_batch=2), TWO),
 ]
 
 
@@ -137,7 +134,7 @@ def test_a_scale_that_is_no_power_of_two_is_detected(monkeypatch: pytest.MonkeyP
         return (x.float() * scale).to(kind), scale.reciprocal()
 
     monkeypatch.setattr(fp8, "quantize", quantize_with_exact_scale)
-    unsplit, split = trace_one_step(ONE), trace_one_step(Layout(1, {}, micro_batch=12))
+    unsplit, split = trace_one_step(ONE), trace_one_step(Layout(ranks=1, micro_batch=12))
     with pytest.raises(AssertionError):
         assert_rounded_alike(split, unsplit)
     assert find_largest_difference(split, unsplit) > 0.05

@@ -25,21 +25,21 @@ from tests.laws.law import (
     assert_traces_match,
     choose_comparison_dtype,
     make_batches,
-    make_config,
+    make_layout_config,
     merge_ranks,
     use_default_dtype,
 )
-from tests.laws.layouts import ADAMW, MODELS, Layout, index_by_name
+from tests.laws.layouts import ADAMW, Layout, index_by_name
 from tests.laws.worlds import get_world
 
 # Each rank takes several microbatches, so that a NaN in one step must not remain in the accumulated gradients.
 LAYOUTS = index_by_name(
-    Layout(2, {"dp_shard": 2}, "tied", micro_batch=4),
-    Layout(2, {"dp_replicate": 2}, "gpt", micro_batch=4),
-    Layout(2, {"tp": 2}, "bert", micro_batch=8),
-    Layout(2, {"cp": 2}, micro_batch=8),
-    Layout(2, {"pp": 2}, "tied", micro_batch=6),
-    Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=4),
+    Layout(ranks=2, parallel={"dp_shard": 2}, model="tied", micro_batch=4),
+    Layout(ranks=2, parallel={"dp_replicate": 2}, model="gpt", micro_batch=4),
+    Layout(ranks=2, parallel={"tp": 2}, model="bert", micro_batch=8),
+    Layout(ranks=2, parallel={"cp": 2}, micro_batch=8),
+    Layout(ranks=2, parallel={"pp": 2}, model="tied", micro_batch=6),
+    Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2}, micro_batch=4),
 )
 BAD_STEP = 1  # counted from 0, unlike the steps in messages
 
@@ -51,13 +51,14 @@ def run_steps(config: Config, steps: Sequence[int], with_planted_bug: bool = Fal
 
 
 def _run_steps(config: Config, steps: Sequence[int], with_planted_bug: bool) -> RankTrace:
+    """Take the steps with a guard; the gradients of BAD_STEP are NaN. The trace leaves out BAD_STEP."""
     engine, rank_trace = RecordingEngine(config, torch.device("cpu")), RankTrace()
     guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
     with zero_gradient_update() if with_planted_bug else nullcontext():
         for step in steps:
             batches = make_batches(config, engine, step)
             with nan_gradients() if step == BAD_STEP else nullcontext():
-                report = train_step(engine, batches, 1e-3, step, should_apply=partial(guard.should_apply, step))
+                report = train_step(engine, batches, lr=1e-3, step=step, should_apply=partial(guard.should_apply, step))
             assert bool(guard.anomaly_by_step[step]) == (step == BAD_STEP), "a rank does not skip exactly the bad step"
             if step != BAD_STEP:
                 rank_trace.losses.append(report.loss.item())
@@ -102,17 +103,13 @@ def zero_gradient_update() -> Iterator[None]:
 
 def assert_skipped_without_effect(layout: Layout, with_planted_bug: bool = False) -> None:
     """Compare a layout that skips BAD_STEP with one process that never runs it."""
-    config = make_config(
-        layout.ranks,
-        MODELS[layout.model],
-        optim=ADAMW,
-        data={"micro_batch": layout.micro_batch},
-        parallel=layout.parallel,
-    )
+    config = make_layout_config(layout, optim=ADAMW)
     data = config.data.model_copy(update={"micro_batch": GLOBAL_BATCH})
     one_process = config.model_copy(update={"data": data, "parallel": ParallelConfig(dp_shard=1)})
-    skipped = merge_ranks(get_world(layout.ranks).run(run_steps, config, (0, BAD_STEP, 2, 3), with_planted_bug))
-    assert_traces_match(skipped, merge_ranks([run_steps(one_process, (0, 2, 3))]))
+    skipped = merge_ranks(
+        get_world(layout.ranks).run(run_steps, config, steps=(0, BAD_STEP, 2, 3), with_planted_bug=with_planted_bug)
+    )
+    assert_traces_match(skipped, merge_ranks([run_steps(one_process, steps=(0, 2, 3))]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

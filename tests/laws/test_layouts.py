@@ -15,19 +15,19 @@ from tests.laws.layouts import ADAMW, ARCHITECTURE_LAYOUTS, CLIPPED_SGD, COMPILE
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_computes_the_step_of_one_process(layout: Layout) -> None:
     """With SGD at a learning rate of 1 and clipping, a wrong gradient scale or norm changes the weights."""
-    assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
+    assert_matches_one_process(layout, optim=CLIPPED_SGD, steps=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ARCHITECTURE_LAYOUTS.values(), ids=ARCHITECTURE_LAYOUTS)
 def test_every_architecture_and_objective_computes_the_step_of_one_process(layout: Layout) -> None:
     """Masks, cross-attention, position tables and stochastic depth are the same on every layout."""
-    assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
+    assert_matches_one_process(layout, optim=CLIPPED_SGD, steps=2)
 
 
 def test_the_lists_have_enough_layouts() -> None:
     assert len({str(layout) for layout in LAYOUTS.values()}) >= 45
-    assert sum(layout.axes >= 3 for layout in LAYOUTS.values()) >= 12
+    assert sum(layout.num_parallel_axes >= 3 for layout in LAYOUTS.values()) >= 12
     assert {layout.ranks for layout in LAYOUTS.values()} >= {2, 4, 8}
     assert len(COMPILED_LAYOUTS) >= 12
 
@@ -36,12 +36,14 @@ def test_the_lists_have_enough_layouts() -> None:
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", list(COMPILED_LAYOUTS.values())[::3], ids=list(COMPILED_LAYOUTS)[::3])
 def test_recomputation_does_not_change_the_step(layout: Layout, recompute: str) -> None:
-    assert_matches_one_process(layout, SGD, steps=2, parallel={"recompute": recompute})
+    assert_matches_one_process(layout, optim=SGD, steps=2, parallel={"recompute": recompute})
 
 
 @pytest.mark.slow
 def test_selective_recomputation_does_not_change_the_step_of_context_parallel() -> None:
-    assert_matches_one_process(Layout(2, {"cp": 2}), SGD, steps=2, parallel={"recompute": "selective"})
+    assert_matches_one_process(
+        Layout(ranks=2, parallel={"cp": 2}), optim=SGD, steps=2, parallel={"recompute": "selective"}
+    )
 
 
 # An encoder, an encoder-decoder, and a prefix mask over context-parallel ranks.
@@ -59,34 +61,41 @@ TWENTY_STEPS: dict[str, Any] = {
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 @pytest.mark.parametrize("layout", OTHER_ARCHITECTURES.values(), ids=OTHER_ARCHITECTURES)
 def test_recomputation_does_not_change_the_step_of_other_architectures(layout: Layout, recompute: str) -> None:
-    assert_matches_one_process(layout, SGD, steps=2, parallel={"recompute": recompute})
+    assert_matches_one_process(layout, optim=SGD, steps=2, parallel={"recompute": recompute})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("layout", OTHER_ARCHITECTURES.values(), ids=OTHER_ARCHITECTURES)
 def test_compilation_does_not_change_the_step_of_other_architectures(layout: Layout, recompute: str) -> None:
-    assert_matches_one_process(layout, SGD, steps=2, parallel={"recompute": recompute}, compile=True)
+    assert_matches_one_process(layout, optim=SGD, steps=2, parallel={"recompute": recompute}, compile=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_compilation_does_not_change_the_step(recompute: str) -> None:
     assert_matches_one_process(
-        COMPILED_LAYOUTS["dp_shard2_tp2_micro4_tied"], SGD, steps=2, parallel={"recompute": recompute}, compile=True
+        COMPILED_LAYOUTS["dp_shard2_tp2_micro4_tied"],
+        optim=SGD,
+        steps=2,
+        parallel={"recompute": recompute},
+        compile=True,
     )
 
 
 @pytest.mark.slow
 def test_a_split_vocabulary_computes_label_smoothing_and_z_loss() -> None:
     assert_matches_one_process(
-        Layout(2, {"tp": 2}, "tied"), SGD, steps=2, loss={"label_smoothing": 0.1, "z_loss": 1e-2}
+        Layout(ranks=2, parallel={"tp": 2}, model="tied"),
+        optim=SGD,
+        steps=2,
+        loss={"label_smoothing": 0.1, "z_loss": 1e-2},
     )
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks) for name, marks in TWENTY_STEPS.items()])
 def test_a_layout_computes_twenty_steps_of_adamw(name: str) -> None:
-    assert_matches_one_process(LAYOUTS[name], ADAMW, steps=20)
+    assert_matches_one_process(LAYOUTS[name], optim=ADAMW, steps=20)
 
 
 @pytest.mark.slow
@@ -103,7 +112,9 @@ def test_a_layout_computes_many_steps_with_each_optimizer(
         pytest.skip("the pipeline schedule sets the number of microbatches")
     steps = 20 if optim["name"] == "adamw" else 3
     assert_matches_one_process(
-        Layout(layout.ranks, layout.parallel, layout.model, micro_batch=micro_batch), optim, steps
+        Layout(ranks=layout.ranks, parallel=layout.parallel, model=layout.model, micro_batch=micro_batch),
+        optim=optim,
+        steps=steps,
     )
 
 
@@ -112,4 +123,4 @@ def test_a_layout_computes_many_steps_with_each_optimizer(
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layout", COMPILED_LAYOUTS.values(), ids=COMPILED_LAYOUTS)
 def test_layouts_with_compilation_and_recomputation(layout: Layout, recompute: str, compiled: bool) -> None:
-    assert_matches_one_process(layout, CLIPPED_SGD, steps=3, parallel={"recompute": recompute}, compile=compiled)
+    assert_matches_one_process(layout, optim=CLIPPED_SGD, steps=3, parallel={"recompute": recompute}, compile=compiled)

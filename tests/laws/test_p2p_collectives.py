@@ -20,6 +20,7 @@ from tests.laws.law import (
     copy_full_tensor,
     make_batches,
     make_config,
+    make_layout_config,
     merge_ranks,
     record_trace,
     trace_one_process,
@@ -28,15 +29,17 @@ from tests.laws.layouts import ADAMW, MODELS, Layout, index_by_name
 from tests.laws.worlds import get_world, restart_world
 
 LAYOUTS = index_by_name(
-    Layout(2, {"dp_shard": 2}),
-    Layout(4, {"dp_shard": 4}, "tied", micro_batch=3),
-    Layout(4, {"dp_shard": 4, "reshard": "always"}, "bert", micro_batch=3),
-    Layout(4, {"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, "gpt", micro_batch=3),
-    Layout(4, {"dp_shard": 2, "cp": 2, "recompute": "full"}),
-    Layout(2, {"tp": 2}, "bounded", micro_batch=3),
-    Layout(2, {"tp": 2, "sequence_parallel": False}, "gpt", micro_batch=3),
-    Layout(4, {"dp_shard": 2, "tp": 2, "recompute": "selective"}, "t5"),
-    Layout(4, {"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro_batch=3),
+    Layout(ranks=2, parallel={"dp_shard": 2}),
+    Layout(ranks=4, parallel={"dp_shard": 4}, model="tied", micro_batch=3),
+    Layout(ranks=4, parallel={"dp_shard": 4, "reshard": "always"}, model="bert", micro_batch=3),
+    Layout(
+        ranks=4, parallel={"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, model="gpt", micro_batch=3
+    ),
+    Layout(ranks=4, parallel={"dp_shard": 2, "cp": 2, "recompute": "full"}),
+    Layout(ranks=2, parallel={"tp": 2}, model="bounded", micro_batch=3),
+    Layout(ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="gpt", micro_batch=3),
+    Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2, "recompute": "selective"}, model="t5"),
+    Layout(ranks=4, parallel={"pp": 2, "dp_shard": 2, "pp_schedule": "interleaved_1f1b"}, micro_batch=3),
 )
 
 
@@ -71,9 +74,10 @@ def use_messages() -> AbstractContextManager[Any]:
 
 
 def trace_with_messages(config: Config, bug: tuple[str, type] | None) -> RankTrace:
+    """Record a trace with point-to-point collectives. `bug` is (class name, replacement)."""
     name, replacement = bug or ("P2PAllGather", p2p_collectives.P2PAllGather)
     with use_messages(), patch.object(p2p_collectives, name, replacement):
-        return record_trace(config, 3)
+        return record_trace(config, steps=3)
 
 
 def train_and_evaluate(config: Config, messages: bool) -> tuple[list[float], dict[str, Tensor]]:
@@ -90,7 +94,7 @@ def train_and_evaluate(config: Config, messages: bool) -> tuple[list[float], dic
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_messages_of_two_ranks_are_bitwise_equal_to_collectives(precision: str) -> None:
     """A sum of two numbers has only one order, and weights gathered in bf16 are not summed."""
-    config = make_config(2, {}, optim=ADAMW, parallel={"dp_shard": 2}, precision=precision, data={"micro_batch": 6})
+    config = make_config(ranks=2, optim=ADAMW, parallel={"dp_shard": 2}, precision=precision, data={"micro_batch": 6})
     (losses, weights), (p2p_losses, p2p_weights) = (
         get_world(2).run(train_and_evaluate, config, messages)[0] for messages in (False, True)
     )
@@ -99,10 +103,10 @@ def test_messages_of_two_ranks_are_bitwise_equal_to_collectives(precision: str) 
 
 
 def assert_messages_match_one_process(layout: Layout, bug: tuple[str, type] | None = None) -> None:
-    data = {"micro_batch": layout.micro_batch}
-    config = make_config(layout.ranks, MODELS[layout.model], optim=ADAMW, parallel=layout.parallel, data=data)
+    """Raise AssertionError unless the layout computes the steps of one process with messages."""
+    config = make_layout_config(layout, optim=ADAMW)
     assert_traces_match(
-        merge_ranks(get_world(layout.ranks).run(trace_with_messages, config, bug)), trace_one_process(config, 3)
+        merge_ranks(get_world(layout.ranks).run(trace_with_messages, config, bug)), trace_one_process(config, steps=3)
     )
 
 
@@ -132,8 +136,9 @@ class ModuleWithBug:
 
 
 def trace_with_broken_activations(config: Config, bug: tuple[str, type]) -> RankTrace:
+    """Record a trace in which only the collectives of activations have the bug."""
     with use_messages(), patch.object(mesh, "p2p_collectives", ModuleWithBug(*bug)):
-        return record_trace(config, 3)
+        return record_trace(config, steps=3)
 
 
 @pytest.mark.parametrize("parallel", [{"cp": 2}, {"tp": 2}], ids=str)
@@ -143,21 +148,22 @@ def trace_with_broken_activations(config: Config, bug: tuple[str, type]) -> Rank
     ids=["unadded", "swapped"],
 )
 def test_a_planted_bug_in_messages_of_activations_is_detected(bug: tuple[str, type], parallel: dict[str, Any]) -> None:
-    config = make_config(2, {}, optim=ADAMW, parallel=parallel)
+    config = make_config(ranks=2, optim=ADAMW, parallel=parallel)
     traces = get_world(2).run(trace_with_broken_activations, config, bug)
     with pytest.raises(AssertionError, match="off by"):
-        assert_traces_match(merge_ranks(traces), trace_one_process(config, 3))
+        assert_traces_match(merge_ranks(traces), trace_one_process(config, steps=3))
 
 
 @pytest.mark.slow
 def test_compiled_blocks_use_collectives_besides_messages() -> None:
     """Compiled blocks use collectives, and the rest of the step uses messages, on the same process groups."""
-    config = make_config(4, MODELS["tied"], optim=ADAMW, parallel={"dp_shard": 2, "tp": 2}, compile=True)
+    config = make_config(ranks=4, model=MODELS["tied"], optim=ADAMW, parallel={"dp_shard": 2, "tp": 2}, compile=True)
     restart_world(4)
-    assert_traces_match(merge_ranks(get_world(4).run(trace_with_messages, config, None)), trace_one_process(config, 3))
+    assert_traces_match(merge_ranks(get_world(4).run(trace_with_messages, config)), trace_one_process(config, steps=3))
 
 
 def count_messages(case_to_count: Case) -> dict[str, Any]:
+    """Count the traffic of a case with point-to-point collectives."""
     with use_messages():
         return count_traffic(case_to_count)
 
@@ -193,10 +199,12 @@ def test_sums_are_deterministic() -> None:
 
 
 def make_numbers(rank: int) -> Tensor:
+    """Return random numbers whose magnitude depends on the rank, so that the order of a sum matters."""
     return torch.randn(4000, generator=torch.Generator().manual_seed(rank)) * 10.0**rank
 
 
 def reduce_scatter_numbers() -> Tensor:
+    """Reduce-scatter the numbers of all ranks; return the result of this rank."""
     output = torch.empty(1000)
     assert dist.group.WORLD is not None
     p2p_collectives.P2PReduceScatter()(output, make_numbers(dist.get_rank()), dist.group.WORLD, dist.ReduceOp.SUM)

@@ -11,50 +11,60 @@ from tests.laws.layouts import CLIPPED_SGD, DOCUMENTS, PREFIX, SGD, UL2, Layout
 from tests.laws.worlds import WorldError
 
 LAYOUT_OF_BUG = {
-    "gradients_are_not_reduced_over_replicas": Layout(2, {"dp_replicate": 2}),
-    "gradients_are_not_reduced_over_shards": Layout(2, {"dp_shard": 2}),
-    "gradients_are_not_reduced_over_context_ranks": Layout(4, {"dp_shard": 2, "cp": 2}),
-    "gathered_input_gradients_are_not_reduce_scattered": Layout(2, {"tp": 2}),
-    "vocabulary_head_gradients_are_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2}),
-    "token_slices_use_the_depth_scale_of_full_sequences": Layout(2, {"tp": 2}, "bounded", micro_batch=3),
-    "tensor_ranks_use_the_positions_of_the_first_rank": Layout(2, {"tp": 2}, "gpt", micro_batch=3),
-    "tied_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "tied", micro_batch=6),
-    "norm_layer_gradients_of_token_slices_are_not_reduced": Layout(2, {"tp": 2}),
-    "gradients_are_averaged_over_ranks": Layout(2, {"dp_shard": 2}),
-    "loss_is_the_mean_of_rank_means": Layout(2, {"dp_shard": 2}),
-    "loss_is_the_mean_of_microbatch_means": Layout(2, {"dp_shard": 2}, micro_batch=4),
-    "loss_is_divided_twice": Layout(2, {"dp_shard": 2}),
-    "loss_is_averaged_over_padding": Layout(2, {"dp_shard": 2}),
-    "only_the_last_microbatch_is_accumulated": Layout(2, {"dp_shard": 2}, micro_batch=4),
-    "all_ranks_read_the_same_samples": Layout(2, {"dp_shard": 2}),
-    "gradients_are_clipped_by_the_local_norm": Layout(2, {"dp_shard": 2}),
-    "gradient_norm_counts_replicated_parameters_once_per_tensor_rank": Layout(2, {"tp": 2}),
-    "gradient_norm_counts_the_tied_embedding_in_both_stages": Layout(2, {"pp": 2}, "tied", micro_batch=6),
-    "gradients_are_not_clipped": Layout(2, {"dp_shard": 2}),
-    "context_ranks_count_positions_from_zero": Layout(2, {"cp": 2}),
-    "causal_mask_is_aligned_to_the_first_key": Layout(2, {"cp": 2}),
-    "tied_head_uses_a_copy_of_the_embedding": Layout(2, {"tp": 2}, "tied"),
-    "vocabulary_maximum_is_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2}),
-    "vocabulary_padding_is_in_the_softmax": Layout(2, {"tp": 2}),
-    "all_ranks_initialize_the_same_shard": Layout(2, {"dp_shard": 2}),
-    "pipeline_rescales_gradients": Layout(2, {"pp": 2}, micro_batch=6),
-    "context_ranks_mask_queries_as_if_they_were_the_last": Layout(2, {"cp": 2}, sections=PREFIX),
-    "every_microbatch_uses_the_mask_of_the_first": Layout(2, {"pp": 2}, micro_batch=6, sections=UL2),
-    "stochastic_depth_differs_between_tensor_ranks": Layout(2, {"tp": 2}, "bounded"),
-    "encoder_embedding_is_not_reduced_over_stages": Layout(2, {"pp": 2}, "encoder_decoder", micro_batch=6),
-    "weights_stay_gathered_after_the_last_backward": Layout(2, {"dp_shard": 2}),
-    "norm_over_all_heads_sees_only_the_heads_of_its_rank": Layout(2, {"tp": 2}, "olmo"),
-    "norm_over_all_heads_does_not_reduce_its_gradient": Layout(2, {"tp": 2}, "olmo"),
-    "every_tensor_rank_has_the_slopes_of_the_first_heads": Layout(2, {"tp": 2}, "bloom"),
-    "every_tensor_rank_has_the_gates_of_the_first_heads": Layout(2, {"tp": 2}, "sinks_and_gates"),
-    "every_tensor_rank_has_the_sinks_of_the_first_heads": Layout(2, {"tp": 2}, "sinks_and_gates"),
-    "the_second_chunk_of_a_context_rank_has_no_sinks": Layout(2, {"cp": 2}, "sinks_and_gates"),
-    "windows_ignore_documents": Layout(2, {"tp": 2}, "olmo", sections=DOCUMENTS),
-    "windows_are_one_key_short_on_context_ranks": Layout(2, {"cp": 2}, "gemma", sections=DOCUMENTS),
-    "stages_use_the_rotations_of_the_first_layers": Layout(2, {"pp": 2}, "olmo", micro_batch=6),
-    "qk_norm_gradients_are_not_reduced": Layout(2, {"tp": 2, "sequence_parallel": False}, "bounded"),
+    "gradients_are_not_reduced_over_replicas": Layout(ranks=2, parallel={"dp_replicate": 2}),
+    "gradients_are_not_reduced_over_shards": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "gradients_are_not_reduced_over_context_ranks": Layout(ranks=4, parallel={"dp_shard": 2, "cp": 2}),
+    "gathered_input_gradients_are_not_reduce_scattered": Layout(ranks=2, parallel={"tp": 2}),
+    "vocabulary_head_gradients_are_not_reduced_over_tensor_ranks": Layout(ranks=2, parallel={"tp": 2}),
+    "token_slices_use_the_depth_scale_of_full_sequences": Layout(
+        ranks=2, parallel={"tp": 2}, model="bounded", micro_batch=3
+    ),
+    "tensor_ranks_use_the_positions_of_the_first_rank": Layout(ranks=2, parallel={"tp": 2}, model="gpt", micro_batch=3),
+    "tied_embedding_is_not_reduced_over_stages": Layout(ranks=2, parallel={"pp": 2}, model="tied", micro_batch=6),
+    "norm_layer_gradients_of_token_slices_are_not_reduced": Layout(ranks=2, parallel={"tp": 2}),
+    "gradients_are_averaged_over_ranks": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "loss_is_the_mean_of_rank_means": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "loss_is_the_mean_of_microbatch_means": Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=4),
+    "loss_is_divided_twice": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "loss_is_averaged_over_padding": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "only_the_last_microbatch_is_accumulated": Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=4),
+    "all_ranks_read_the_same_samples": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "gradients_are_clipped_by_the_local_norm": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "gradient_norm_counts_replicated_parameters_once_per_tensor_rank": Layout(ranks=2, parallel={"tp": 2}),
+    "gradient_norm_counts_the_tied_embedding_in_both_stages": Layout(
+        ranks=2, parallel={"pp": 2}, model="tied", micro_batch=6
+    ),
+    "gradients_are_not_clipped": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "context_ranks_count_positions_from_zero": Layout(ranks=2, parallel={"cp": 2}),
+    "causal_mask_is_aligned_to_the_first_key": Layout(ranks=2, parallel={"cp": 2}),
+    "tied_head_uses_a_copy_of_the_embedding": Layout(ranks=2, parallel={"tp": 2}, model="tied"),
+    "vocabulary_maximum_is_not_reduced_over_tensor_ranks": Layout(ranks=2, parallel={"tp": 2}),
+    "vocabulary_padding_is_in_the_softmax": Layout(ranks=2, parallel={"tp": 2}),
+    "all_ranks_initialize_the_same_shard": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "pipeline_rescales_gradients": Layout(ranks=2, parallel={"pp": 2}, micro_batch=6),
+    "context_ranks_mask_queries_as_if_they_were_the_last": Layout(ranks=2, parallel={"cp": 2}, sections=PREFIX),
+    "every_microbatch_uses_the_mask_of_the_first": Layout(ranks=2, parallel={"pp": 2}, micro_batch=6, sections=UL2),
+    "stochastic_depth_differs_between_tensor_ranks": Layout(ranks=2, parallel={"tp": 2}, model="bounded"),
+    "encoder_embedding_is_not_reduced_over_stages": Layout(
+        ranks=2, parallel={"pp": 2}, model="encoder_decoder", micro_batch=6
+    ),
+    "weights_stay_gathered_after_the_last_backward": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "norm_over_all_heads_sees_only_the_heads_of_its_rank": Layout(ranks=2, parallel={"tp": 2}, model="olmo"),
+    "norm_over_all_heads_does_not_reduce_its_gradient": Layout(ranks=2, parallel={"tp": 2}, model="olmo"),
+    "every_tensor_rank_has_the_slopes_of_the_first_heads": Layout(ranks=2, parallel={"tp": 2}, model="bloom"),
+    "every_tensor_rank_has_the_gates_of_the_first_heads": Layout(ranks=2, parallel={"tp": 2}, model="sinks_and_gates"),
+    "every_tensor_rank_has_the_sinks_of_the_first_heads": Layout(ranks=2, parallel={"tp": 2}, model="sinks_and_gates"),
+    "the_second_chunk_of_a_context_rank_has_no_sinks": Layout(ranks=2, parallel={"cp": 2}, model="sinks_and_gates"),
+    "windows_ignore_documents": Layout(ranks=2, parallel={"tp": 2}, model="olmo", sections=DOCUMENTS),
+    "windows_are_one_key_short_on_context_ranks": Layout(
+        ranks=2, parallel={"cp": 2}, model="gemma", sections=DOCUMENTS
+    ),
+    "stages_use_the_rotations_of_the_first_layers": Layout(ranks=2, parallel={"pp": 2}, model="olmo", micro_batch=6),
+    "qk_norm_gradients_are_not_reduced": Layout(
+        ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="bounded"
+    ),
     **{
-        name: Layout(2, {"dp_shard": 2, "ep": 2}, "moe", micro_batch=4)
+        name: Layout(ranks=2, parallel={"dp_shard": 2, "ep": 2}, model="moe", micro_batch=4)
         for name in (
             "expert_gradients_are_multiplied_by_ep",
             "expert_gradients_are_averaged_over_data_ranks",
@@ -71,19 +81,29 @@ LAYOUT_OF_BUG = {
             "tokens_choose_among_the_experts_of_their_rank",
         )
     },
-    "expert_gradients_are_averaged_over_expert_shards": Layout(2, {"dp_shard": 2}, "moe"),
-    "the_counts_of_a_sequence_are_not_summed_over_its_ranks": Layout(2, {"cp": 2}, "moe"),
-    "the_router_z_loss_is_a_mean_over_the_tokens_of_a_rank": Layout(2, {"cp": 2}, "moe"),
-    "the_gradient_norm_lacks_the_experts_of_other_tensor_ranks": Layout(2, {"tp": 2, "ep": 2}, "moe"),
-    "router_gradients_are_not_reduced_over_tensor_ranks": Layout(2, {"tp": 2, "sequence_parallel": False}, "moe"),
-    "every_tensor_rank_routes_all_tokens": Layout(2, {"tp": 2, "sequence_parallel": False}, "moe"),
-    "the_selection_bias_follows_the_counts_of_one_rank": Layout(2, {"dp_shard": 2}, "deepseek"),
-    "the_selection_bias_counts_the_forward_that_infers_shapes": Layout(2, {"pp": 2}, "deepseek", micro_batch=6),
-    "the_selection_bias_follows_the_last_microbatch": Layout(2, {"dp_shard": 2}, "deepseek", micro_batch=4),
-    "recomputation_counts_tokens_twice": Layout(2, {"dp_shard": 2, "recompute": "full"}, "deepseek", micro_batch=4),
-    "the_selection_bias_is_part_of_the_weights": Layout(2, {"dp_shard": 2}, "deepseek"),
-    "shared_experts_are_left_out": Layout(2, {"tp": 2}, "deepseek"),
-    "groups_of_experts_do_not_limit_the_choice": Layout(2, {"dp_shard": 2, "ep": 2}, "deepseek"),
+    "expert_gradients_are_averaged_over_expert_shards": Layout(ranks=2, parallel={"dp_shard": 2}, model="moe"),
+    "the_counts_of_a_sequence_are_not_summed_over_its_ranks": Layout(ranks=2, parallel={"cp": 2}, model="moe"),
+    "the_router_z_loss_is_a_mean_over_the_tokens_of_a_rank": Layout(ranks=2, parallel={"cp": 2}, model="moe"),
+    "the_gradient_norm_lacks_the_experts_of_other_tensor_ranks": Layout(
+        ranks=2, parallel={"tp": 2, "ep": 2}, model="moe"
+    ),
+    "router_gradients_are_not_reduced_over_tensor_ranks": Layout(
+        ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="moe"
+    ),
+    "every_tensor_rank_routes_all_tokens": Layout(ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="moe"),
+    "the_selection_bias_follows_the_counts_of_one_rank": Layout(ranks=2, parallel={"dp_shard": 2}, model="deepseek"),
+    "the_selection_bias_counts_the_forward_that_infers_shapes": Layout(
+        ranks=2, parallel={"pp": 2}, model="deepseek", micro_batch=6
+    ),
+    "the_selection_bias_follows_the_last_microbatch": Layout(
+        ranks=2, parallel={"dp_shard": 2}, model="deepseek", micro_batch=4
+    ),
+    "recomputation_counts_tokens_twice": Layout(
+        ranks=2, parallel={"dp_shard": 2, "recompute": "full"}, model="deepseek", micro_batch=4
+    ),
+    "the_selection_bias_is_part_of_the_weights": Layout(ranks=2, parallel={"dp_shard": 2}, model="deepseek"),
+    "shared_experts_are_left_out": Layout(ranks=2, parallel={"tp": 2}, model="deepseek"),
+    "groups_of_experts_do_not_limit_the_choice": Layout(ranks=2, parallel={"dp_shard": 2, "ep": 2}, model="deepseek"),
 }
 # Distinct layouts by name. The name contains the microbatch size, which `str(layout)` omits.
 LAYOUT_OF_NAME = {layout.name: layout for layout in LAYOUT_OF_BUG.values()}
@@ -108,7 +128,9 @@ MESSAGES = (
 )
 # The layouts on which bugs are also tested with compiled blocks.
 COMPILED_LAYOUT_OF_BUG = {
-    "gathered_input_gradients_are_not_reduce_scattered": Layout(4, {"dp_shard": 2, "tp": 2}, "tied")
+    "gathered_input_gradients_are_not_reduce_scattered": Layout(
+        ranks=4, parallel={"dp_shard": 2, "tp": 2}, model="tied"
+    )
 }
 
 
@@ -119,17 +141,17 @@ def test_every_bug_has_a_test() -> None:
 @pytest.mark.parametrize("name", LAYOUT_OF_BUG)
 def test_a_planted_bug_is_detected(name: str) -> None:
     with pytest.raises((AssertionError, WorldError), match="|".join(MESSAGES)):
-        assert_matches_one_process(LAYOUT_OF_BUG[name], CLIPPED_SGD, steps=2, bug=name)
+        assert_matches_one_process(LAYOUT_OF_BUG[name], optim=CLIPPED_SGD, steps=2, bug=name)
 
 
 @pytest.mark.parametrize("layout", LAYOUT_OF_NAME.values(), ids=LAYOUT_OF_NAME)
 def test_the_layouts_of_the_bugs_match_one_process_without_a_bug(layout: Layout) -> None:
-    assert_matches_one_process(layout, CLIPPED_SGD, steps=2)
+    assert_matches_one_process(layout, optim=CLIPPED_SGD, steps=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED_LAYOUT_OF_BUG)
 def test_a_planted_bug_in_compiled_blocks_is_detected(name: str) -> None:
-    assert_matches_one_process(COMPILED_LAYOUT_OF_BUG[name], SGD, steps=1, compile=True)
+    assert_matches_one_process(COMPILED_LAYOUT_OF_BUG[name], optim=SGD, steps=1, compile=True)
     with pytest.raises(AssertionError, match=r"differ|off by"):
-        assert_matches_one_process(COMPILED_LAYOUT_OF_BUG[name], SGD, steps=1, bug=name, compile=True)
+        assert_matches_one_process(COMPILED_LAYOUT_OF_BUG[name], optim=SGD, steps=1, bug=name, compile=True)

@@ -11,43 +11,33 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
 from dist_llm.optim.loss_scale import GROWTH_STEPS, LossScale
 from dist_llm.training.step import train_step
-from tests.laws.law import make_batches, make_config, merge_ranks, record_trace, trace_one_process
-from tests.laws.layouts import MODELS, SGD, Layout
+from tests.laws.law import make_batches, make_config, make_layout_config, merge_ranks, record_trace, trace_one_process
+from tests.laws.layouts import SGD, Layout
 from tests.laws.worlds import get_world
 
 LAYOUTS = [
-    Layout(2, {"dp_shard": 2}, micro_batch=4),
-    Layout(2, {"dp_replicate": 2}, "gpt"),
-    Layout(2, {"tp": 2}, "tied", micro_batch=8),
-    Layout(2, {"cp": 2}),
-    Layout(2, {"pp": 2}, "tied", micro_batch=6),
-    Layout(4, {"dp_shard": 2, "tp": 2}, "tied"),
-    Layout(4, {"pp": 2, "dp_shard": 2}, micro_batch=3),
-    Layout(4, {"pp": 2, "tp": 2}, micro_batch=6),
-    Layout(4, {"pp": 2, "tp": 2, "pp_schedule": "zbv"}, "tied", micro_batch=6),
+    Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=4),
+    Layout(ranks=2, parallel={"dp_replicate": 2}, model="gpt"),
+    Layout(ranks=2, parallel={"tp": 2}, model="tied", micro_batch=8),
+    Layout(ranks=2, parallel={"cp": 2}),
+    Layout(ranks=2, parallel={"pp": 2}, model="tied", micro_batch=6),
+    Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2}, model="tied"),
+    Layout(ranks=4, parallel={"pp": 2, "dp_shard": 2}, micro_batch=3),
+    Layout(ranks=4, parallel={"pp": 2, "tp": 2}, micro_batch=6),
+    Layout(ranks=4, parallel={"pp": 2, "tp": 2, "pp_schedule": "zbv"}, model="tied", micro_batch=6),
 ]
-
-
-def make_layout_config(layout: Layout, precision: str) -> Any:
-    return make_config(
-        layout.ranks,
-        MODELS[layout.model],
-        optim=SGD,
-        parallel=layout.parallel,
-        data={"micro_batch": layout.micro_batch},
-        precision=precision,
-    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_half_precision_is_near_fp32(layout: Layout, precision: str) -> None:
-    """In one step the loss agrees within 2e-3, the norm within 2e-2, each gradient with a cosine above 0.99.
+    """The loss of one step agrees within 2e-3, the norm within 2e-2, and each gradient has a cosine above 0.99.
 
     The cosine does not depend on the loss scale.
     """
-    actual = merge_ranks(get_world(layout.ranks).run(record_trace, make_layout_config(layout, precision), 1))
-    expected = trace_one_process(make_layout_config(layout, "fp32"), 1)
+    config = make_layout_config(layout, optim=SGD, precision=precision)
+    actual = merge_ranks(get_world(layout.ranks).run(record_trace, config, steps=1))
+    expected = trace_one_process(make_layout_config(layout, optim=SGD, precision="fp32"), steps=1)
     assert actual.losses[0] == pytest.approx(expected.losses[0], rel=2e-3)
     assert actual.grad_norms[0] == pytest.approx(expected.grad_norms[0], rel=2e-2)
     largest_norm = max(float(gradient.norm()) for gradient in expected.gradients[0].values())
@@ -73,24 +63,24 @@ def record_rotation_dtypes(config: Any) -> set[torch.dtype]:
         return rotate(x, cos, sin)
 
     with patch.object(attention, "apply_rotary", record_and_rotate):
-        train_step(engine, make_batches(config, engine, 0), lr=1.0)
+        train_step(engine, make_batches(config, engine, step=0), lr=1.0)
     return dtypes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:4:3], ids=str)
 def test_rotary_positions_stay_in_fp32(layout: Layout) -> None:
     """FSDP casts the arguments of a block to bf16, and tensors inside tuples and dataclasses too."""
-    config = make_layout_config(layout, "bf16")
+    config = make_layout_config(layout, optim=SGD, precision="bf16")
     assert get_world(layout.ranks).run(record_rotation_dtypes, config) == [{torch.float32}] * layout.ranks
 
 
 def test_a_step_with_an_overflow_halves_the_loss_scale_and_changes_no_weight() -> None:
-    engine = NativeEngine(make_config(1, {}, optim=SGD, precision="fp16"), torch.device("cpu"))
+    engine = NativeEngine(make_config(ranks=1, optim=SGD, precision="fp16"), torch.device("cpu"))
     assert engine.loss_scale is not None
     engine.loss_scale.value = 2.0**120
     before = {name: p.detach().clone() for name, p in engine.named_parameters()}
 
-    report = train_step(engine, make_batches(engine.config, engine, 0), lr=1.0)
+    report = train_step(engine, make_batches(engine.config, engine, step=0), lr=1.0)
 
     assert not math.isfinite(report.grad_norm)
     assert engine.loss_scale.value == 2.0**119
@@ -103,6 +93,6 @@ def test_the_loss_scale_doubles_after_many_finite_steps() -> None:
         scale.update(is_finite=True)
     assert scale == LossScale(8.0, GROWTH_STEPS - 1)
     scale.update(is_finite=True)
-    assert scale == LossScale(16.0, 0)
+    assert scale == LossScale(value=16.0, good_steps=0)
     scale.update(is_finite=False)
-    assert scale == LossScale(8.0, 0)
+    assert scale == LossScale(value=8.0, good_steps=0)

@@ -12,7 +12,7 @@ from tests.laws.run_space import find_violations, format_case
 @pytest.mark.timeout(1200)
 def test_random_runs_compute_the_step_of_one_process() -> None:
     lines: list[str] = []
-    failed = random_runs.search_failures(random.randrange(10**6), 300, lines.append)
+    failed = random_runs.search_failures(random.randrange(10**6), seconds=300, report=lines.append)
     assert not failed, "\n".join(lines)
 
 

@@ -32,7 +32,7 @@ def count_graphs(config: Config) -> list[int]:
     engine, graphs = NativeEngine(config, torch.device("cpu")), []
     for step in range(6):
         batches = make_batches(config, engine, step)
-        train_step(engine, batches, 1e-3, step)
+        train_step(engine, batches, lr=1e-3, step=step)
         if step == 2:
             engine.score(engine.to_local_batch(batches[0]))
         if step >= 3:
@@ -43,7 +43,7 @@ def count_graphs(config: Config) -> list[int]:
 
 @pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS)
 def test_no_graph_is_compiled_after_step_3(ranks: int, parallel: dict[str, Any]) -> None:
-    config = make_config(ranks, {}, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
+    config = make_config(ranks=ranks, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
     restart_world(ranks)
     for graphs in get_world(ranks).run(count_graphs, config):
         assert graphs[0] > 0, "no block is compiled"

@@ -3,6 +3,7 @@
 A run takes two steps in the first layout and two in the second, and is compared with four steps of one process.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,21 +17,23 @@ from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.training.step import train_step
-from tests.laws.law import assert_close, copy_full_tensor, make_batches, make_config
-from tests.laws.layouts import ADAMW, MODELS, Layout
-from tests.laws.worlds import get_world
+from tests.laws.law import assert_close, copy_full_tensor, make_batches, make_layout_config
+from tests.laws.layouts import ADAMW, Layout
+from tests.laws.worlds import run_on_ranks
 
-ONE = Layout(1, {})
-SHARDED_2, SHARDED_4, SHARDED_8 = Layout(2, {"dp_shard": 2}), Layout(4, {"dp_shard": 4}), Layout(8, {"dp_shard": 8})
-REPLICATED = Layout(2, {"dp_replicate": 2})
-TENSOR, CONTEXT = Layout(2, {"tp": 2}), Layout(2, {"cp": 2})
-PIPELINE = Layout(2, {"pp": 2}, micro_batch=6)
-ZBV = Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=6)
-TENSOR_PIPELINE = Layout(4, {"tp": 2, "pp": 2}, micro_batch=6)
-SHARDED_TENSOR = Layout(4, {"dp_shard": 2, "tp": 2})
-SHARDED_PIPELINE = Layout(4, {"pp": 2, "dp_shard": 2}, micro_batch=3)
-HYBRID_TENSOR = Layout(8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2})
-UNEVEN = Layout(3, {"dp_shard": 3})
+ONE = Layout(ranks=1)
+SHARDED_2 = Layout(ranks=2, parallel={"dp_shard": 2})
+SHARDED_4 = Layout(ranks=4, parallel={"dp_shard": 4})
+SHARDED_8 = Layout(ranks=8, parallel={"dp_shard": 8})
+REPLICATED = Layout(ranks=2, parallel={"dp_replicate": 2})
+TENSOR, CONTEXT = Layout(ranks=2, parallel={"tp": 2}), Layout(ranks=2, parallel={"cp": 2})
+PIPELINE = Layout(ranks=2, parallel={"pp": 2}, micro_batch=6)
+ZBV = Layout(ranks=2, parallel={"pp": 2, "pp_schedule": "zbv"}, micro_batch=6)
+TENSOR_PIPELINE = Layout(ranks=4, parallel={"tp": 2, "pp": 2}, micro_batch=6)
+SHARDED_TENSOR = Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2})
+SHARDED_PIPELINE = Layout(ranks=4, parallel={"pp": 2, "dp_shard": 2}, micro_batch=3)
+HYBRID_TENSOR = Layout(ranks=8, parallel={"dp_replicate": 2, "dp_shard": 2, "tp": 2})
+UNEVEN = Layout(ranks=3, parallel={"dp_shard": 3})
 
 PAIRS = [
     (SHARDED_4, TENSOR_PIPELINE),
@@ -51,10 +54,9 @@ MORE_PAIRS = [
 ]
 
 
-def make_layout_config(layout: Layout) -> Config:
-    """Make the config of a layout with tied embeddings, of which a pipeline has two copies."""
-    data = {"micro_batch": layout.micro_batch}
-    return make_config(layout.ranks, MODELS["tied"], optim=ADAMW, parallel=layout.parallel, data=data)
+def make_tied_config(layout: Layout) -> Config:
+    """Return the config of a layout for a model with tied embeddings, of which a pipeline has two copies."""
+    return make_layout_config(replace(layout, model="tied"), optim=ADAMW)
 
 
 def run_two_steps(
@@ -75,7 +77,7 @@ def run_two_steps(
             for _, moment in engine.state.moments().items():
                 moment.zero_()
     losses = [
-        train_step(engine, make_batches(config, engine, step), 1e-2, step).loss.item()
+        train_step(engine, make_batches(config, engine, step), lr=1e-2, step=step).loss.item()
         for step in (first_step, first_step + 1)
     ]
     if checkpoints:
@@ -89,10 +91,8 @@ def run_two_steps_on_world(
     layout: Layout, directory: Path, first_step: int, bug: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Call `run_two_steps` on all ranks of the layout, whose losses must be equal; return (losses, merged state)."""
-    config = make_layout_config(layout)
-    if layout.ranks == 1:
-        return run_two_steps(config, directory, first_step, bug)
-    results = get_world(layout.ranks).run(run_two_steps, config, directory, first_step, bug)
+    config = make_tied_config(layout)
+    results = run_on_ranks(layout.ranks, run_two_steps, config, directory, first_step=first_step, bug=bug)
     assert all(losses == results[0][0] for losses, _ in results)
     return results[0][0], {name: value for _, tensors in results for name, value in tensors.items()}
 
@@ -100,9 +100,10 @@ def run_two_steps_on_world(
 @lru_cache(maxsize=1)
 def run_uninterrupted() -> tuple[list[float], dict[str, Tensor]]:
     """Run four steps in one process; return (losses, full state afterwards)."""
-    engine = NativeEngine(make_layout_config(ONE), torch.device("cpu"))
+    engine = NativeEngine(make_tied_config(ONE), torch.device("cpu"))
     losses = [
-        train_step(engine, make_batches(engine.config, engine, step), 1e-2, step).loss.item() for step in range(4)
+        train_step(engine, make_batches(engine.config, engine, step), lr=1e-2, step=step).loss.item()
+        for step in range(4)
     ]
     tensors = engine.state.weights() | engine.state.moments()
     return losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()}
@@ -111,7 +112,7 @@ def run_uninterrupted() -> tuple[list[float], dict[str, Tensor]]:
 def assert_reshape_matches_one_process(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> None:
     """Run two steps in each layout of the pair; compare losses and the final state with one process."""
     first_losses, _ = run_two_steps_on_world(pair[0], directory, first_step=0)
-    second_losses, actual_state = run_two_steps_on_world(pair[1], directory, 2, bug)
+    second_losses, actual_state = run_two_steps_on_world(pair[1], directory, first_step=2, bug=bug)
     expected_losses, expected_state = run_uninterrupted()
     assert first_losses + second_losses == pytest.approx(expected_losses, rel=1e-5)
     assert actual_state.keys() == expected_state.keys()

@@ -1,7 +1,15 @@
 """Worlds: gloo process groups on this machine, in which law tests run functions on all ranks.
 
-`get_world(size).run(function, *args)` calls a function on each rank and returns the results. The session shares one
-world per size, started on first use. A world that fails or hangs is stopped, and the next call starts a new world.
+    def sum_of_ranks(offset):  # a function of a module, so that pickle can send it to the processes
+        value = torch.tensor([dist.get_rank() + offset])
+        dist.all_reduce(value)
+        return value.item()
+
+    assert get_world(2).run(sum_of_ranks, offset=10) == [21, 21]  # one result per rank
+
+A world is a list of processes that wait for functions. The session shares one world per number of ranks, started on
+first use, since a new process group takes seconds. A world that fails or hangs is stopped, and the next call starts a
+new world.
 """
 
 import atexit
@@ -19,15 +27,16 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tests.warm import get_fork_server_context
+from tests.fork_server import get_fork_server_context
 
 COLLECTIVE_TIMEOUT_SECONDS = 90
 RESULT_TIMEOUT_SECONDS = 240
+TIMEOUT_AFTER_FAILURE_SECONDS = 5  # for the other ranks, which may wait for the failed rank
 timeout_factor = 1  # multiplies both timeouts; random_runs.py raises it
 
 
 class WorldError(RuntimeError):
-    """At least one rank raised. The message contains the traceback of each failed rank."""
+    """At least one rank raised an exception or died. The message contains the traceback of each failed rank."""
 
 
 class GlooWorld:
@@ -46,14 +55,15 @@ class GlooWorld:
             self.pipes.append(parent_end)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call `function(*args)` on all ranks; return the results by rank.
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call `function(*args, **kwargs)` on all ranks; return the results by rank.
 
-        Raises WorldError if a rank raises, dies or does not answer in time.
+        Functions, arguments and results are pickled. Raises WorldError if a rank raises, dies or does not answer in
+        time.
         """
         timeout_seconds = RESULT_TIMEOUT_SECONDS * timeout_factor
         for pipe in self.pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, kwargs))
         results, errors = [], []
         for rank, pipe in enumerate(self.pipes):
             try:
@@ -68,7 +78,7 @@ class GlooWorld:
             results.append(value)
             if not has_succeeded:
                 errors.append(f"--- rank {rank}\n{value}")
-                timeout_seconds = 5
+                timeout_seconds = TIMEOUT_AFTER_FAILURE_SECONDS
         if errors:
             self.stop()
             raise WorldError("\n".join(errors))
@@ -76,6 +86,7 @@ class GlooWorld:
 
     @property
     def is_alive(self) -> bool:
+        """Whether all processes run; false after `stop`."""
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
     def set_paused(self, paused: bool) -> None:
@@ -104,6 +115,11 @@ def get_world(size: int) -> GlooWorld:
     if size not in _worlds or not _worlds[size].is_alive:
         _worlds[size] = GlooWorld(size)
     return _worlds[size]
+
+
+def run_on_ranks(ranks: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+    """Call the function on all ranks of a world, or in this process if `ranks` is 1; return the results by rank."""
+    return [function(*args, **kwargs)] if ranks == 1 else get_world(ranks).run(function, *args, **kwargs)
 
 
 def restart_world(size: int) -> None:
@@ -145,11 +161,11 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, timeout_factor: i
     _use_collectives_as_on_gpus()
     while True:
         try:
-            function, args = pipe.recv()
+            function, args, kwargs = pipe.recv()
         except EOFError:
             os._exit(0)
         try:
-            result = True, function(*args)
+            result = True, function(*args, **kwargs)
         except BaseException:
             result = False, traceback.format_exc()
         # Plain pickle copies tensors by value. The pickling of torch.multiprocessing opens a file for each tensor.

@@ -1,4 +1,9 @@
-"""Fixtures of small model configurations and of small models whose parameters have values."""
+"""Fixtures of small model configs and of small models with random parameters.
+
+def test_the_logits_have_a_row_per_token(build):
+    model = build(n_layers=1, positions="learned")  # keyword arguments are keys of the `model` section
+    logits_BSV = model(torch.zeros(2, 5, dtype=torch.long))
+"""
 
 import pytest
 
@@ -11,7 +16,7 @@ from dist_llm.param_spec import collect_param_specs
 
 @pytest.fixture
 def settings():
-    """Make a resolved `model` section: a small Llama with `changes`."""
+    """Return a function that makes a resolved `model` section: a small Llama with `changes` of its keys."""
 
     def make_settings(**changes):
         shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
@@ -22,7 +27,10 @@ def settings():
 
 @pytest.fixture
 def build(settings):
-    """Build a model in eval mode. Its parameters are larger than in a run, so that each affects the output."""
+    """Return a function that builds a model in eval mode, with `changes` of the keys of the `model` section.
+
+    The parameters are larger than in a run, so that each of them affects the output.
+    """
 
     def build_with(loss=None, seed=0, **changes):
         config = settings(**{"init_std": 0.3, **changes})

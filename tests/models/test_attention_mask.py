@@ -27,6 +27,7 @@ KINDS = {
 
 
 def first_rows(mask, count):
+    """Return the mask of the first `count` sequences of a batch."""
     tensors = {name: value[:count] for name, value in vars(mask).items() if isinstance(value, torch.Tensor)}
     return AttentionMask(causal=mask.causal, **tensors)
 
@@ -88,4 +89,5 @@ def test_no_token_attends_to_encoder_padding(build):
 
 
 def make_encoder_input(tokens, documents):
+    """Return an encoder input whose tokens [B, T] attend only to their own document."""
     return EncoderInput(tokens, AttentionMask(causal=False, documents_BT=documents))

@@ -11,6 +11,7 @@ from dist_llm.models.attention import scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, FULL
 from dist_llm.models.decoder import Decoder, Embedding
 from dist_llm.models.kv_cache import KVCache
+from tests.models.reference_decoder import ReferenceDecoder
 
 GPT2 = {
     "positions": "learned",
@@ -21,33 +22,35 @@ GPT2 = {
 }
 LLAMA = {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "n_kv_heads": 2}
 POSITIONS = ("rope", "learned", "sinusoidal")
-ORDERS = ("pre", "post")
+NORM_ORDERS = ("pre", "post")
 
+SIZE_KEYS = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len")
+# Name: (published number of parameters, keys of the model, values of SIZE_KEYS). The sources are the released GPT-2 of
+# Radford et al. 2019, and table 3 of Dubey et al. 2024.
 PUBLISHED = {
-    # The released GPT-2 of Radford et al. 2019; Dubey et al. 2024, table 3.
-    "GPT-2 small": (124_439_808, GPT2, 768, 12, 12, 12, 64, 3072, 50257, 1024),
-    "GPT-2 XL": (1_557_611_200, GPT2, 1600, 48, 25, 25, 64, 6400, 50257, 1024),
-    "Llama 3 8B": (8_030_261_248, {}, 4096, 32, 32, 8, 128, 14336, 128256, 8192),
-    "Llama 3 70B": (70_553_706_496, {}, 8192, 80, 64, 8, 128, 28672, 128256, 8192),
+    "GPT-2 small": (124_439_808, GPT2, (768, 12, 12, 12, 64, 3072, 50257, 1024)),
+    "GPT-2 XL": (1_557_611_200, GPT2, (1600, 48, 25, 25, 64, 6400, 50257, 1024)),
+    "Llama 3 8B": (8_030_261_248, {}, (4096, 32, 32, 8, 128, 14336, 128256, 8192)),
+    "Llama 3 70B": (70_553_706_496, {}, (8192, 80, 64, 8, 128, 28672, 128256, 8192)),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_equal_the_published_counts(name):
-    count, kind, *sizes = PUBLISHED[name]
-    names = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "vocab_size", "max_seq_len")
-    config = ModelConfig(**kind, **dict(zip(names, sizes, strict=True)), vocab_multiple=1)
+    expected_count, keys, sizes = PUBLISHED[name]
+    config = ModelConfig(**keys, **dict(zip(SIZE_KEYS, sizes, strict=True)), vocab_multiple=1)
     with torch.device("meta"):
         model = Decoder(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected_count
     assert not list(model.buffers()), "the model has buffers"
 
 
 def distinct_tokens(length, vocab=20):
+    """Return a sequence [1, length] of different token ids."""
     return torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:length][None]
 
 
-@pytest.mark.parametrize("norm_order", ORDERS)
+@pytest.mark.parametrize("norm_order", NORM_ORDERS)
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_causal_prediction_depends_only_on_previous_tokens(positions, norm_order, build):
     model = build(positions=positions, norm_order=norm_order, n_kv_heads=2)
@@ -108,7 +111,7 @@ def test_attention_is_softmax_under_an_explicit_mask(S, T, mask, kv_heads):
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, S, 4, 8, generator=generator)
     k, v = (torch.randn(2, T, kv_heads, 8, generator=generator) for _ in range(2))
-    actual = scaled_dot_product(q, k, v, mask, 0.0)
+    actual = scaled_dot_product(q, k, v, mask, dropout=0.0)
     expected = torch.empty_like(q)
     for row in range(2):
         for head in range(4):
@@ -118,73 +121,6 @@ def test_attention_is_softmax_under_an_explicit_mask(S, T, mask, kv_heads):
                 scores = k[row, :num_keys, kv_head] @ q[row, position, head] / math.sqrt(8)
                 expected[row, position, head] = scores.softmax(0) @ v[row, :num_keys, kv_head]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
-
-
-def naive(model, config, tokens):
-    """Compute the decoder in plain tensor algebra, one sequence and one head at a time."""
-    value = dict(model.named_parameters())
-    length, E = len(tokens), config.head_dim
-
-    def norm(x, name):
-        if config.norm == "rmsnorm":
-            return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * value[f"{name}.weight"]
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + config.norm_eps).sqrt()
-        return x * value[f"{name}.weight"] + (value[f"{name}.bias"] if config.bias else 0)
-
-    def linear(x, name):
-        return x @ value[f"{name}.weight"].T + (value[f"{name}.bias"] if config.bias else 0)
-
-    def rotate(x):
-        """Rotate as complex numbers: (x_i + i x_{i + E/2}) e^{i m theta^{-2i/E}}."""
-        angles = torch.tensor([[m * config.rope_theta ** (-2 * i / E) for i in range(E // 2)] for m in range(length)])
-        rotated = torch.complex(x[:, : E // 2], x[:, E // 2 :]) * torch.polar(torch.ones_like(angles), angles)
-        return torch.cat((rotated.real, rotated.imag), dim=-1)
-
-    def attention(x, name):
-        q, k, v = (linear(x, f"{name}.{projection}") for projection in "qkv")
-        heads = []
-        for head in range(config.n_heads):
-            q_slice = slice(head * E, head * E + E)
-            kv_head = head * config.n_kv_heads // config.n_heads
-            kv_slice = slice(kv_head * E, kv_head * E + E)
-            q_h, k_h = (
-                (rotate(q[:, q_slice]), rotate(k[:, kv_slice]))
-                if config.positions == "rope"
-                else (q[:, q_slice], k[:, kv_slice])
-            )
-            scores = q_h @ k_h.T / math.sqrt(E)
-            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
-            heads.append(scores.softmax(-1) @ v[:, kv_slice])
-        return linear(torch.cat(heads, dim=-1), f"{name}.out")
-
-    def feedforward(x, name):
-        up = linear(x, f"{name}.up")
-        if config.activation == "swiglu":
-            gate = linear(x, f"{name}.gate")
-            return linear(gate * gate.sigmoid() * up, f"{name}.down")
-        if config.activation == "gelu":
-            return linear(up * (1 + torch.erf(up / math.sqrt(2))) / 2, f"{name}.down")
-        inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
-        return linear(up * (1 + inner.tanh()) / 2, f"{name}.down")
-
-    x = value["embed.tokens.weight"][tokens]
-    if config.positions == "learned":
-        x = x + value["embed.positions.weight"][:length]
-    if config.positions == "sinusoidal":
-        for m in range(length):
-            for i in range(0, config.d_model, 2):
-                angle = m / 10_000 ** (i / config.d_model)
-                x[m, i] += math.sin(angle)
-                x[m, i + 1] += math.cos(angle)
-    for layer in range(config.n_layers):
-        block = f"blocks.{layer}."
-        for sublayer, apply in (("attention", attention), ("feedforward", feedforward)):
-            if config.norm_order == "pre":
-                x = x + apply(norm(x, f"{block}norm_{sublayer}"), block + sublayer)
-            else:
-                x = norm(x + apply(x, block + sublayer), f"{block}norm_{sublayer}")
-    x = norm(x, "head.norm") if config.norm_order == "pre" else x
-    return x @ value["embed.tokens.weight" if config.tie_embeddings else "head.out.weight"].T
 
 
 @pytest.mark.parametrize(
@@ -205,12 +141,13 @@ def test_logits_equal_the_definition(kind, build):
             if parameter.ndim == 1:  # norms and biases start at 1 and 0: change them so that a mix-up shows
                 parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
         tokens = distinct_tokens(9)
-        torch.testing.assert_close(model(tokens)[0], naive(model, model.config, tokens[0]), rtol=1e-4, atol=1e-4)
+        expected = ReferenceDecoder(model).compute_logits(tokens[0])
+        torch.testing.assert_close(model(tokens)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_forward_with_targets_returns_the_loss(tie, build):
-    loss = CrossEntropy(0.1, 0.01)
+    loss = CrossEntropy(label_smoothing=0.1, z_loss=0.01)
     model = build(loss, tie_embeddings=tie)
     tokens = distinct_tokens(8)
     targets = tokens.flip(1)
@@ -234,8 +171,8 @@ def test_tied_head_shares_the_embedding(build):
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_vocabulary_padding_stays_zero(tie, build):
-    model = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=64)
-    plain = build(CrossEntropy(0.1, 0.01), tie_embeddings=tie, vocab_multiple=1)
+    model = build(CrossEntropy(label_smoothing=0.1, z_loss=0.01), tie_embeddings=tie, vocab_multiple=64)
+    plain = build(CrossEntropy(label_smoothing=0.1, z_loss=0.01), tie_embeddings=tie, vocab_multiple=1)
     tokens = distinct_tokens(8)
     assert torch.equal(model(tokens), plain(tokens)), "the padding changes the logits"
     model.train()
@@ -263,7 +200,7 @@ def test_attention_dropout_scales_the_remaining_weights():
     torch.manual_seed(0)
     T = 64
     q = k = torch.zeros(1, T, 1, T)
-    weights = scaled_dot_product(q, k, torch.eye(T)[None, :, None], FULL, 0.25)
+    weights = scaled_dot_product(q, k, torch.eye(T)[None, :, None], FULL, dropout=0.25)
     assert 0.70 < (weights != 0).float().mean() < 0.80
     torch.testing.assert_close(weights[weights != 0], torch.full_like(weights[weights != 0], 1 / T / 0.75))
 

@@ -19,6 +19,7 @@ NORMAL, UNIFORM = InitRule("normal", 0.5), InitRule("uniform", 0.5)
 
 
 def draw_values(rule, shape, name="w", seed=0, offset=(0, 0), full=None):
+    """Initialize the slice of a parameter at `offset`; its full shape is `full`, by default `shape`."""
     values = torch.full(shape, math.nan)
     init_param_(values, name, rule, seed, full or shape, offset)
     return values

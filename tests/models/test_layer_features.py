@@ -75,6 +75,7 @@ class Reference:
         }
 
     def compute_logits(self, tokens_S):
+        """Return the logits [S, V] of one sequence."""
         config = self.config
         x_SD = self.values["embed.tokens.weight"][tokens_S] * config.embedding_scale
         for layer in range(config.n_layers):
@@ -84,6 +85,7 @@ class Reference:
         return logits_SV if cap is None else cap * torch.tanh(logits_SV / cap)
 
     def apply_block(self, x_SD, layer):
+        """Return the residual stream [S, D] after a block."""
         order, scale, name = self.config.norm_order, self.config.residual_scale, f"blocks.{layer}."
         sublayers = {"attention": self.attend, "feedforward": self.apply_feedforward}
         if self.config.parallel_residual != "off":
@@ -102,6 +104,7 @@ class Reference:
         return x_SD
 
     def normalize(self, x_SD, name):
+        """Apply the norm with this name."""
         weight, bias = self.values.get(f"{name}.weight"), self.values.get(f"{name}.bias")
         centered = x_SD - x_SD.mean(-1, keepdim=True) if self.config.norm == "layernorm" else x_SD
         out_SD = centered / (centered.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt()
@@ -110,6 +113,7 @@ class Reference:
         return out_SD if bias is None else out_SD + bias
 
     def attend(self, x_SD, layer):
+        """Return the output of attention [S, D]."""
         setting = self.get_settings(layer)
         E, name = self.config.head_dim, f"blocks.{layer}.attention."
         q, k, v = (self.project(x_SD, name + projection).unflatten(-1, (-1, E)) for projection in "qkv")
@@ -136,6 +140,7 @@ class Reference:
         return exp_HST / (sums_HS1 if sinks_H is None else sums_HS1 + sinks_H[:, None, None].exp())
 
     def get_settings(self, layer):
+        """Return the keys of a layer that its kind may change."""
         names = ("positions", "rope_theta", "rotary_fraction", "attention_scale", "attention_cap", "window")
         settings = {name: getattr(self.config, name) for name in names}
         if not self.config.layers:
@@ -152,10 +157,12 @@ class Reference:
         return torch.cat((rotated.real, rotated.imag, x_SHE[..., 2 * F_ :]), -1)
 
     def apply_feedforward(self, x_SD, layer):
+        """Return the output of the feed-forward layer [S, D]."""
         name = f"blocks.{layer}.feedforward."
         return self.project(F.silu(self.project(x_SD, name + "gate")) * self.project(x_SD, name + "up"), name + "down")
 
     def project(self, x_SD, name):
+        """Apply the linear layer with this name."""
         out_SD = x_SD @ self.values[f"{name}.weight"].T
         return out_SD + self.values[f"{name}.bias"] if f"{name}.bias" in self.values else out_SD
 
@@ -177,11 +184,13 @@ def build_visible(build):
 
 
 def make_tokens():
+    """Return a sequence of token ids [1, S]."""
     return torch.arange(S)[None] * 7 % 20
 
 
 @torch.no_grad()
 def assert_equals_the_reference(model):
+    """Raise AssertionError unless the model computes the logits of Reference."""
     tokens_BS = make_tokens()
     # RoPE computes its angles in fp32.
     torch.testing.assert_close(model(tokens_BS)[0], Reference(model).compute_logits(tokens_BS[0]), rtol=1e-5, atol=1e-5)
@@ -239,6 +248,7 @@ def the_rolling_cache_keeps_one_key_too_many():
 
 @contextmanager
 def norm_weights_are_multiplied_without_the_one():
+    """Planted bug: a norm multiplies by w, not by 1 + w."""
     get_weight = property(lambda self: lambda: self.weight)
     with patch.object(RMSNorm, "effective_weight", get_weight), patch.object(LayerNorm, "effective_weight", get_weight):
         yield
@@ -246,12 +256,14 @@ def norm_weights_are_multiplied_without_the_one():
 
 @contextmanager
 def all_dimensions_rotate():
+    """Planted bug: RoPE rotates all dimensions of a head, not a fraction."""
     with patch.object(rope, "count_rotated_dims", lambda config: config.head_dim):
         yield
 
 
 @contextmanager
 def all_kinds_have_the_attention_scale_of_the_model():
+    """Planted bug: the attention scale of a kind of layer is ignored."""
     original = UnresolvedModelConfig.with_kind
 
     def with_kind(self, kind):
@@ -263,6 +275,7 @@ def all_kinds_have_the_attention_scale_of_the_model():
 
 @contextmanager
 def outputs_are_scaled_twice():
+    """Planted bug: outputs of sublayers are multiplied by the square of the residual scale."""
     original = Block.__init__
 
     def init(self, config, *args, **kwargs):
@@ -275,6 +288,8 @@ def outputs_are_scaled_twice():
 
 @contextmanager
 def the_feedforward_reads_the_updated_residual_stream():
+    """Planted bug: parallel sublayers run in sequence."""
+
     def forward(self, x_BSD, context):
         scale = self.config.residual_scale
         x_BSD = x_BSD + scale * self.attention(self.norm_attention(x_BSD), context)

@@ -32,6 +32,7 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def model(request, build):
+    """An fp64 model of each of MODELS with layers of several kinds."""
     return build(vocab_size=VOCAB, max_seq_len=32, n_kv_heads=2, **KINDS, **MODELS[request.param]).double()
 
 
@@ -49,6 +50,7 @@ def iter_documents():
 
 
 def sum_losses(logits, targets):
+    """Return the summed cross-entropy."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
 
 

@@ -45,7 +45,7 @@ COMPLETEP_FACTORS = {
 
 
 def make_parametrized(parametrization: dict[str, Any] | None, **model: Any) -> Config:
-    return make_config(1, {"bias": True, "parametrization": parametrization, **model}, optim=ADAMW)
+    return make_config(ranks=1, model={"bias": True, "parametrization": parametrization, **model}, optim=ADAMW)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_the_dimensions_of_a_parameter_decide_and_not_its_name() -> None:
     ids=["mup", "completep"],
 )
 def test_the_base_model_computes_the_same_bits_as_without_parametrization(parametrization: dict[str, Any]) -> None:
-    expected, actual = trace_standard(), record_trace(make_parametrized(parametrization), 2)
+    expected, actual = trace_standard(), record_trace(make_parametrized(parametrization), steps=2)
     assert (actual.losses, actual.grad_norms) == (expected.losses, expected.grad_norms)
     for name, shards in expected.parameters[-1].items():
         for (_, expected_shard), (_, actual_shard) in zip(shards, actual.parameters[-1][name], strict=True):
@@ -121,9 +121,9 @@ def test_the_base_model_computes_the_same_bits_as_without_parametrization(parame
 
 
 def test_another_base_width_computes_other_losses() -> None:
-    assert record_trace(make_parametrized({"base_d_model": 16}), 1).losses != trace_standard().losses[:1]
+    assert record_trace(make_parametrized({"base_d_model": 16}), steps=1).losses != trace_standard().losses[:1]
 
 
 @cache
 def trace_standard() -> RankTrace:
-    return record_trace(make_parametrized(None), 2)
+    return record_trace(make_parametrized(None), steps=2)

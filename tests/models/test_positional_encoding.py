@@ -12,11 +12,13 @@ E = 8
 
 
 def rotate(x_SHE, positions, theta=10_000.0):
+    """Return the vectors [S, H, E], rotated to these positions."""
     angles = torch.tensor(positions)[:, None] * theta ** -(torch.arange(0, E, 2) / E)
     return apply_rotary(x_SHE[None], angles.cos(), angles.sin())[0]
 
 
 def vectors(length, seed=0):
+    """Return random vectors [length, 2, E]."""
     return torch.randn(length, 2, E, generator=torch.Generator().manual_seed(seed))
 
 

@@ -41,6 +41,8 @@ HEAD_DIM, MAX_SEQ_LEN, THETA = 32, 256, 10_000.0
 
 @pytest.fixture
 def layer(settings):
+    """Return a function that makes the config of a layer with one head; `changes` are its keys."""
+
     def make_layer(**changes):
         return settings(
             head_dim=HEAD_DIM, n_heads=1, n_kv_heads=1, max_seq_len=MAX_SEQ_LEN, rope_theta=THETA, **changes

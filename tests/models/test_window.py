@@ -17,6 +17,7 @@ DOCUMENTS = torch.tensor([[0] * 13 + [1] * 40 + [2] * 147, [0] * 100 + [1] * 100
 
 
 def draw(shape, seed):
+    """Return random fp64 values of this shape that require gradients."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
 
 

@@ -1,6 +1,10 @@
 """A network of simulated nodes on one machine: network namespaces with host names, connected by a bridge.
 
-test_netns.py and tests/chaos run processes on the nodes, cut links and limit their bandwidth. It needs root.
+    with running_network(num_nodes=2) as net:
+        subprocess.run(net.wrap_command(1, ["ping", "-c", "1", "n2"]), check=True)  # node 1 reaches node 2
+        net.set_link(2, up=False)  # as if the cable of node 2 were pulled
+
+test_netns.py and tests/chaos run processes on the nodes, cut links and limit their bandwidth. This needs root.
 """
 
 import os
@@ -10,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-HOSTS = Path("/etc/netns")
+HOSTS = Path("/etc/netns")  # `ip netns exec` shows a process the files of HOSTS/NAMESPACE in place of those in /etc
 
 
 def find_obstacle() -> str:
@@ -26,16 +30,21 @@ def find_obstacle() -> str:
 
 
 class Network:
-    """A network of nodes n1, n2, ... The names of its namespaces contain the id of this process."""
+    """A network of the nodes 1, 2, ..., whose host names are n1, n2, ...
+
+    The names of the namespaces contain the id of this process, so several test sessions can run on one machine.
+    """
 
     def __init__(self, num_nodes: int) -> None:
         self.num_nodes, self.tag = num_nodes, f"dl{os.getpid() % 100_000}"
         self.subnet = f"10.{os.getpid() % 200 + 20}.{os.getpid() // 200 % 250}"
 
     def get_namespace(self, node: int) -> str:
+        """Return the name of the network namespace of a node."""
         return f"{self.tag}n{node}"
 
     def get_address(self, node: int) -> str:
+        """Return the IP address of a node."""
         return f"{self.subnet}.{node}"
 
     def start(self) -> None:
@@ -50,32 +59,22 @@ class Network:
             folder = HOSTS / namespace
             folder.mkdir(parents=True)
             (folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-            _run_ip(
-                "link",
-                "add",
-                "eth0",
-                "netns",
-                namespace,
-                "type",
-                "veth",
-                "peer",
-                f"port{node}",
-                "netns",
-                f"{self.tag}hub",
-            )
+            hub = ("peer", f"port{node}", "netns", f"{self.tag}hub")
+            _run_ip("link", "add", "eth0", "netns", namespace, "type", "veth", *hub)
             _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "master", "bridge", "up")
             _run_in_namespace(namespace, "ip", "address", "add", f"{self.get_address(node)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 _run_in_namespace(namespace, "ip", "link", "set", device, "up")
 
     def stop(self) -> None:
+        """Delete all namespaces, and with them the links."""
         for namespace in (*(self.get_namespace(node) for node in range(1, self.num_nodes + 1)), f"{self.tag}hub"):
             subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
             with suppress(FileNotFoundError):
                 shutil.rmtree(HOSTS / namespace)
 
-    def set_link(self, node: int, up: bool) -> None:
-        """Connect or disconnect a node, as if its cable is pulled: no process is notified."""
+    def set_link(self, node: int, *, up: bool) -> None:
+        """Connect or disconnect a node as by its cable. No process of the node is notified."""
         _run_in_namespace(f"{self.tag}hub", "ip", "link", "set", f"port{node}", "up" if up else "down")
 
     def limit_bandwidth(self, node: int, rate: str) -> None:
@@ -94,24 +93,13 @@ class Network:
 
     def wrap_command(self, node: int, arguments: Sequence[str]) -> list[str]:
         """Return a command that runs `arguments` on the node, with the host name of the node."""
-        script = f'hostname n{node}; exec "$@"'
-        return [
-            "ip",
-            "netns",
-            "exec",
-            self.get_namespace(node),
-            "unshare",
-            "--uts",
-            "bash",
-            "-c",
-            script,
-            "node",
-            *arguments,
-        ]
+        enter_namespace = ("ip", "netns", "exec", self.get_namespace(node))
+        set_host_name = ("unshare", "--uts", "bash", "-c", f'hostname n{node}; exec "$@"', "node")
+        return [*enter_namespace, *set_host_name, *arguments]
 
 
 @contextmanager
-def running_network(num_nodes: int) -> Iterator[Network]:
+def running_network(*, num_nodes: int) -> Iterator[Network]:
     """Create a network for the block and delete it afterwards."""
     net = Network(num_nodes)
     try:
@@ -122,8 +110,10 @@ def running_network(num_nodes: int) -> Iterator[Network]:
 
 
 def _run_ip(*arguments: str) -> str:
+    """Run `ip ARGUMENTS` and return its stdout."""
     return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _run_in_namespace(namespace: str, *arguments: str) -> str:
+    """Run a command in a network namespace and return its stdout."""
     return _run_ip("netns", "exec", namespace, *arguments)

@@ -12,17 +12,17 @@ import pytest
 
 from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR
 from tests.e2e import commands
-from tests.e2e.test_elastic import Job, count_in_output, count_rows, kill_node, run_node, wait_until
+from tests.e2e.elastic_job import Job, count_in_output, count_rows, kill_node, run_node, wait_until
 from tests.netns.network import Network, find_obstacle, running_network
 
 STEPS = 150
 PORT = 29400
 HANG_SECONDS = 3
 JOB = Job(
-    3,
-    STEPS,
-    (f"run.hang_seconds={HANG_SECONDS}", "data.global_batch=12"),
-    {"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"},
+    max_nodes=3,
+    steps=STEPS,
+    overrides=(f"run.hang_seconds={HANG_SECONDS}", "data.global_batch=12"),
+    environment={"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"},
 )
 
 pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle() or "no obstacle")]
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.skipif(bool(find_obstacle()), reaso
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path) -> None:
-    with running_network(3) as net:
+    with running_network(num_nodes=3) as net:
         jobs = [
             replace(JOB, wrap_command=lambda arguments, node=node: net.wrap_command(node, arguments))
             for node in (1, 2, 3)
@@ -50,7 +50,7 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
                 wait_until(
                     lambda: count_in_output(tmp_path, "ranks: 2 (dp_shard 2)") >= 1,
                     tmp_path,
-                    90 + LONG_ACTIVITY_TIMEOUT_FACTOR * HANG_SECONDS,
+                    timeout_seconds=90 + LONG_ACTIVITY_TIMEOUT_FACTOR * HANG_SECONDS,
                 )
                 assert count_in_output(tmp_path, "does not answer: its process is stopped, or its node is gone") >= 1
                 kill_node(three)
@@ -64,7 +64,7 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
                 run_node("three_again", f"n1:{PORT}", corpus, tmp_path, jobs[2]) as three,
             ):
                 wait_until(lambda: count_in_output(tmp_path, "ranks: 3 (dp_shard 3)") >= 2, tmp_path)
-                assert [torchrun.wait(120) for torchrun in (one, two, three)] == [0, 0, 0]
+                assert [torchrun.wait(timeout=120) for torchrun in (one, two, three)] == [0, 0, 0]
     reference = tmp_path / "reference"
     reference.mkdir()
     expected = commands.read_step_rows(commands.train(reference, corpus, f"run.steps={STEPS}", "data.global_batch=12"))
@@ -76,9 +76,11 @@ def test_a_cut_link_and_a_dead_node_change_no_loss(corpus: Path, tmp_path: Path)
 @pytest.mark.timeout(200)
 def test_preflight_reports_a_slow_link(tmp_path: Path) -> None:
     """The limit of 100 Mbit/s is 0.0125 GB/s; the other links have no limit."""
-    with running_network(3) as net:
+    with running_network(num_nodes=3) as net:
         net.limit_bandwidth(3, "100mbit")
-        completed = run_on_nodes(net, 3, ["-m", "dist_llm", "check", "--directory", str(tmp_path)], tmp_path)
+        completed = run_on_nodes(
+            net, num_nodes=3, arguments=["-m", "dist_llm", "check", "--directory", str(tmp_path)], cwd=tmp_path
+        )
     errors = completed[0].stderr
     (rate,) = re.findall(r"n2: all-reduce with n3 alone reaches ([\d.e-]+) GB/s, the median pair reaches", errors)
     assert 0.005 < float(rate) < 0.015, errors
@@ -88,11 +90,11 @@ def test_preflight_reports_a_slow_link(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path: Path) -> None:
-    with running_network(2) as net:
+    with running_network(num_nodes=2) as net:
         net.limit_bandwidth(2, "10mbit")
         start_time = time.monotonic()
         arguments = ("-m", "dist_llm", *map(str, commands.make_train_arguments(corpus, "run.steps=8")))
-        completed = run_on_nodes(net, 2, arguments, tmp_path)
+        completed = run_on_nodes(net, num_nodes=2, arguments=arguments, cwd=tmp_path)
         run_seconds, min_seconds = time.monotonic() - start_time, net.read_sent_bytes(2) * 8 / 10e6
     assert [process.returncode for process in completed] == [0, 0], completed[0].stderr
     step_seconds = sum(commands.get_column(commands.read_step_rows(tmp_path / "run"), "step_seconds"))
@@ -103,7 +105,7 @@ def test_a_run_over_a_slow_link_is_bound_by_its_bandwidth(corpus: Path, tmp_path
 
 
 def run_on_nodes(
-    net: Network, num_nodes: int, arguments: Sequence[str], cwd: Path
+    net: Network, *, num_nodes: int, arguments: Sequence[str], cwd: Path
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python ARGUMENTS` as one rank on each node, without torchrun; return the results by rank."""
     variables = {"WORLD_SIZE": str(num_nodes), "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": str(PORT)}

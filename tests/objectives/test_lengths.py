@@ -49,7 +49,7 @@ def test_spans_have_the_configured_density_and_mean_length(architecture, seq_len
 
 def test_lengths_equal_those_of_t5():
     """With 15% noise in spans of 3 tokens, 568 tokens give 512 inputs and 114 targets, as in the code of T5."""
-    size = compute_sequence_lengths(SpanSpec(), "encoder_decoder", 512)
+    size = compute_sequence_lengths(SpanSpec(), "encoder_decoder", seq_len=512)
     assert (size.window_tokens, size.encoder_tokens, size.input_tokens) == (568, 512, 114)
 
 
@@ -58,7 +58,7 @@ def test_lengths_equal_those_of_t5():
     [("causal", "decoder", 9, 8), ("prefix", "decoder", 9, 8), ("fim", "decoder", 9, 8), ("masked", "encoder", 7, 7)],
 )
 def test_consecutive_windows_leave_no_gap(name, architecture, window, stride):
-    size = compute_sequence_lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, 8)
+    size = compute_sequence_lengths(parse_union(ObjectiveSpec, {"name": name}), architecture, seq_len=8)
     assert (size.window_tokens, size.stride_tokens, size.input_tokens) == (window, stride, 8)
 
 

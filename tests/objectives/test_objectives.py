@@ -20,19 +20,21 @@ from dist_llm.objectives.prefix_lm import make_prefix_example
 from dist_llm.objectives.span_corruption import make_span_example, sample_segment_ids
 from tests.laws.law import make_config
 
-V = 1000
-EOT = V - 1
-VOCABULARY = ObjectiveVocabulary(V, EOT)
+VOCAB_SIZE = 1000
+EOT = VOCAB_SIZE - 1  # the token at the end of a document
+VOCABULARY = ObjectiveVocabulary(VOCAB_SIZE, EOT)
 MASK, START = VOCABULARY.special_id("mask"), VOCABULARY.special_id("start")
 
 
 def make_text(length, seed=0, ends=0.05):
+    """Return random token ids; the fraction `ends` of them ends a document."""
     rng = np.random.default_rng(seed)
-    return np.where(rng.random(length) < ends, EOT, rng.integers(0, V - 1, length)).astype(np.uint16)
+    return np.where(rng.random(length) < ends, EOT, rng.integers(0, VOCAB_SIZE - 1, length)).astype(np.uint16)
 
 
 def make_rng(seed=0):
-    return np.random.default_rng([seed, 1])  # other random numbers than in make_text
+    """Return a generator of other random numbers than those in `make_text`."""
+    return np.random.default_rng([seed, 1])
 
 
 def reconstruct_text(source, target):
@@ -65,23 +67,23 @@ def test_masked_fractions_match_the_paper():
     is_masked = inputs[selected] == MASK
     is_unchanged = inputs[selected] == tokens[selected]
     assert is_masked.mean() == pytest.approx(0.8, abs=0.005)
-    assert is_unchanged.mean() == pytest.approx(0.1 + 0.1 / V, abs=0.005)
+    assert is_unchanged.mean() == pytest.approx(0.1 + 0.1 / VOCAB_SIZE, abs=0.005)
     replacements = inputs[selected][~is_masked & ~is_unchanged]
     assert len(replacements) / selected.sum() == pytest.approx(0.1, abs=0.005)
-    assert replacements.max() < V
+    assert replacements.max() < VOCAB_SIZE
     assert not (replacements == EOT).any(), "a replacement is a special token"
-    assert len(set(replacements.tolist())) > 0.9 * V
+    assert len(set(replacements.tolist())) > 0.9 * VOCAB_SIZE
     assert (row.inputs_S[0], row.targets_S[0]) == (START, IGNORE_INDEX)
 
 
 def test_whole_word_masking_selects_all_tokens_of_a_word():
-    word_edges_V2 = np.zeros((V, 2), dtype=bool)
-    word_edges_V2[: V // 2] = True  # ids below V/2 begin and end inside a word, so they continue one
-    vocabulary = ObjectiveVocabulary(V, EOT, word_edges_V2)
+    word_edges_V2 = np.zeros((VOCAB_SIZE, 2), dtype=bool)
+    word_edges_V2[: VOCAB_SIZE // 2] = True  # ids below VOCAB_SIZE/2 begin and end inside a word, so they continue one
+    vocabulary = ObjectiveVocabulary(VOCAB_SIZE, EOT, word_edges_V2)
     tokens = make_text(200_000, seed=1)
     row = make_masked_example(TokenWindow(tokens), make_rng(), MaskedSpec(whole_words=True, mask_rate=0.2), vocabulary)
     selected = row.targets_S[1:] != IGNORE_INDEX
-    is_inside = (tokens[1:] < V // 2) & (tokens[:-1] < V // 2)
+    is_inside = (tokens[1:] < VOCAB_SIZE // 2) & (tokens[:-1] < VOCAB_SIZE // 2)
     assert np.array_equal(selected[1:][is_inside], selected[:-1][is_inside])
     assert selected[tokens != EOT].mean() == pytest.approx(0.2, abs=0.01)
     assert (selected[1:] != selected[:-1]).any()
@@ -142,18 +144,21 @@ def test_span_corruption_keeps_all_tokens(seq_len, density, mean, is_encoder_dec
 @pytest.mark.parametrize("length", [2, 3, 5, 17, 100, 2000])
 @pytest.mark.parametrize("density", [0.01, 0.15, 0.5, 0.9])
 def test_segments_partition_the_tokens(length, density):
-    noise = min(max(round(length * density), 1), length - 1)
-    for spans in {1, min(noise, length - noise)}:
-        segment_ids = sample_segment_ids(make_rng(), length, noise, spans)
-        assert sorted(set(segment_ids.tolist())) == list(range(2 * spans))
-        assert (segment_ids % 2).sum() == noise
+    num_noise = min(max(round(length * density), 1), length - 1)
+    for num_spans in {1, min(num_noise, length - num_noise)}:
+        segment_ids = sample_segment_ids(make_rng(), length, num_noise, num_spans)
+        assert sorted(set(segment_ids.tolist())) == list(range(2 * num_spans))
+        assert (segment_ids % 2).sum() == num_noise
         assert (np.diff(segment_ids) >= 0).all()
 
 
 def test_all_span_divisions_are_equally_likely():
     """Six tokens with three noise tokens in two spans have 2 x 2 divisions, each with probability 1/4."""
     generator = make_rng()
-    counts = Counter(tuple(sample_segment_ids(generator, 6, 3, 2).tolist()) for _ in range(4000))
+    counts = Counter(
+        tuple(sample_segment_ids(generator, num_tokens=6, num_noise_tokens=3, num_spans=2).tolist())
+        for _ in range(4000)
+    )
     assert len(counts) == 4
     assert all(900 < count < 1100 for count in counts.values())
 
@@ -235,7 +240,10 @@ def test_document_ids_follow_reordered_tokens(architecture):
     """The ids of document d are from 100 d to 100 d + 6, so an id identifies its document."""
     name = {"decoder": "span", "encoder": "masked", "encoder_decoder": "span"}[architecture]
     config = make_config(
-        1, {"architecture": architecture, "vocab_size": 400}, objective={"name": name}, data={"document_mask": True}
+        ranks=1,
+        model={"architecture": architecture, "vocab_size": 400},
+        objective={"name": name},
+        data={"document_mask": True},
     )
     objective = build_objective(config, VOCABULARY)
     window = np.concatenate([[*range(100 * d, 100 * d + 7), EOT] for d in range(9)])
@@ -257,7 +265,8 @@ def test_document_ids_follow_reordered_tokens(architecture):
 
 
 def make_objective(seed=3, **changes):
-    return build_objective(make_config(1, {"vocab_size": 400}, run={"seed": seed}, **changes), VOCABULARY)
+    """Build an objective; `changes` are config sections."""
+    return build_objective(make_config(ranks=1, model={"vocab_size": 400}, run={"seed": seed}, **changes), VOCABULARY)
 
 
 MIXED = {
@@ -308,7 +317,7 @@ def test_causal_batch_equals_shifted_windows():
 
 
 def test_added_ids_have_names():
-    assert [VOCABULARY.describe_added_id(V + number) for number in range(len(SPECIAL_TOKENS))] == [
+    assert [VOCABULARY.describe_added_id(VOCAB_SIZE + number) for number in range(len(SPECIAL_TOKENS))] == [
         f"<{name}>" for name in SPECIAL_TOKENS
     ]
     assert VOCABULARY.describe_added_id(VOCABULARY.sentinel_id(7)) == "<sentinel 7>"
@@ -316,7 +325,9 @@ def test_added_ids_have_names():
 
 
 def test_padding_has_no_loss():
-    config = make_config(1, {"architecture": "encoder_decoder", "vocab_size": 400}, objective={"name": "prefix"})
+    config = make_config(
+        ranks=1, model={"architecture": "encoder_decoder", "vocab_size": 400}, objective={"name": "prefix"}
+    )
     objective = build_objective(config, VOCABULARY)
     assert isinstance(objective, Objective)
     assert isinstance(objective.components[0][1], SequenceLengths)

@@ -20,7 +20,7 @@ def config(tmp_path):
     """Two steps of a tiny model on a corpus of bytes."""
     tokenizer = build_tokenizer("byte")
     tokenizer.save(tmp_path)
-    with ShardWriter(tmp_path, "train", "uint16", 100) as writer:
+    with ShardWriter(tmp_path, "train", "uint16", max_tokens=100) as writer:
         writer.add(tokenizer.encode("to be or not to be, that is the question"), text_bytes=40)
         shards = {"train": writer.close(), "heldout": ()}
     Manifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(tmp_path)
@@ -29,7 +29,7 @@ def config(tmp_path):
         f"run: {{dir: '{tmp_path / 'run'}', steps: 2}}\nmodel: {{d_model: 8, n_layers: 1, n_heads: 1}}\n"
         f"data: {{path: '{tmp_path}', seq_len: 4, global_batch: 1}}\nlog: {{peak_tflops: 1.0}}\n"
     )
-    return read_config(path, [], 1)
+    return read_config(path, [], world_size=1)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ HELDOUT = {"step": 30, "heldout_loss": 2.5, "heldout_perplexity": 12.1825, "held
 
 @pytest.fixture(autouse=True)
 def stop_logging_after_test(monkeypatch):
+    """Test without the environment variables that force colors, and stop logging at the end."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
     yield

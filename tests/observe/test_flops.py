@@ -31,10 +31,11 @@ def test_the_weight_count_matches_a_manual_count():
     assert count_matmul_weights(GELU) == 1536 - 2 * 192 + 80
     # Attention over 5 tokens: scores and mixing take 5 * 4 multiply-adds each per head: 80 in a layer, 160 in two.
     forward = 2 * (1616 + 160)
-    assert count_flops_per_token(SWIGLU, 5) == 3 * forward == 10_656
+    assert count_flops_per_token(SWIGLU, seq_len=5) == 3 * forward == 10_656
 
 
 def count_product(into, left, right, out_shape=None, **options):
+    """Return the FLOPs of a product of two matrices from their shapes, as FlopCounterMode expects it."""
     return 2 * left[0] * left[1] * right[1]
 
 
@@ -51,7 +52,7 @@ def test_the_flop_count_matches_the_counter_of_torch(config):
         model(tokens)  # without targets, because the sliced head computes its gradients in forward
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as both:
         model(tokens, tokens).sum().backward()
-    expected = count_flops_per_token(config, 16) * tokens.numel()
+    expected = count_flops_per_token(config, seq_len=16) * tokens.numel()
     assert 3 * forward.get_total_flops() == expected
     assert both.get_total_flops() == expected
 
@@ -70,7 +71,7 @@ def test_the_flop_count_of_gpt3_matches_the_published_one():
         activation="gelu",
     )
     assert 6 * count_matmul_weights(gpt3) == pytest.approx(6 * 174.6e9, rel=1e-3)
-    assert count_flops_per_token(gpt3, 2048) - count_flops_per_token(gpt3, 0) == 12 * 96 * 12288 * 2048
+    assert count_flops_per_token(gpt3, seq_len=2048) - count_flops_per_token(gpt3, seq_len=0) == 12 * 96 * 12288 * 2048
 
 
 def test_a_layer_with_a_window_counts_only_the_keys_of_the_window():
@@ -78,8 +79,10 @@ def test_a_layer_with_a_window_counts_only_the_keys_of_the_window():
     kinds = {"near": {"window": 3}, "full": {}}
     windowed = ModelConfig(**SHAPE, layers=("near", "full"), kinds=kinds)
     unlimited = ModelConfig(**SHAPE)
-    assert count_flops_per_token(unlimited, 16) - count_flops_per_token(windowed, 16) == 12 * 8 * (16 - 3)
-    assert count_flops_per_token(unlimited, 2) == count_flops_per_token(windowed, 2)
+    assert count_flops_per_token(unlimited, seq_len=16) - count_flops_per_token(windowed, seq_len=16) == 12 * 8 * (
+        16 - 3
+    )
+    assert count_flops_per_token(unlimited, seq_len=2) == count_flops_per_token(windowed, seq_len=2)
 
 
 @pytest.mark.parametrize(

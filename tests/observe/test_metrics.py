@@ -23,18 +23,32 @@ def reset_file_counter(monkeypatch):
 
 
 def make_step_metrics(step, tokens=None):
+    """Return metrics of a step that are functions of its number."""
     value = torch.tensor(float(step), dtype=torch.float64)
     return StepMetrics(
-        step, value, 10 * value, torch.tensor(7), lr=step / 100, tokens=tokens or 50 * step, data_wait_seconds=0.5
+        step,
+        loss=value,
+        grad_norm=10 * value,
+        num_valid_tokens=torch.tensor(7),
+        lr=step / 100,
+        tokens=tokens or 50 * step,
+        data_wait_seconds=0.5,
     )
+
+
+class FakeClock:
+    """A clock that moves only if a test changes `seconds`."""
+
+    def __init__(self):
+        self.seconds = 100.0
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves only when a test sets it."""
-    now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    return now
+    """The clock that MetricsRecorder reads."""
+    fake_clock = FakeClock()
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: fake_clock.seconds)
+    return fake_clock
 
 
 def test_a_flush_writes_one_row_per_step(clock):
@@ -44,7 +58,7 @@ def test_a_flush_writes_one_row_per_step(clock):
     )
     for step in (1, 2, 3, 4):
         recorder.add(make_step_metrics(step))
-    clock[0] += 2.0
+    clock.seconds += 2.0
     rows = recorder.flush()
     assert rows == first_sink == second_sink
     assert [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["tokens"]) for row in rows] == [
@@ -58,11 +72,11 @@ def test_a_flush_writes_one_row_per_step(clock):
 
 
 def test_loss_terms_are_separate_columns(clock):
-    recorder = MetricsRecorder([], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([], flops_per_token=1.0, peak_flops=1.0, device=CPU)
     for step in (1, 2):
         terms = {"cross_entropy": torch.tensor(step - 0.5), "z_loss": torch.tensor(0.5)}
         recorder.add(replace(make_step_metrics(step), loss_terms=terms))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     rows = recorder.flush()
     assert [(row["loss"], row["cross_entropy"], row["z_loss"]) for row in rows] == [
         (1.0, 0.5, 0.5),
@@ -71,33 +85,33 @@ def test_loss_terms_are_separate_columns(clock):
 
 
 def test_rates_exclude_evaluations_and_checkpoints(clock):
-    recorder = MetricsRecorder([], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([], flops_per_token=1.0, peak_flops=1.0, device=CPU)
     recorder.add(make_step_metrics(1))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
     assert recorder.flush() == [], "a row was written twice"
     recorder.add(make_step_metrics(2))
-    clock[0] += 2.0
+    clock.seconds += 2.0
     assert recorder.flush()[0]["tokens_per_second"] == 25.0
-    clock[0] += 1000.0  # an evaluation
+    clock.seconds += 1000.0  # an evaluation
     recorder.restart_clock(100)
     recorder.add(make_step_metrics(3))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
 
 
 def test_a_resumed_run_counts_only_its_own_tokens(clock):
-    recorder = MetricsRecorder([], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([], flops_per_token=1.0, peak_flops=1.0, device=CPU)
     recorder.restart_clock(tokens=1000)
     recorder.add(make_step_metrics(21, tokens=1050))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
 
 
 def test_mfu_is_nan_without_a_known_peak(clock):
-    recorder = MetricsRecorder([], 1.0, 0.0, CPU)
+    recorder = MetricsRecorder([], flops_per_token=1.0, peak_flops=0.0, device=CPU)
     recorder.add(make_step_metrics(1))
-    clock[0] += 1.0
+    clock.seconds += 1.0
     assert math.isnan(recorder.flush()[0]["mfu"])
 
 
@@ -108,7 +122,7 @@ def test_a_flush_synchronizes_with_the_device_once(monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda self, *a, original=original, name=name: calls.append(name) or original(self, *a)
         )
-    recorder = MetricsRecorder([lambda rows: None], 1.0, 1.0, CPU)
+    recorder = MetricsRecorder([lambda rows: None], flops_per_token=1.0, peak_flops=1.0, device=CPU)
     for steps in (1, 10):
         for step in range(1, steps + 1):
             recorder.add(make_step_metrics(step))
@@ -121,6 +135,7 @@ def test_a_flush_synchronizes_with_the_device_once(monkeypatch):
 
 
 def read_rows(path):
+    """Return the rows of a metrics file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -141,7 +156,7 @@ def write(tmp_path):
 
 
 def test_rows_are_on_disk_after_a_flush(tmp_path):
-    sink = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    sink = MetricsFile(tmp_path / "metrics.jsonl", resumed_step=0)
     sink([{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}])
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
     sink.close()
@@ -166,10 +181,12 @@ def test_an_incomplete_line_is_dropped(incomplete_line, write):
 
 
 def make_row(step, loss):
+    """Return a row of metrics.jsonl."""
     return {"step": step, "loss": loss, "lr": 0.1}
 
 
 def write_tensorboard(directory, resumed_step, rows):
+    """Write rows to TensorBoard files, as a run that has resumed at a step."""
     board = TensorBoard(directory, resumed_step)
     board(rows)
     board.close()
@@ -177,12 +194,13 @@ def write_tensorboard(directory, resumed_step, rows):
 
 
 def read_curve(directory, name):
+    """Return (step, value) of each point of a curve in TensorBoard files."""
     return [(event.step, event.value) for event in EventAccumulator(str(directory)).Reload().Scalars(name)]
 
 
 def test_tensorboard_can_read_the_curves(tmp_path):
     heldout = {"step": 2, "heldout_loss": 3.0, "heldout_perplexity": 20.0, "sample": "def f():\n    pass"}
-    write_tensorboard(tmp_path, 0, [make_row(1, 0.5), make_row(2, 0.25), heldout])
+    write_tensorboard(tmp_path, resumed_step=0, rows=[make_row(step=1, loss=0.5), make_row(step=2, loss=0.25), heldout])
     assert read_curve(tmp_path, "train/loss") == [(1, 0.5), (2, 0.25)]
     assert read_curve(tmp_path, "heldout/heldout_loss") == [(2, 3.0)]
     board = EventAccumulator(str(tmp_path)).Reload()
@@ -197,20 +215,20 @@ def test_tensorboard_can_read_the_curves(tmp_path):
 
 
 def test_a_resume_hides_later_events(tmp_path):
-    write_tensorboard(tmp_path, 0, [make_row(step, 1.0) for step in range(1, 8)])
-    write_tensorboard(tmp_path, 4, [make_row(step, 2.0) for step in range(5, 10)])
+    write_tensorboard(tmp_path, resumed_step=0, rows=[make_row(step, loss=1.0) for step in range(1, 8)])
+    write_tensorboard(tmp_path, resumed_step=4, rows=[make_row(step, loss=2.0) for step in range(5, 10)])
     expected = [(step, 1.0) for step in range(1, 5)] + [(step, 2.0) for step in range(5, 10)]
     assert read_curve(tmp_path, "train/loss") == expected
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_is_hidden(tmp_path):
-    write_tensorboard(tmp_path, 0, [make_row(step, 1.0) for step in range(1, 8)])
-    write_tensorboard(tmp_path, 0, [make_row(step, 2.0) for step in range(1, 4)])
+    write_tensorboard(tmp_path, resumed_step=0, rows=[make_row(step, loss=1.0) for step in range(1, 8)])
+    write_tensorboard(tmp_path, resumed_step=0, rows=[make_row(step, loss=2.0) for step in range(1, 4)])
     assert read_curve(tmp_path, "train/loss") == [(step, 2.0) for step in range(1, 4)]
 
 
 def test_rows_are_readable_before_the_run_ends(tmp_path):
-    board = TensorBoard(tmp_path, 0)
-    board([make_row(1, 0.5)])
+    board = TensorBoard(tmp_path, resumed_step=0)
+    board([make_row(step=1, loss=0.5)])
     assert read_curve(tmp_path, "train/loss") == [(1, 0.5)]
     board.close()

@@ -12,6 +12,7 @@ from tests.optim.specs import make_spec
 
 
 def random_bits(count: int) -> Tensor:
+    """Return `count` random 64-bit numbers."""
     return counter_rng.splitmix64(torch.arange(count))
 
 
@@ -58,6 +59,7 @@ def test_a_second_moment_grows_where_round_to_nearest_stalls() -> None:
 
 
 def run_steps(moments: str, shape: tuple[int, ...], count: int) -> tuple[Tensor, BF16AdamW]:
+    """Take `count` steps with random gradients; return the parameter and the optimizer."""
     parameter = nn.Parameter(torch.full(shape, 0.5))
     config = AdamWConfig(moments=moments, lr=1e-2, beta2=0.95, weight_decay=0.1)
     optimizer = build_optimizer(config, [("w", parameter)], {"w": make_spec(parameter)})
@@ -69,12 +71,14 @@ def run_steps(moments: str, shape: tuple[int, ...], count: int) -> tuple[Tensor,
 
 def test_first_bf16_step_equals_fp32() -> None:
     for shape in ((6, 5), (7,)):
-        torch.testing.assert_close(run_steps("bf16", shape, 1)[0], run_steps("fp32", shape, 1)[0], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            run_steps("bf16", shape=shape, count=1)[0], run_steps("fp32", shape=shape, count=1)[0], rtol=1e-6, atol=1e-7
+        )
 
 
 def test_bf16_steps_stay_near_fp32() -> None:
-    bf16_value, optimizer = run_steps("bf16", (40, 50), 100)
-    fp32_value, _ = run_steps("fp32", (40, 50), 100)
+    bf16_value, optimizer = run_steps("bf16", shape=(40, 50), count=100)
+    fp32_value, _ = run_steps("fp32", shape=(40, 50), count=100)
     mean_change = (fp32_value - 0.5).abs().mean()
     assert (bf16_value - fp32_value).abs().mean() < 0.02 * mean_change
     (state,) = optimizer.state.values()
@@ -87,7 +91,7 @@ def test_bf16_steps_stay_near_fp32() -> None:
 
 def test_update_of_a_shard_equals_the_slice_of_the_full_update(monkeypatch) -> None:
     """The random bits of an element depend on its index in the full tensor and not on the chunk size."""
-    full_value, _ = run_steps("bf16", (12, 5), 20)
+    full_value, _ = run_steps("bf16", shape=(12, 5), count=20)
     monkeypatch.setattr(counter_rng, "CHUNK_ELEMENTS", 20)
     parameter = nn.Parameter(torch.full((4, 5), 0.5))
     config = AdamWConfig(moments="bf16", lr=1e-2, beta2=0.95, weight_decay=0.1)

@@ -11,11 +11,13 @@ MILLION = 1_000_000
 
 
 def make_gradients(shapes, seed=0, dtype=torch.float32):
+    """Return random gradients of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def exact_norm(tensors):
+    """Return the norm of all tensors together, computed in fp64."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 

@@ -48,6 +48,7 @@ SPECS = {
 
 
 def make_parameters() -> dict[str, nn.Parameter]:
+    """Return random parameters with names of a decoder: matrices, vectors, embedding and head."""
     generator = torch.Generator().manual_seed(1)
     shapes = {
         "embed.tokens.weight": (8, 4),
@@ -61,6 +62,7 @@ def make_parameters() -> dict[str, nn.Parameter]:
 
 
 def run_steps(config: OptimConfig, count: int = 3) -> dict[str, torch.Tensor]:
+    """Take `count` steps with random gradients; return the parameters by name."""
     parameters_by_name = make_parameters()
     optimizer = build_optimizer(config, parameters_by_name.items(), SPECS)
     for step in range(count):

@@ -18,6 +18,7 @@ FALLING_TO_THE_FLOOR = ("cosine", "linear", "wsd")
 
 
 def rate(name, step, warmup=WARMUP, end=END, min_ratio=FLOOR / PEAK, **kwargs):
+    """Return the learning rate of a step; `kwargs` are further keys of the schedule."""
     keys = {"warmup_steps": warmup, "decay_steps": end, "min_ratio": min_ratio, **kwargs}
     member = get_union_members(ScheduleConfig)[name]
     schedule = member(**{key: value for key, value in keys.items() if key in member.model_fields})

@@ -29,24 +29,28 @@ def make_factors(tokens: int = 48, inputs: int = 64, outputs: int = 96) -> tuple
     """Make inputs, weight and the gradient of the outputs, of very different sizes, each exact in bf16."""
     generator = torch.Generator().manual_seed(tokens)
     shapes = (((tokens, inputs), 1e-3), ((outputs, inputs), 2e-2), ((tokens, outputs), 1e-6))
-    x, w, g = ((size * torch.randn(*shape, generator=generator)).bfloat16().float() for shape, size in shapes)
-    return x, w, g
+    x, weight, grad_out = (
+        (size * torch.randn(*shape, generator=generator)).bfloat16().float() for shape, size in shapes
+    )
+    return x, weight, grad_out
 
 
-def compute_products(x: Tensor, w: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compute_products(x: Tensor, weight: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Compute outputs and both gradients by the layer."""
-    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = float8_linear(x, w)
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = float8_linear(x, weight)
     assert y.dtype == torch.bfloat16
-    return y.detach().float(), *torch.autograd.grad(y, (x, w), g.bfloat16())
+    return y.detach().float(), *torch.autograd.grad(y, (x, weight), grad_out.bfloat16())
 
 
-def list_factor_pairs(x: Tensor, w: Tensor, g: Tensor) -> list[tuple[Tensor, torch.dtype, Tensor, torch.dtype]]:
+def list_factor_pairs(
+    x: Tensor, weight: Tensor, grad_out: Tensor
+) -> list[tuple[Tensor, torch.dtype, Tensor, torch.dtype]]:
     """The three products as pairs of factors a and b with their dtypes, for a b^T."""
     return [
-        (x, INPUT_DTYPE, w, INPUT_DTYPE),
-        (g, GRAD_DTYPE, w.t(), INPUT_DTYPE),
-        (g.t(), GRAD_DTYPE, x.t(), INPUT_DTYPE),
+        (x, INPUT_DTYPE, weight, INPUT_DTYPE),
+        (grad_out, GRAD_DTYPE, weight.t(), INPUT_DTYPE),
+        (grad_out.t(), GRAD_DTYPE, x.t(), INPUT_DTYPE),
     ]
 
 
@@ -68,13 +72,15 @@ def compute_error_bound(a: Tensor, a_dtype: torch.dtype, b: Tensor, b_dtype: tor
     return sums + BF16_ULP * ((a @ b.t()).abs() + sums)
 
 
-def check_errors(x: Tensor, w: Tensor, g: Tensor) -> None:
+def check_errors(x: Tensor, weight: Tensor, grad_out: Tensor) -> None:
     """Check that each element is within its bound and that the total error is about as large as rounding makes it.
 
     The relative rounding error of a random number is half a unit times 0.425 in root mean square, which is sqrt(1/3 * 3
     / (8 ln 2)): 2.65% in e4m3, 5.3% in e5m2. A product has the root of the sum of both squares.
     """
-    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), list_factor_pairs(x, w, g), strict=True):
+    for actual, (a, a_dtype, b, b_dtype) in zip(
+        compute_products(x, weight, grad_out), list_factor_pairs(x, weight, grad_out), strict=True
+    ):
         exact = a.double() @ b.double().t()
         assert ((actual - exact).abs() <= compute_error_bound(a, a_dtype, b, b_dtype)).all()
         expected_error = 0.425 * math.hypot(ULP[a_dtype][0], ULP[b_dtype][0])
@@ -84,8 +90,10 @@ def check_errors(x: Tensor, w: Tensor, g: Tensor) -> None:
 @pytest.mark.parametrize("tokens", [48, 1, 21])
 def test_a_product_has_the_error_of_rounded_factors(tokens: int) -> None:
     """The number of tokens need not be a multiple of 16."""
-    x, w, g = make_factors(tokens)
-    for actual, (a, a_dtype, b, b_dtype) in zip(compute_products(x, w, g), list_factor_pairs(x, w, g), strict=True):
+    x, weight, grad_out = make_factors(tokens)
+    for actual, (a, a_dtype, b, b_dtype) in zip(
+        compute_products(x, weight, grad_out), list_factor_pairs(x, weight, grad_out), strict=True
+    ):
         assert ((actual - a.double() @ b.double().t()).abs() <= compute_error_bound(a, a_dtype, b, b_dtype)).all()
 
 
@@ -93,29 +101,29 @@ def test_the_error_has_the_size_of_float8_rounding() -> None:
     check_errors(*make_factors(512, 128, 256))
 
 
-def compute_torchao_products(x: Tensor, w: Tensor, g: Tensor, powers_of_two: bool) -> tuple[Tensor, ...]:
+def compute_torchao_products(x: Tensor, weight: Tensor, grad_out: Tensor, powers_of_two: bool) -> tuple[Tensor, ...]:
     """Compute the output and both gradients with the float8 layer of torchao, which is also emulated."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of torch that torchao causes
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    layer = nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=torch.bfloat16)
-    layer.weight.data.copy_(w)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
+    layer.weight.data.copy_(weight)
     torchao_config = Float8LinearConfig(emulate=True, round_scales_to_power_of_2=powers_of_two)
     torchao_model = convert_to_float8_training(nn.Sequential(layer), config=torchao_config)
     x = x.bfloat16().requires_grad_()
     y = torchao_model(x)
-    return y.detach(), *torch.autograd.grad(y, (x, torchao_model[0].weight), g.bfloat16())
+    return y.detach(), *torch.autograd.grad(y, (x, torchao_model[0].weight), grad_out.bfloat16())
 
 
 @pytest.mark.parametrize("sizes", [(48, 64, 96), (512, 256, 384)], ids=str)
 def test_products_equal_those_of_torchao(sizes: tuple[int, int, int]) -> None:
     """With power-of-two scales, only the order of sums differs from torchao. Exact scales give other products."""
-    x, w, g = make_factors(*sizes)
-    actual = compute_products(x.bfloat16(), w.bfloat16(), g)
+    x, weight, grad_out = make_factors(*sizes)
+    actual = compute_products(x.bfloat16(), weight.bfloat16(), grad_out)
     for product, power_of_two_scaled, exactly_scaled in zip(
         actual,
-        compute_torchao_products(x, w, g, powers_of_two=True),
-        compute_torchao_products(x, w, g, powers_of_two=False),
+        compute_torchao_products(x, weight, grad_out, powers_of_two=True),
+        compute_torchao_products(x, weight, grad_out, powers_of_two=False),
         strict=True,
     ):
         size = power_of_two_scaled.double().norm()
@@ -124,11 +132,13 @@ def test_products_equal_those_of_torchao(sizes: tuple[int, int, int]) -> None:
 
 
 def _double_unit(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Planted bug: products are twice as large."""
     rounded, unit = quantize(x, dtype)
     return rounded, 2 * unit
 
 
 def _no_scale(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Planted bug: convert without a scale, so that small values become zero."""
     return x.float().to(dtype), torch.ones(())
 
 
@@ -139,6 +149,7 @@ def _too_large(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _too_small(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Planted bug: the scale is so small that most values are subnormal."""
     scale = 2.0**-14 / quantize(x, dtype)[1]
     return (x.float() * scale).to(dtype), scale.reciprocal()
 
@@ -174,14 +185,16 @@ def test_the_largest_element_fills_the_range(size: float, dtype: torch.dtype) ->
 
 
 def test_zeros_remain_zeros_and_huge_values_remain_finite() -> None:
-    x, w, g = make_factors()
-    y, x_grad, w_grad = compute_products(torch.zeros_like(x), w, torch.zeros_like(g))
+    x, weight, grad_out = make_factors()
+    y, x_grad, w_grad = compute_products(torch.zeros_like(x), weight, torch.zeros_like(grad_out))
     assert not any(product.any() for product in (y, x_grad, w_grad))
     for size in (1e34, 1e-34):  # not the limits of bf16, so that products neither overflow nor vanish
-        y, x_grad, w_grad = compute_products(size * torch.sign(x), w, g)
-        assert float(y.double().norm() / size) == pytest.approx(float((torch.sign(x) @ w.t()).norm()), rel=0.05)
+        y, x_grad, w_grad = compute_products(size * torch.sign(x), weight, grad_out)
+        assert float(y.double().norm() / size) == pytest.approx(float((torch.sign(x) @ weight.t()).norm()), rel=0.05)
         assert x_grad.isfinite().all()
-    assert all(torch.isfinite(product).all() for product in compute_products(torch.full_like(x, 1e-44), w, g))
+    assert all(
+        torch.isfinite(product).all() for product in compute_products(torch.full_like(x, 1e-44), weight, grad_out)
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -197,7 +210,7 @@ def test_non_finite_values_reach_the_products(value: float) -> None:
 
 
 def test_the_rounding_of_an_element_ignores_its_neighbors() -> None:
-    """Unless it is 2^14 times smaller than the largest: normal numbers of e4m3 reach from 2^-6 to 448."""
+    """This holds for elements within a factor of 2^14 of the largest: normal e4m3 numbers reach from 2^-6 to 448."""
     x = make_factors(256)[0]
     x *= 2.0 ** torch.randint(-3, 4, (256, 1), generator=torch.Generator().manual_seed(0))
     largest = x.abs().max()
@@ -213,6 +226,7 @@ def test_the_rounding_of_an_element_ignores_its_neighbors() -> None:
 
 
 def _has_kernel() -> bool:
+    """Return whether torch has an fp8 matrix product for this device."""
     one, x = torch.ones(()), torch.ones(16, 16)
     try:
         torch._scaled_mm(x.to(GRAD_DTYPE), x.to(INPUT_DTYPE).t(), one, one, out_dtype=torch.bfloat16)
@@ -268,13 +282,13 @@ def test_a_bias_is_added_in_bf16() -> None:
 
 
 def test_backward_saves_the_input_in_float8() -> None:
-    x, w, _ = make_factors()
-    w.requires_grad_()
+    x, weight, _ = make_factors()
+    weight.requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each):
-        float8_linear(x.requires_grad_(), w)
+        float8_linear(x.requires_grad_(), weight)
     assert [tensor.dtype for tensor in saved if tensor.ndim == 2] == [INPUT_DTYPE, torch.float32]
-    assert any(tensor.data_ptr() == w.data_ptr() for tensor in saved)
+    assert any(tensor.data_ptr() == weight.data_ptr() for tensor in saved)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +319,9 @@ STEPS = 60
 
 
 def fp8_config(enable_fp8: bool) -> Config:
+    """Return the config of a tiny run with or without fp8."""
     optim = {"name": "adamw", "lr": 3e-3, "clip": 1.0}
-    return make_config(1, {}, optim=optim, precision="bf16", fp8=enable_fp8)
+    return make_config(ranks=1, optim=optim, precision="bf16", fp8=enable_fp8)
 
 
 def train_losses(enable_fp8: bool) -> list[float]:
@@ -319,6 +334,7 @@ def train_losses(enable_fp8: bool) -> list[float]:
 
 @pytest.fixture(scope="module")
 def bf16_losses() -> list[float]:
+    """The losses of the run without fp8."""
     return train_losses(enable_fp8=False)
 
 
@@ -347,5 +363,5 @@ def test_a_float8_run_with_a_wrong_scale_does_not_learn(
 def test_a_float8_layer_equals_a_linear_layer_of_rounded_factors() -> None:
     """Small whole numbers are exact in float8, so the two are equal."""
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randint(-4, 5, shape, generator=generator).float() for shape in ((3, 7, 32), (48, 32)))
-    assert torch.equal(float8_linear(x, w).float(), F.linear(x, w).bfloat16().float())
+    x, weight = (torch.randint(-4, 5, shape, generator=generator).float() for shape in ((3, 7, 32), (48, 32)))
+    assert torch.equal(float8_linear(x, weight).float(), F.linear(x, weight).bfloat16().float())

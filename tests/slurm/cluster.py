@@ -1,4 +1,10 @@
-"""A private Slurm cluster on this machine for test_slurm.py: a controller, and one slurmd per node of two CPUs."""
+"""A private Slurm cluster on this machine for test_slurm.py: a controller, and one slurmd per node of two CPUs.
+
+with running_cluster(tmp_path / "slurm", work_dir=tmp_path) as cluster:
+    job_id = cluster.submit("--nodes=2", "script.sbatch")
+    fields = cluster.wait(job_id, timeout_seconds=120)
+    assert fields["JobState"] == "COMPLETED", cluster.read_log(job_id)
+"""
 
 import os
 import shutil
@@ -56,11 +62,9 @@ def find_obstacle() -> str:
     if os.geteuid():
         return "needs root, to start slurmd"
     missing_programs = [name for name in REQUIRED_PROGRAMS if shutil.which(name) is None]
-    return (
-        f"needs {', '.join(missing_programs)} (apt install slurmctld slurmd slurm-client munge)"
-        if missing_programs
-        else ""
-    )
+    if missing_programs:
+        return f"needs {', '.join(missing_programs)} (apt install slurmctld slurmd slurm-client munge)"
+    return ""
 
 
 class Cluster:
@@ -107,7 +111,7 @@ class Cluster:
         items = self.run_command("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(item.split("=", 1) for item in items if "=" in item)
 
-    def wait(self, job_id: int, timeout_seconds: float) -> dict[str, str]:
+    def wait(self, job_id: int, *, timeout_seconds: float) -> dict[str, str]:
         """Wait until a job has ended, and return its fields. After the timeout, raise AssertionError with the log."""
         deadline = time.monotonic() + timeout_seconds
         while True:
@@ -145,12 +149,13 @@ class Cluster:
         (self.base / "slurm.conf").write_text(SLURM_CONF_TEMPLATE.format(**settings))
         munge = self.base / "munge"
         self.run_command(
-            *("munged", "--force", f"--key-file={key}", f"--socket={munge}/munge.socket"),
-            *(
-                f"--pid-file={self.base}/munged.pid",
-                f"--log-file={self.base}/log/munged.log",
-                f"--seed-file={munge}/seed",
-            ),
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={munge}/munge.socket",
+            f"--pid-file={self.base}/munged.pid",
+            f"--log-file={self.base}/log/munged.log",
+            f"--seed-file={munge}/seed",
         )
         self.run_command("slurmctld", "-c")
         for node in range(1, NUM_NODES + 1):
@@ -186,7 +191,7 @@ def _stop_daemon(path: Path) -> None:
 
 def _find_free_port_range(num_ports: int) -> int:
     """Return the first of `num_ports` consecutive free ports."""
-    for first_port in range(17_100, 18_000, 10):
+    for first_port in range(17_100, 18_000, 10):  # below the ports that Linux assigns to outgoing connections
         with socket.socket() as probe:
             if all(probe.connect_ex(("127.0.0.1", first_port + offset)) for offset in range(num_ports)):
                 return first_port
@@ -194,8 +199,8 @@ def _find_free_port_range(num_ports: int) -> int:
 
 
 @contextmanager
-def running_cluster(base: Path, work_dir: Path) -> Iterator[Cluster]:
-    """Start a cluster for the block and stop it afterwards."""
+def running_cluster(base: Path, *, work_dir: Path) -> Iterator[Cluster]:
+    """Start a cluster for the block and stop it afterwards; the arguments are those of `Cluster`."""
     cluster = Cluster(base, work_dir)
     try:
         cluster.start()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e import commands
-from tests.e2e.test_kill import assert_same_weights
+from tests.e2e.compare_runs import assert_same_metrics, assert_same_weights
 from tests.slurm.cluster import Cluster, find_obstacle, running_cluster
 
 BATCH_SCRIPT = commands.REPOSITORY / "slurm" / "train.sbatch"
@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(find_obstacle()), reaso
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm cluster, started once for all tests."""
     base, work_dir = (tmp_path_factory.mktemp(name) for name in ("slurm", "work"))
-    with running_cluster(base, work_dir) as started_cluster:
+    with running_cluster(base, work_dir=work_dir) as started_cluster:
         yield started_cluster
 
 
@@ -32,7 +33,7 @@ def make_python_command(*arguments: str) -> str:
 
 def make_paced_command(delay_seconds: float) -> str:
     """Return a Python command whose training steps take `delay_seconds` longer."""
-    return make_python_command("tests.e2e.paced", str(delay_seconds))
+    return make_python_command("tests.e2e.run_slowly", str(delay_seconds))
 
 
 def make_script_arguments(corpus: Path, run: str, steps: int) -> tuple[object, ...]:
@@ -46,9 +47,8 @@ def train_uninterrupted(corpus: Path, directory: Path, steps: int, ranks: int) -
 
 
 def assert_same_results(run: Path, expected: Path) -> None:
-    assert commands.get_column(commands.read_step_rows(run), "loss") == commands.get_column(
-        commands.read_step_rows(expected), "loss"
-    )
+    """Raise AssertionError unless losses and weights are equal."""
+    assert_same_metrics(run, expected)
     assert_same_weights(run, expected)
 
 
@@ -62,7 +62,7 @@ def test_two_nodes_stopped_by_their_time_limit_end_with_equal_results(
     job = cluster.submit(
         *limits, BATCH_SCRIPT, *make_script_arguments(corpus, run, steps), PYTHON=make_paced_command(1)
     )
-    fields = cluster.wait(job, 540)
+    fields = cluster.wait(job, timeout_seconds=540)
     log = cluster.read_log(job)
     assert fields["JobState"] == "COMPLETED", log
     assert int(fields["Restarts"]) >= 2, log
@@ -93,7 +93,7 @@ def test_a_signal_requeues_the_job_with_either_launcher(
         assert time.monotonic() < deadline, cluster.read_log(job)
         time.sleep(0.1)
     cluster.run_command("scancel", "--signal=USR1", job)
-    fields = cluster.wait(job, 200)
+    fields = cluster.wait(job, timeout_seconds=200)
     log = cluster.read_log(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), log
     assert log.count("stopped by SIGUSR1") == 1
@@ -105,8 +105,10 @@ def test_a_signal_requeues_the_job_with_either_launcher(
 @pytest.mark.slow
 def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Path) -> None:
     options = ("--nodes=2", "--ntasks=3", "--ntasks-per-node=2")
-    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "uneven", 3), "data.global_batch=12")
-    assert cluster.wait(job, 120)["JobState"] == "COMPLETED", cluster.read_log(job)
+    job = cluster.submit(
+        *options, BATCH_SCRIPT, *make_script_arguments(corpus, "uneven", steps=3), "data.global_batch=12"
+    )
+    assert cluster.wait(job, timeout_seconds=120)["JobState"] == "COMPLETED", cluster.read_log(job)
     assert "ranks: 3 (dp_shard 3)" in cluster.read_log(job)
     nodes = {
         path.read_text().split(" INFO ")[0].split()[-1] for path in (cluster.work_dir / "uneven/logs").glob("*.log")
@@ -117,9 +119,9 @@ def test_nodes_may_have_different_numbers_of_tasks(cluster: Cluster, corpus: Pat
 def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, corpus: Path) -> None:
     start_time = time.monotonic()
     options = ("--nodes=2", "--ntasks-per-node=1")
-    python = make_python_command("tests.e2e.faulty", "raise", "1", "3")
-    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "raising", 9), PYTHON=python)
-    fields = cluster.wait(job, 100)
+    python = make_python_command("tests.e2e.run_with_fault", "raise", "1", "3")
+    job = cluster.submit(*options, BATCH_SCRIPT, *make_script_arguments(corpus, "raising", steps=9), PYTHON=python)
+    fields = cluster.wait(job, timeout_seconds=100)
     assert fields["JobState"] == "FAILED"
     assert fields["Restarts"] == "0"
     assert time.monotonic() - start_time < 60
@@ -129,28 +131,21 @@ def test_a_rank_that_raises_ends_the_job_at_once_and_is_named(cluster: Cluster, 
 @pytest.mark.slow
 def test_the_debug_script_runs(cluster: Cluster, corpus: Path) -> None:
     job = cluster.submit(DEBUG_SCRIPT, commands.DEBUG_CONFIG, f"data.path={corpus}")
-    assert cluster.wait(job, 100)["JobState"] == "COMPLETED", cluster.read_log(job)
+    assert cluster.wait(job, timeout_seconds=100)["JobState"] == "COMPLETED", cluster.read_log(job)
     assert "first batch" in cluster.read_log(job)
 
 
 @pytest.mark.slow
 def test_tasks_without_a_rendezvous_address_are_refused(cluster: Cluster, corpus: Path) -> None:
-    arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, make_script_arguments(corpus, "lost", 1))]
+    arguments = [sys.executable, "-m", "dist_llm", "train", *map(str, make_script_arguments(corpus, "lost", steps=1))]
     output = cluster.run_command("srun", "--ntasks=2", "bash", "-c", f"{' '.join(arguments)} 2>&1; true")
     assert "MASTER_ADDR and MASTER_PORT are not set; start with: dist-llm submit" in output
 
 
 @pytest.mark.slow
 def test_submit_trains_each_run_of_a_sweep_in_its_own_directory(cluster: Cluster, corpus: Path) -> None:
-    arguments = [
-        sys.executable,
-        "-m",
-        "dist_llm",
-        "submit",
-        commands.DEBUG_CONFIG,
-        f"data.path={corpus}",
-        "run.dir=swept",
-    ]
+    arguments = [sys.executable, "-m", "dist_llm", "submit"]
+    arguments += [commands.DEBUG_CONFIG, f"data.path={corpus}", "run.dir=swept"]
     arguments += ["run.steps=2", "eval.windows=8", "--nodes", "2", "--sweep", "optim.lr=1e-3,3e-4", "--time", "5"]
     output = cluster.run_command(*arguments)
     assert "#SBATCH --array=0-1" in output

@@ -20,7 +20,7 @@ from dist_llm.text.adopt_options import DTYPES, FORMATS, AdoptOptions
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.token_files import SUPPORTED_DTYPES
 
-from .test_token_files import build_megatron_index
+from .megatron_index import build_megatron_index
 
 EOT = 256  # end-of-document id of the tokenizer `byte`
 
@@ -61,6 +61,7 @@ def write_token_file(kind, corpus, directory, dtype="uint16"):
 
 
 def make_options(kind, *data, out, **changes):
+    """Return the options of `adopt` with the byte tokenizer."""
     return AdoptOptions(format=kind, data=tuple(map(str, data)), tokenizer="byte", out=out, **changes)
 
 

@@ -31,6 +31,7 @@ META = {
 
 
 def write_meta(path, meta=META, protocol=4):
+    """Write the meta.pkl of nanoGPT, from an object or from bytes; return its path."""
     path.write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta, protocol))
     return path
 
@@ -157,7 +158,7 @@ def test_an_export_gives_the_same_ids(tmp_path):
 
 def test_character_prompt_has_no_stop_ids():
     tokenizer = CharTokenizer(META["stoi"])
-    config = make_config(1, {}, objective={"name": "causal"})
+    config = make_config(ranks=1, objective={"name": "causal"})
     prompt = encode_prompt(config, tokenizer, "be")
     assert prompt.ids == tokenizer.encode("be").tolist()
     assert encode_prompt(config, tokenizer, "").ids == [META["stoi"]["\n"]], (

@@ -24,7 +24,7 @@ def test_each_document_belongs_to_one_part(num_parts, split_by):
 
 def test_parts_have_similar_sizes():
     for split_by in ("row", "text"):
-        corpus_parts = [CorpusPart(number, 4, split_by) for number in range(1, 5)]
+        corpus_parts = [CorpusPart(number, num_parts=4, split_by=split_by) for number in range(1, 5)]
         sizes = [sum(part.owns_row(n) and part.owns_text(b"%d" % n) for n in range(1, 4001)) for part in corpus_parts]
         assert min(sizes) > 900, split_by  # the mean is 1000; hashed texts have a standard deviation of 27
 
@@ -32,14 +32,16 @@ def test_parts_have_similar_sizes():
 def test_the_part_of_a_text_does_not_depend_on_the_heldout_split():
     from dist_llm.text.encode import is_heldout
 
-    owned_texts = [text for n in range(4000) if CorpusPart(1, 2, "text").owns_text(text := b"%d" % n)]
-    assert 0.45 < sum(is_heldout(text, 0.5) for text in owned_texts) / len(owned_texts) < 0.55
+    owned_texts = [
+        text for n in range(4000) if CorpusPart(number=1, num_parts=2, split_by="text").owns_text(text := b"%d" % n)
+    ]
+    assert 0.45 < sum(is_heldout(text, fraction=0.5) for text in owned_texts) / len(owned_texts) < 0.55
 
 
 def test_rows_without_text_are_counted_once():
     assert SINGLE_PART.counts_textless_rows
-    assert [CorpusPart(part, 2, "text").counts_textless_rows for part in (1, 2)] == [True, False]
-    assert CorpusPart(2, 2, "row").counts_textless_rows
+    assert [CorpusPart(part, num_parts=2, split_by="text").counts_textless_rows for part in (1, 2)] == [True, False]
+    assert CorpusPart(number=2, num_parts=2, split_by="row").counts_textless_rows
 
 
 @pytest.mark.parametrize("part", ["", "1", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2", "1/ 2", "01/2"])

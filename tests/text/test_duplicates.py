@@ -43,6 +43,7 @@ def compute_jaccard(text, other_text):
 
 
 def compute_minhashes(text):
+    """Return the MinHash values of a text."""
     return compute_near_key(text).view("<u4")
 
 

@@ -12,26 +12,11 @@ from dist_llm.text import c4, gopher, options
 from dist_llm.text.filters import FILTERS, FilterChain
 from dist_llm.text.report import RemovalCounts, TextCount
 
-
-def make_prose(num_sentences=8, seed=0):
-    """Return text that passes all rules."""
-    rng = random.Random(seed)
-    names = ["ship", "boat", "crew", "captain", "ferry", "barge", "raft", "pilot", "clerk", "baker"]
-    verbs = ["saw", "met", "lost", "found", "drew", "sold", "kept", "heard", "left", "won"]
-    tails = ["at dawn", "by night", "in spring", "on Monday", "near home", "past noon", "last year", "too late"]
-    colours = ["red", "blue", "pale", "dark", "green", "grey", "brown", "white", "warm", "cold"]
-
-    def pick(pool):
-        return rng.choice(pool)
-
-    return "\n".join(
-        f"{pick(colours).title()} {pick(names)} {n} {pick(verbs)} the {pick(colours)} {pick(names)} and "
-        f"{pick(verbs)} some {pick(names)} {pick(tails)}."
-        for n in range(num_sentences)
-    )
+from .prepare_runs import make_prose
 
 
 def split_lines(text):
+    """Return the lines of a text."""
     return text.split("\n")
 
 
@@ -67,7 +52,7 @@ def test_each_gopher_rule_removes_a_document(rule):
     assert is_broken_by_rule[rule], [name for name, is_broken in is_broken_by_rule.items() if is_broken]
     assert gopher.filter_document(text, removed) is None
     first_rule = next(name for name in gopher.RULES if is_broken_by_rule[name])
-    assert removed == {f"gopher.{first_rule}": TextCount(1, 0, len(text.encode()))}
+    assert removed == {f"gopher.{first_rule}": TextCount(documents=1, lines=0, bytes=len(text.encode()))}
 
 
 def check_all_rules(text):
@@ -130,7 +115,7 @@ def test_c4_removes_lines_that_break_a_rule(rule):
     removed, line = RemovalCounts(), C4_VIOLATING_LINES[rule]
     before, after = make_prose(4), make_prose(3, seed=1)
     assert c4.filter_page(f"{before}\n{line}\n{after}", removed) == f"{before}\n{after}"
-    assert removed == {f"c4.{rule}": TextCount(0, 1, len(line))}
+    assert removed == {f"c4.{rule}": TextCount(documents=0, lines=1, bytes=len(line))}
 
 
 @pytest.mark.parametrize(
@@ -144,14 +129,14 @@ def test_c4_removes_lines_that_break_a_rule(rule):
 def test_c4_removes_pages_that_break_a_rule(rule, text):
     removed = RemovalCounts()
     assert c4.filter_page(text, removed) is None
-    assert removed == {f"c4.{rule}": TextCount(1, 0, len(text.encode()))}
+    assert removed == {f"c4.{rule}": TextCount(documents=1, lines=0, bytes=len(text.encode()))}
 
 
 def test_c4_counts_the_bytes_of_citation_markers():
     text, removed = make_prose().replace(".", "[1][citation needed].", 1) + "\nMenu\n", RemovalCounts()
     cleaned = c4.filter_page(text, removed)
     assert cleaned == make_prose()
-    assert removed["c4.citation_marker"] == TextCount(0, 0, 18 + 2)
+    assert removed["c4.citation_marker"] == TextCount(documents=0, lines=0, bytes=18 + 2)
     num_newlines = 2  # of the removed lines
     removed_bytes = sum(count.bytes for count in removed.values())
     assert len(text.encode()) == len(cleaned.encode()) + removed_bytes + num_newlines

@@ -17,20 +17,22 @@ from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.hf_tokenizer import HFTokenizer
 from dist_llm.text.prepare import PrepareOptions, prepare
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer, parse_tokenizer
-from tests.hf_folders import ADDED, KINDS, MORE_DIFFICULT_TEXTS, ORIGINALS, PROSE, write_folder
+from tests.hf_folders import ADDED, MORE_DIFFICULT_TEXTS, PROSE, TOKENIZER_BUILDERS, TOKENIZER_FILES, write_folder
 
 TEXTS = (*MORE_DIFFICULT_TEXTS, *DIFFICULT_TEXTS, *PROSE[:5])
 GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_vocab.json and gpt2_merges.txt
 
 
 def build_from_folder(folder):
+    """Build the tokenizer of a Hugging Face folder."""
     return build_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
+    """A Hugging Face folder with a tokenizer of each kind, by kind."""
     folders_by_kind = {}
-    for kind in KINDS:
+    for kind in TOKENIZER_BUILDERS:
         folder = tmp_path_factory.mktemp("folders") / kind
         write_folder(folder, kind)
         folders_by_kind[kind] = folder
@@ -41,7 +43,7 @@ def test_difficult_texts_are_at_least_fifty():
     assert len(set(MORE_DIFFICULT_TEXTS)) >= 50
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_BUILDERS)
 def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
     """This holds after a round trip through a file too, and when tiktoken encodes."""
     build_from_folder(folders[kind]).save(tmp_path)
@@ -60,10 +62,10 @@ def test_ids_and_files_equal_the_originals(kind, folders, tmp_path):
         assert tokenizer.encode_prompt(text) == reference.encode(text).ids, text
         assert tokenizer.decode(ids) == reference.decode(ids, skip_special_tokens=False), text
     assert tokenizer.vocab_size == 1 + max(reference.get_vocab().values())
-    assert tokenizer.get_original_files() == {name: (folders[kind] / name).read_bytes() for name in ORIGINALS}
+    assert tokenizer.get_original_files() == {name: (folders[kind] / name).read_bytes() for name in TOKENIZER_FILES}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_BUILDERS)
 def test_incremental_decoder_equals_decode(kind, folders):
     tokenizer = build_from_folder(folders[kind])
     for prompt, continuation in (("The ship", " sailed 漢字 👩‍👩‍👧 to port."), ("", "漢 字"), ("a", "<think>b  c")):
@@ -92,7 +94,7 @@ def test_tiktoken_is_used_only_if_ids_are_equal(folders, tmp_path, monkeypatch):
         plain.encode(text)
     monkeypatch.undo()
     assert len(plain.encode("e\u0301")) == len(plain.encode("é")), "the test's text encodes differently without NFC"
-    for kind in KINDS:
+    for kind in TOKENIZER_BUILDERS:
         assert build_from_folder(folders[kind]).speed_up()._bpe is None, (
             f"{kind}: tiktoken supports neither added tokens nor other models than BPE"
         )

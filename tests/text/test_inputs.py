@@ -35,10 +35,12 @@ def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES,
 
 
 def read_texts(*specs, **options):
+    """Return the texts of all documents."""
     return [document.text for document in read_sources(*specs, **options)[0]]
 
 
 def compress_zstd(content):
+    """Return the content in the format zstd."""
     return zstandard.ZstdCompressor().compress(content)
 
 
@@ -223,10 +225,16 @@ def test_skipped_files_are_counted_by_reason(tmp_path):
         (tmp_path / name).write_text("abc")
     file_counts = InputFileCounts()
     assert read_texts(tmp_path, file_counts=file_counts) == ["abc"]
-    assert file_counts["read"] == {".txt": FileCount(1, 3)}
-    assert file_counts["skipped: checksum"] == {".txt.md5": FileCount(1, 3), "no suffix": FileCount(1, 3)}
+    assert file_counts["read"] == {".txt": FileCount(files=1, bytes=3)}
+    assert file_counts["skipped: checksum"] == {
+        ".txt.md5": FileCount(files=1, bytes=3),
+        "no suffix": FileCount(files=1, bytes=3),
+    }
     assert sum(count.files for count in file_counts["skipped: editor backup"].values()) == 3
-    assert file_counts["skipped: README or LICENSE"] == {".md": FileCount(1, 3), "no suffix": FileCount(1, 3)}
+    assert file_counts["skipped: README or LICENSE"] == {
+        ".md": FileCount(files=1, bytes=3),
+        "no suffix": FileCount(files=1, bytes=3),
+    }
     assert sum(count.files for counts in file_counts.values() for count in counts.values()) == len(names)
     assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in file_counts.format_lines()]
     (tmp_path / "more.md").write_text("abc")
@@ -247,8 +255,8 @@ def test_include_and_exclude_select_files(tmp_path):
         "a.txt",
         "sub/c.txt",
     ]
-    assert file_counts["skipped: --exclude"] == {".txt": FileCount(1, 14)}
-    assert file_counts["skipped: not in --include"] == {".py": FileCount(1, 4)}
+    assert file_counts["skipped: --exclude"] == {".txt": FileCount(files=1, bytes=14)}
+    assert file_counts["skipped: not in --include"] == {".py": FileCount(files=1, bytes=4)}
     for rules in (FileRules(include=("*.tex",)), FileRules(exclude=("*.tex",))):
         with pytest.raises(DataError, match=r"--(in|ex)clude \*\.tex: matches no file"):
             read_sources(tmp_path, rules=rules)

@@ -6,10 +6,8 @@ The corpus is the same for any number of workers. It appears at its path only wh
 import argparse
 import base64
 import io
-import json
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -17,7 +15,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dist_llm.data.shard import MANIFEST_FILE, SPLITS, Manifest
@@ -33,61 +30,29 @@ from dist_llm.text.publish import lock_output
 from dist_llm.text.report import FileCount, PrepareReport
 from dist_llm.text.tokenizer import Tokenizer
 
-FRAGMENTS = [f"{start}{end}" for start in ("sh", "tr", "qu", "é", "漢") for end in ("ip", "ade", " 12", "it's", "\n")]
-
-
-def make_random_texts(count, max_words=60, seed=0):
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(FRAGMENTS, k=rng.randint(1, max_words))) for _ in range(count)]
-
-
-def write_rows(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
-
-
-def write_megabytes(path, megabytes):
-    """Write a JSONL file of about this size quickly."""
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in make_random_texts(2000, max_words=200))
-    with path.open("w") as file:
-        for _ in range(-(-megabytes * 1_000_000 // len(rows))):
-            file.write(rows)
-    return str(path)
-
-
-def run(source, out, **changes):
-    """Prepare with the tokenizer `byte` and one worker, unless `changes` has other options."""
-    options = {"tokenizer": "byte", "workers": 1, **changes}
-    sources = (source,) if isinstance(source, str) else tuple(source)
-    return prepare(PrepareOptions(source=sources, out=out, **options), io.StringIO())
-
-
-def read_documents(out, split):
-    """Return the texts of a split. Check that each document has one `<|endoftext|>`, at its end."""
-    manifest, tokenizer, texts = Manifest.load(out), Tokenizer.load(out), []
-    for shard in manifest.shards[split]:
-        ids = np.fromfile(out / shard.file, dtype=np.dtype(manifest.dtype).newbyteorder("<"))
-        starts = np.fromfile((out / shard.file).with_suffix(".offsets"), dtype="<u8").astype(int)
-        assert (len(ids), len(starts)) == (shard.tokens, shard.documents)
-        for document in np.split(ids, starts[1:]):
-            assert np.flatnonzero(document == tokenizer.eot).tolist() == [len(document) - 1]
-            texts.append(tokenizer.decode(document[:-1]))
-    return texts
-
-
-def read_all_files(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+from .prepare_runs import (
+    count_rows,
+    is_alive,
+    make_random_texts,
+    read_all_files,
+    read_documents,
+    run_prepare,
+    start_prepare,
+    wait_for,
+    write_megabytes,
+    write_rows,
+)
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
 def test_the_corpus_has_the_documents_of_the_source(tokenizer, tmp_path):
     texts = make_random_texts(500)
-    manifest = run(write_rows(tmp_path / "a.jsonl", ["", *texts, ""]), tmp_path / "out", tokenizer=tokenizer)
-    assert any(is_heldout(text.encode(), 0.01) for text in texts), (
+    manifest = run_prepare(write_rows(tmp_path / "a.jsonl", ["", *texts, ""]), tmp_path / "out", tokenizer=tokenizer)
+    assert any(is_heldout(text.encode(), fraction=0.01) for text in texts), (
         "no text is held out, so the test cannot detect a failure"
     )
     for split in ("train", "heldout"):
-        expected = [text for text in texts if is_heldout(text.encode(), 0.01) == (split == "heldout")]
+        expected = [text for text in texts if is_heldout(text.encode(), fraction=0.01) == (split == "heldout")]
         assert read_documents(tmp_path / "out", split) == expected
         assert manifest.count_text_bytes(split) == sum(len(text.encode()) for text in expected)
     assert manifest == Manifest.load(tmp_path / "out")
@@ -103,7 +68,7 @@ def test_ids_have_the_narrowest_dtype(vocab_size, dtype, tmp_path):
     )
     (tmp_path / "wide.tiktoken").write_text(ranks)
     source = write_rows(tmp_path / "a.jsonl", make_random_texts(5))
-    manifest = run(source, tmp_path / "out", tokenizer=str(tmp_path / "wide.tiktoken"), heldout_fraction=0)
+    manifest = run_prepare(source, tmp_path / "out", tokenizer=str(tmp_path / "wide.tiktoken"), heldout_fraction=0)
     assert (manifest.vocab_size, manifest.dtype) == (vocab_size, dtype)
     assert read_documents(tmp_path / "out", "train") == make_random_texts(5)
 
@@ -111,8 +76,8 @@ def test_ids_have_the_narrowest_dtype(vocab_size, dtype, tmp_path):
 def test_one_and_three_workers_write_the_same_bytes(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", make_random_texts(20_000))
     options = {"tokenizer": "bpe:300", "shard_tokens": 300_000, "bpe_train_bytes": 200_000}
-    manifest = run(source, tmp_path / "one", **options)
-    run(source, tmp_path / "three", **options, workers=3)
+    manifest = run_prepare(source, tmp_path / "one", **options)
+    run_prepare(source, tmp_path / "three", **options, workers=3)
     assert len(manifest.shards["train"]) > 3
     assert max(shard.tokens for shard in manifest.shards["train"]) <= 300_000
     assert read_all_files(tmp_path / "one") == read_all_files(tmp_path / "three")
@@ -122,8 +87,8 @@ def test_the_heldout_split_depends_only_on_the_text(tmp_path):
     texts = make_random_texts(3000)
     forward = write_rows(tmp_path / "a.jsonl", texts)
     backward = write_rows(tmp_path / "b.jsonl", texts[::-1])
-    run(forward, tmp_path / "one", heldout_fraction=0.1)
-    run(backward, tmp_path / "two", heldout_fraction=0.1, workers=2, tokenizer="bpe:300")
+    run_prepare(forward, tmp_path / "one", heldout_fraction=0.1)
+    run_prepare(backward, tmp_path / "two", heldout_fraction=0.1, workers=2, tokenizer="bpe:300")
     heldout = read_documents(tmp_path / "one", "heldout")
     assert heldout == read_documents(tmp_path / "two", "heldout")[::-1]
     assert 0.08 < len(heldout) / len(texts) < 0.12
@@ -139,8 +104,8 @@ def test_bpe_trains_on_the_first_bytes_of_the_training_split(tmp_path, monkeypat
     monkeypatch.setattr(prepare_run, "build_tokenizer", record_texts)
     texts = make_random_texts(1000)
     source = write_rows(tmp_path / "a.jsonl", texts)
-    run(source, tmp_path / "out", heldout_fraction=0.2, bpe_train_bytes=20_000, tokenizer="bpe:260")
-    train_text = "".join(text for text in texts if not is_heldout(text.encode(), 0.2))
+    run_prepare(source, tmp_path / "out", heldout_fraction=0.2, bpe_train_bytes=20_000, tokenizer="bpe:260")
+    train_text = "".join(text for text in texts if not is_heldout(text.encode(), fraction=0.2))
     assert "".join(seen_texts).encode() == train_text.encode()[: len("".join(seen_texts).encode())]
     assert 19_996 < len("".join(seen_texts).encode()) <= 20_000
 
@@ -149,9 +114,9 @@ def test_bad_rows_are_counted_and_too_many_are_an_error(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", make_random_texts(99))
     with open(source, "ab") as file:
         file.write(b'{"text": "\xff"}\n')
-    assert run(source, tmp_path / "out", max_bad_rate=0.01).bad_rows == 1
+    assert run_prepare(source, tmp_path / "out", max_bad_rate=0.01).bad_rows == 1
     with pytest.raises(DataError, match=r"1 of 100 rows are bad(.|\n)*a\.jsonl:100: not UTF-8"):
-        run(source, tmp_path / "out2", max_bad_rate=0.009)
+        run_prepare(source, tmp_path / "out2", max_bad_rate=0.009)
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "out"}
 
 
@@ -180,21 +145,21 @@ def test_bad_rows_are_counted_and_too_many_are_an_error(tmp_path):
 def test_a_failed_prepare_is_explained_and_leaves_no_files(texts, changes, message, tmp_path):
     source = changes.pop("source", (write_rows(tmp_path / "a.jsonl", texts),))
     with pytest.raises(DataError, match=message):
-        run(source, tmp_path / "out", **changes)
+        run_prepare(source, tmp_path / "out", **changes)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_overwrite_replaces_a_corpus_only_by_a_complete_corpus(tmp_path):
     source, out = write_rows(tmp_path / "a.jsonl", ["old"]), tmp_path / "out"
-    run(source, out, heldout_fraction=0)
+    run_prepare(source, out, heldout_fraction=0)
     before = read_all_files(out)
     with pytest.raises(DataError, match="--overwrite"):
-        run(source, out)
+        run_prepare(source, out)
     empty = write_rows(tmp_path / "b.jsonl", [])
     with pytest.raises(DataError, match="no text"):
-        run(empty, out, overwrite=True)
+        run_prepare(empty, out, overwrite=True)
     assert read_all_files(out) == before
-    run(write_rows(tmp_path / "c.jsonl", ["new"]), out, overwrite=True, heldout_fraction=0)
+    run_prepare(write_rows(tmp_path / "c.jsonl", ["new"]), out, overwrite=True, heldout_fraction=0)
     assert read_documents(out, "train") == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl", "out"]
 
@@ -202,70 +167,30 @@ def test_overwrite_replaces_a_corpus_only_by_a_complete_corpus(tmp_path):
 def test_overwrite_never_deletes_other_directories(tmp_path):
     (tmp_path / "thesis").mkdir()
     with pytest.raises(DataError, match="not a prepared corpus"):
-        run(write_rows(tmp_path / "a.jsonl", ["x"]), tmp_path / "thesis", overwrite=True)
+        run_prepare(write_rows(tmp_path / "a.jsonl", ["x"]), tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis").is_dir()
 
 
 def test_a_run_killed_while_swapping_loses_nothing(tmp_path):
     source, out = write_rows(tmp_path / "a.jsonl", ["old"]), tmp_path / "out"
-    run(source, out, heldout_fraction=0)
+    run_prepare(source, out, heldout_fraction=0)
     out.rename(tmp_path / "out.old")
     with pytest.raises(DataError, match="--overwrite"):
-        run(source, out)
+        run_prepare(source, out)
     assert read_documents(out, "train") == ["old"]
 
 
 def test_a_second_run_with_the_same_output_is_refused(tmp_path):
     source, out = write_rows(tmp_path / "a.jsonl", ["x"]), tmp_path / "out"
     with lock_output(out), pytest.raises(DataError, match="another prepare"):
-        run(source, out)
-    run(source, out, heldout_fraction=0)
-
-
-# Argument: options of `prepare` as JSON. Prints the peak memory of the process and of its children, in KiB.
-PREPARE_SCRIPT = """
-import json, resource, sys
-from pathlib import Path
-from dist_llm.errors import DataError
-from dist_llm.text import chunks
-from dist_llm.text.prepare import PrepareOptions, prepare
-fields = json.loads(sys.argv[1])
-chunks.RESUME_POINT_CHARS = fields.pop("resume_point_chars", chunks.RESUME_POINT_CHARS)
-if max_file_bytes := fields.pop("max_file_bytes", 0):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-try:
-    prepare(PrepareOptions(**{**fields, "source": tuple(fields["source"]), "out": Path(fields["out"])}))
-except DataError as error:
-    sys.exit(f"DataError: {error}")
-print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
-"""
-
-
-def start_prepare(source, out, **fields):
-    """Start a process that prepares the source and prints its peak memory."""
-    fields = {"source": [source], "out": str(out), "tokenizer": "byte", "workers": 2, **fields}
-    command = [sys.executable, "-c", PREPARE_SCRIPT, json.dumps(fields)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_for(condition, timeout_seconds=60):
-    """Wait until `condition()` is true and return its result."""
-    deadline = time.monotonic() + timeout_seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        time.sleep(0.01)
-    return result
+        run_prepare(source, out)
+    run_prepare(source, out, heldout_fraction=0)
 
 
 def test_a_killed_run_leaves_no_corpus_and_no_process(tmp_path):
-    source, out, partial = write_megabytes(tmp_path / "a.jsonl", 20), tmp_path / "out", tmp_path / "out.partial"
+    source = write_megabytes(tmp_path / "a.jsonl", megabytes=20)
+    out = tmp_path / "out"
+    partial = tmp_path / "out.partial"
     with start_prepare(source, out) as process:
         wait_for(lambda: any(path.stat().st_size for path in partial.glob("train-*.bin")))
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -279,7 +204,7 @@ def test_a_killed_run_leaves_no_corpus_and_no_process(tmp_path):
     assert not out.exists()
     assert not (partial / MANIFEST_FILE).exists()
 
-    run(source, out, workers=2)
+    run_prepare(source, out, workers=2)
     assert sum(Manifest.load(out).count_documents(split) for split in SPLITS) == count_rows(source)
     assert not partial.exists()
 
@@ -311,11 +236,6 @@ def test_an_idle_worker_ends_with_its_parent(tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
-def count_rows(source):
-    with open(source) as file:
-        return sum(1 for _ in file)
-
-
 def test_memory_does_not_grow_with_the_source(tmp_path):
     peaks = []
     for megabytes in (10, 60):
@@ -329,7 +249,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 
 def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path):
-    source = write_megabytes(tmp_path / "a.jsonl", 1)
+    source = write_megabytes(tmp_path / "a.jsonl", megabytes=1)
     process = start_prepare(source, tmp_path / "out", max_file_bytes=200_000)
     _, stderr = process.communicate()
     assert process.returncode == 1
@@ -339,6 +259,7 @@ def test_a_full_disk_is_reported_and_leaves_no_files(tmp_path):
 
 
 def make_chunks(count=8):
+    """Yield `count` chunks, each of 2 MB of text."""
     return (Chunk(["x" * 2_000_000], [f"f:{index}"]) for index in range(count))
 
 
@@ -409,9 +330,9 @@ def test_the_report_counts_the_input_files(tmp_path):
     prepare(options, stream)
     report = PrepareReport.load(out)
     assert report.inputs == {
-        "read": {".txt": FileCount(1, 3)},
-        "skipped: checksum": {".txt.md5": FileCount(1, 2)},
-        "skipped: unreadable": {".zip": FileCount(1, 2), ".txt": FileCount(1, 7)},
+        "read": {".txt": FileCount(files=1, bytes=3)},
+        "skipped: checksum": {".txt.md5": FileCount(files=1, bytes=2)},
+        "skipped: unreadable": {".zip": FileCount(files=1, bytes=2), ".txt": FileCount(files=1, bytes=7)},
     }
     assert list(report.unreadable) == [str(folder / "b.txt")]
     lines = [line.split() for line in stream.getvalue().splitlines()]

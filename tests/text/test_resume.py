@@ -11,9 +11,16 @@ from dist_llm.errors import DataError
 from dist_llm.text import chunks, inputs
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.journal import JOURNAL_FILE, Journal
-from tests.text.test_filters import make_prose
-from tests.text.test_prepare import make_random_texts, read_all_files, run, start_prepare, wait_for, write_rows
-from tests.text.test_scale import write_files
+from tests.text.prepare_runs import (
+    make_prose,
+    make_random_texts,
+    read_all_files,
+    run_prepare,
+    start_prepare,
+    wait_for,
+    write_files,
+    write_rows,
+)
 
 
 @pytest.fixture
@@ -55,15 +62,15 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     num_files, options, frequent_resume_points, tmp_path, monkeypatch
 ):
     texts = [make_prose(seed=n % 40) for n in range(60)]
-    source = write_files(tmp_path / "in", [*texts, "broken"], 6)
+    source = write_files(tmp_path / "in", [*texts, "broken"], num_files=6)
     options = {**options, "heldout_fraction": 0.2}
-    run(source, tmp_path / "uninterrupted", **options)
+    run_prepare(source, tmp_path / "uninterrupted", **options)
     with monkeypatch.context() as patch:
         interrupt_after(patch, num_files=num_files)
         with pytest.raises(InterruptedRunError):
-            run(source, tmp_path / "out", **options)
+            run_prepare(source, tmp_path / "out", **options)
     opened = interrupt_after(monkeypatch, num_files=None)
-    run(source, tmp_path / "out", **options)
+    run_prepare(source, tmp_path / "out", **options)
     assert opened == [f"{index:02d}.jsonl" for index in range(num_files, 6)]
     subdirectory = Path("part-1-of-2" if "part" in options else "")
     assert read_all_files(tmp_path / "out" / subdirectory) == read_all_files(tmp_path / "uninterrupted" / subdirectory)
@@ -74,17 +81,17 @@ def interrupt_and_resume(tmp_path, monkeypatch, edit, tokenizer="bpe:300", **cha
 
     `changes` are options of the resumed run. Return the indices of the input files that the resumed run reads.
     """
-    source = write_files(tmp_path / "in", make_random_texts(120), 6)
+    source = write_files(tmp_path / "in", make_random_texts(120), num_files=6)
     with monkeypatch.context() as patch:
         # The training of BPE reads all six files twice before.
         interrupt_after(patch, num_files=2 * 6 + 3 if tokenizer == "bpe:300" else 3)
         with pytest.raises(InterruptedRunError):
-            run(source, tmp_path / "out", tokenizer=tokenizer)
+            run_prepare(source, tmp_path / "out", tokenizer=tokenizer)
     edit(tmp_path)
     with monkeypatch.context() as patch:
         opened = interrupt_after(patch, num_files=None)
-        run(source, tmp_path / "out", **{"tokenizer": tokenizer, **changes})
-    run(source, tmp_path / "fresh", **{"tokenizer": tokenizer, **changes})
+        run_prepare(source, tmp_path / "out", **{"tokenizer": tokenizer, **changes})
+    run_prepare(source, tmp_path / "fresh", **{"tokenizer": tokenizer, **changes})
     assert read_all_files(tmp_path / "out") == read_all_files(tmp_path / "fresh")
     assert not (tmp_path / "out.partial").exists()
     return [int(name[:2]) for name in opened]
@@ -113,6 +120,7 @@ def make_damage_file(pattern):
 
 
 def truncate_journal(tmp_path):
+    """Remove the end of the last line of the journal, as after a crash."""
     path = tmp_path / "out.partial" / JOURNAL_FILE
     path.write_bytes(path.read_bytes()[:-7])
 
@@ -168,14 +176,14 @@ def test_bpe_is_trained_again_if_a_file_changed(frequent_resume_points, tmp_path
 
 
 def test_an_error_keeps_the_finished_work(frequent_resume_points, tmp_path):
-    source = write_files(tmp_path / "in", make_random_texts(60), 3)
+    source = write_files(tmp_path / "in", make_random_texts(60), num_files=3)
     with (tmp_path / "in" / "02.jsonl").open("a") as file:
         file.write("broken\n" * 3)
     with pytest.raises(DataError, match=r"3 of 63 rows are bad(.|\n)*are kept in .*out\.partial: fix this and run"):
-        run(source, tmp_path / "out")
+        run_prepare(source, tmp_path / "out")
     assert Journal(tmp_path / "out.partial").has_records
     assert not (tmp_path / "out.partial" / MANIFEST_FILE).exists()
-    assert run(source, tmp_path / "out", max_bad_rate=0.1).bad_rows == 3
+    assert run_prepare(source, tmp_path / "out", max_bad_rate=0.1).bad_rows == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -196,5 +204,5 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     assert 3 <= num_done < 8
     _, stderr = start_prepare(source, out, resume_point_chars=100_000).communicate()
     assert f"resuming after {num_done} of 8 input files" in stderr
-    run(source, tmp_path / "uninterrupted")
+    run_prepare(source, tmp_path / "uninterrupted")
     assert read_all_files(out) == read_all_files(tmp_path / "uninterrupted")

@@ -11,23 +11,10 @@ import pytest
 from dist_llm.errors import DataError
 from dist_llm.text.token_files import TokenFileHeader, TokenFileScan, check_size, locate_data_file, read_header
 
+from .megatron_index import build_megatron_index
+
 VOCAB_SIZE, EOT = 300, 256  # number of ids, id of the end of a document
 BYTES_OF_ID = np.arange(VOCAB_SIZE).astype(np.uint16)  # the text of id n has n bytes
-
-
-def build_megatron_index(
-    lengths, bounds, dtype_code=8, magic=b"MMIDIDX\0\0", version=1, pointers=None, modes=b"", id_bytes=2
-):
-    """Return the .idx file that Megatron writes beside the ids.
-
-    `lengths` are the tokens of each sequence. `bounds` has the first sequence of each document, then the number of
-    sequences. The dtype code 8 stands for uint16. `pointers` are the byte offsets of sequences; None: they follow each
-    other.
-    """
-    pointers = np.cumsum([0, *lengths])[:-1] * id_bytes if pointers is None else pointers
-    head = magic + struct.pack("<QBQQ", version, dtype_code, len(lengths), len(bounds))
-    arrays = np.array(lengths, "<i4"), np.array(pointers, "<i8"), np.array(bounds, "<i8")
-    return head + b"".join(array.tobytes() for array in arrays) + modes
 
 
 def read_header_of(kind, head=b"", declared_dtype=None, idx=b""):
@@ -120,7 +107,7 @@ def test_a_file_without_an_array_is_refused(content):
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
 def test_an_llmc_header_gives_dtype_and_length(magic, version, dtype):
     head = struct.pack("<iii", magic, version, 5) + bytes(1012)
-    assert read_header_of("llmc", head) == TokenFileHeader(dtype, 1024, 5)
+    assert read_header_of("llmc", head) == TokenFileHeader(dtype, skip_bytes=1024, num_tokens=5)
     with pytest.raises(DataError, match="byte 1023: truncated: the header alone has 1024 bytes"):
         read_header_of("llmc", head[:-1])
     with pytest.raises(DataError, match=f"byte 0: magic {magic} and version 2; .* 20240520 and 1 or 20240801 and 7"):
@@ -141,7 +128,9 @@ def test_megatron_paths_may_omit_the_suffix():
 def scan_ids(ids, block_bytes, dtype="uint16", header_bytes=0, starts=None):
     """Scan a file with these ids, in blocks."""
     content = bytes(header_bytes) + np.array(ids).astype(dtype).tobytes()
-    scan = TokenFileScan("here", TokenFileHeader(dtype, header_bytes, None, starts), EOT, BYTES_OF_ID)
+    scan = TokenFileScan(
+        "here", TokenFileHeader(dtype, header_bytes, num_tokens=None, document_starts=starts), EOT, BYTES_OF_ID
+    )
     for offset in range(0, len(content), block_bytes):
         scan.add(content[offset : offset + block_bytes])
     scan.check()
@@ -160,11 +149,15 @@ def test_a_scan_does_not_depend_on_the_block_size(header_bytes, dtype, block_byt
 
 
 def test_document_starts_at_the_ends_of_a_file():
-    assert scan_ids([5, EOT], 100).compute_starts(eot_at_start=False).tolist() == [0], (
+    assert scan_ids([5, EOT], block_bytes=100).compute_starts(eot_at_start=False).tolist() == [0], (
         "a document starts after the last token"
     )
-    assert scan_ids([EOT, 5], 100).compute_starts(eot_at_start=True).tolist() == [0], "the first document starts twice"
-    assert scan_ids([5, EOT, 6], 100, starts=np.array([0, 1])).compute_starts(eot_at_start=False).tolist() == [0, 1]
+    assert scan_ids([EOT, 5], block_bytes=100).compute_starts(eot_at_start=True).tolist() == [0], (
+        "the first document starts twice"
+    )
+    assert scan_ids([5, EOT, 6], block_bytes=100, starts=np.array([0, 1])).compute_starts(
+        eot_at_start=False
+    ).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4, 1000])
@@ -179,14 +172,14 @@ def test_an_unknown_id_is_reported_with_its_byte(block_bytes):
     ("header", "size", "message"),
     [
         (
-            TokenFileHeader("uint16", 10, 4),
+            TokenFileHeader("uint16", skip_bytes=10, num_tokens=4),
             17,
             "x: truncated at byte 17: 17 bytes, but 4 ids of uint16 after 10 bytes make 18",
         ),
-        (TokenFileHeader("uint16", 10, 4), 19, "x: too long at byte 18: 19 bytes"),
+        (TokenFileHeader("uint16", skip_bytes=10, num_tokens=4), 19, "x: too long at byte 18: 19 bytes"),
         (TokenFileHeader("uint32"), 7, "x: truncated at byte 7: 7 bytes are not whole ids of uint32.* another --dtype"),
         (TokenFileHeader("uint32"), 0, "x: byte 0: no ids in it"),
-        (TokenFileHeader("uint32", 1024, 0), 1024, "x: byte 1024: no ids in it"),
+        (TokenFileHeader("uint32", skip_bytes=1024, num_tokens=0), 1024, "x: byte 1024: no ids in it"),
     ],
 )
 def test_a_file_of_another_size_is_refused(header, size, message):

@@ -20,19 +20,23 @@ UNUSUAL_TEXTS = (*DIFFICULT_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0
 
 
 def training_texts():
+    """Return an iterator of the texts on which a BPE is trained."""
     return iter(PROSE)
 
 
 def forbid_training():
+    """Fail if a tokenizer reads training texts."""
     raise AssertionError("only bpe:N may read the source")
 
 
 def build_from_spec(spec, pattern=None, texts=forbid_training):
+    """Build the tokenizer that `--tokenizer SPEC` names."""
     return build_tokenizer(str(spec), pattern, texts)
 
 
 @pytest.fixture(scope="module")
 def bpe():
+    """A BPE tokenizer of 400 tokens, trained on PROSE."""
     return build_from_spec("bpe:400", texts=training_texts)
 
 
@@ -243,5 +247,6 @@ def test_cl100k_and_llama3_split_text_equally():
 
 
 def _pair_ranks():
+    """Return a vocabulary of the single bytes and of byte pairs that occur in PROSE."""
     pairs = {a + b for text in PROSE[:20] for a, b in pairwise([bytes([byte]) for byte in text.encode()])}
     return BYTE_IDS | {pair: 256 + n for n, pair in enumerate(sorted(pairs))}

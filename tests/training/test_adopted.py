@@ -16,14 +16,15 @@ from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
 from dist_llm.training.run import train
 from dist_llm.training.settings import read_config
+from tests.cli_runner import make_cli_runner
 from tests.text.test_token_files import build_megatron_index
-from tests.tools import command
 
 EOT = 256
 SPLITS: dict[Split, int] = {"train": 60, "heldout": 12}  # number of documents
 
 
 def make_documents(split: Split, end_tokens: bool) -> list[np.ndarray]:
+    """Return random documents of a split as token ids, with or without the token at their end."""
     rng = np.random.default_rng(len(split))
     documents = [rng.integers(97, 123, rng.integers(5, 40)) for _ in range(SPLITS[split])]
     return [np.append(ids, EOT) for ids in documents] if end_tokens else documents
@@ -55,17 +56,18 @@ def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
     out.mkdir()
     shards = {}
     for split in SPLITS:
-        with ShardWriter(out, split, "uint16", 500) as writer:
+        with ShardWriter(out, split, "uint16", max_tokens=500) as writer:
             for ids in make_documents(split, end_tokens):
                 writer.add(ids, len(ids) - end_tokens)
             shards[split] = writer.close()
     tokenizer = build_tokenizer("byte")
     tokenizer.save(out)
-    Manifest("uint16", 257, tokenizer.sha256, ("x",), shards).save(out)
+    Manifest("uint16", vocab_size=257, tokenizer_sha256=tokenizer.sha256, source=("x",), shards=shards).save(out)
     return out
 
 
 def read_losses(run: Path, name: str) -> list[float]:
+    """Return the values of one metric in metrics.jsonl of a run."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row[name] for row in rows if name in row]
 
@@ -85,7 +87,7 @@ def test_megatron_files_train_like_our_own_corpus(
         expected = np.repeat(np.arange(len(documents)), [len(document) for document in documents])
         assert np.array_equal(row, expected), "document ids do not change where documents start"
         assert corpus.read(np.array([0]), corpus.num_tokens)[0].tolist() == np.concatenate(documents).tolist()
-    inspect = command("data")
+    inspect = make_cli_runner("data")
     assert inspect("verify", *corpora.values()) == int(not end_tokens), (
         "the result is wrong for our corpus, which needs end tokens to verify"
     )
@@ -99,7 +101,7 @@ def test_megatron_files_train_like_our_own_corpus(
     )
     for name, corpus in corpora.items():
         keys = [f"run.dir={tmp_path / 'runs' / name}", f"data.path={corpus}"]
-        assert train(read_config(config, keys, 1), World()) == 0
+        assert train(read_config(config, keys, world_size=1), World()) == 0
     for name in ("loss", "heldout_loss"):
         megatron_losses, native_losses = (read_losses(tmp_path / "runs" / run_name, name) for run_name in corpora)
         assert megatron_losses == native_losses, name
@@ -121,7 +123,7 @@ def test_megatron_files_train_like_our_own_corpus(
     note = f"data: {corpora['megatron']} has been read once in full, up to sample {windows};"
     assert (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text().count(note) == 1
     keys = [f"run.dir={tmp_path / 'runs' / 'megatron'}", f"data.path={corpora['megatron']}"]
-    assert train(read_config(config, keys, 1), World()) == 0
+    assert train(read_config(config, keys, world_size=1), World()) == 0
     log = (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text()
     assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to continue" in log
     assert log.count(note) == 1, "the note was logged again"

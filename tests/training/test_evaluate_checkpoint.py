@@ -13,11 +13,13 @@ from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, _resolve_seq_len, evaluate_checkpoint
-from tests.test_fuzz import BYTE_TOKENIZER, make_config, make_weights, write_corpus
-from tests.tools import command
+from tests.cli_runner import make_cli_runner
+from tests.fuzz.checkpoint_files import make_config, make_weights
+from tests.fuzz.corpus_files import BYTE_TOKENIZER, write_corpus
 
 
 def make_long_config(seq_len: int) -> Config:
+    """Return a config with this sequence length, whose model allows 131,072 positions."""
     config = make_config(max_seq_len=131_072)
     return config.model_copy(update={"data": config.data.model_copy(update={"seq_len": seq_len})})
 
@@ -58,7 +60,7 @@ def imported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_convert.export_hf(
         LazyWeights(weights.shapes, weights.read), config, tokenizer=None, directory=directory / "hf", family="llama"
     )
-    assert command("convert")("from-hf", directory / "hf", directory / "ours") == 0
+    assert make_cli_runner("convert")("from-hf", directory / "hf", directory / "ours") == 0
     return directory / "ours"
 
 
@@ -103,7 +105,7 @@ def test_generate_reports_the_missing_tokenizer(imported_model: Path, capsys: py
 def test_a_checkpoint_without_a_tokenizer_is_exported(
     imported_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tool = command("convert")
+    tool = make_cli_runner("convert")
     assert tool("to-hf", imported_model, tmp_path / "hf") == 0
     assert f"without a tokenizer: {imported_model} has none" in capsys.readouterr().out
     assert sorted(file.name for file in (tmp_path / "hf").iterdir()) == [

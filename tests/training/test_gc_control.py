@@ -55,9 +55,10 @@ class StepRecorder:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
+    """The config of a tiny run with its corpus."""
     tokenizer = build_tokenizer("byte")
     tokenizer.save(tmp_path)
-    with ShardWriter(tmp_path, "train", "uint16", 100) as writer:
+    with ShardWriter(tmp_path, "train", "uint16", max_tokens=100) as writer:
         writer.add(tokenizer.encode("to be or not to be, that is the question"), text_bytes=40)
         shards: Any = {"train": writer.close(), "heldout": ()}
     Manifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(tmp_path)
@@ -67,11 +68,12 @@ def config(tmp_path: Path) -> Config:
         f"data: {{path: '{tmp_path}', seq_len: 4, global_batch: 1}}\n"
         f"log: {{peak_tflops: 1.0, every: {LOG_EVERY}}}\ncheckpoint: {{every: 25}}\n"
     )
-    return read_config(path, [], 1)
+    return read_config(path, [], world_size=1)
 
 
 @pytest.fixture
 def step_recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[StepRecorder]:
+    """A recorder of the garbage collections during training steps."""
     recorder = StepRecorder(trainer.train_step)
     monkeypatch.setattr(trainer, "train_step", recorder)
     gc.callbacks.append(recorder.on_collection)

@@ -10,6 +10,7 @@ from dist_llm.training.stragglers import StragglerMonitor, find_slowest
 
 
 def make_rows(step: int) -> list[dict[str, Any]]:
+    """Return the metrics of the step and of the one before it."""
     return [{"step": step - 1, "step_seconds": 2.0}, {"step": step, "step_seconds": 2.0}]
 
 
@@ -47,7 +48,7 @@ def test_samples_add_up_until_the_interval_has_passed() -> None:
 
 
 def test_one_rank_reports_nothing() -> None:
-    monitor = StragglerMonitor(World(), SimpleNamespace(all_gather_ints=lambda value: [value]), 1.0)  # type: ignore[arg-type]
+    monitor = StragglerMonitor(World(), SimpleNamespace(all_gather_ints=lambda value: [value]), interval_seconds=1.0)  # type: ignore[arg-type]
     assert monitor.gather_report(make_rows(2)) == []
 
 

@@ -41,7 +41,7 @@ def train(config: Config, uses_p2p: bool) -> list[float]:
     with p2p_on_cpus if uses_p2p else nullcontext():
         engine = NativeEngine(config, torch.device("cpu"))
         return [
-            train_step(engine, make_batches(config, engine, 0), 1e-3, step).loss.item()
+            train_step(engine, make_batches(config, engine, step=0), lr=1e-3, step=step).loss.item()
             for step in range(STEPS_PER_ENGINE)
         ]
 
@@ -54,7 +54,7 @@ def test_many_engines_in_one_world_compute_the_same_losses(uses_p2p: bool) -> No
     first_losses: dict[int, list[float]] = {}
     for _ in range(ROUNDS):
         for layout_index, (parallel, model) in enumerate(LAYOUTS):
-            config = make_config(RANKS, MODELS[model], data={"micro_batch": 3}, parallel=parallel)
+            config = make_config(ranks=RANKS, model=MODELS[model], data={"micro_batch": 3}, parallel=parallel)
             losses_by_rank = world.run(train, config, uses_p2p)
             assert all(losses == losses_by_rank[0] for losses in losses_by_rank)
             expected = first_losses.setdefault(layout_index, losses_by_rank[0])

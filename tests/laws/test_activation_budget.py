@@ -22,9 +22,9 @@ from dist_llm.parallel.activation_budget import GIB, ActivationSizes, choose_mod
 from dist_llm.parallel.activation_checkpoint import RecomputeMode, iter_storages
 from dist_llm.sharded import to_local
 from dist_llm.training.step import train_step
-from tests.laws.law import assert_matches_one_process, make_batches, make_config
-from tests.laws.layouts import MODELS, SGD, Layout
-from tests.laws.worlds import get_world, restart_world
+from tests.laws.law import assert_matches_one_process, make_batches, make_config, make_layout_config
+from tests.laws.layouts import SGD, Layout
+from tests.laws.worlds import get_world, restart_world, run_on_ranks
 
 # torch 2.14 warns that tensors saved by selective checkpointing bypass the saved-tensor hooks that measure here.
 pytestmark = pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
@@ -55,6 +55,8 @@ class SavedStorages:
 
     @contextmanager
     def recording(self, model_parts: Sequence[nn.Module]) -> Iterator[None]:
+        """Record what the blocks of the model parts save during the `with` block."""
+
         def enter(module: nn.Module, *_: Any) -> None:
             self.block = module
 
@@ -84,6 +86,7 @@ class SavedStorages:
             yield
 
     def pack(self, tensor: Tensor) -> Tensor:
+        """Record a tensor that autograd saves, and return what autograd saves in its place."""
         if self.block is not None:
             self.record(tensor)
         return tensor.detach()
@@ -128,66 +131,64 @@ def run_budgeted_step(config: Config) -> BudgetReport:
 
     def record(sizes: ActivationSizes, peak: Callable[[Sequence[int]], int], limit: int, selective: bool) -> Any:
         modes, predicted = choose_modes(sizes, peak, limit, selective)
-        _, least = choose_modes(sizes, peak, -1, selective)
+        _, least = choose_modes(sizes, peak, budget_bytes=-1, selective=selective)
         all_saved = peak(sizes.bytes_by_model_part(["none"] * len(sizes.blocks)))
-        reports.append(BudgetReport(modes, predicted, 0, least, all_saved))
+        reports.append(BudgetReport(modes, predicted, peak=0, least=least, all_saved=all_saved))
         return modes, predicted
 
     with patch.object(activation_budget, "choose_modes", record):
-        engine._fit_activation_budget(
-            engine.to_local_batch(make_batches(config, engine, 0)[0]), 0
-        )  # before the measured steps
-    train_step(engine, make_batches(config, engine, 0), 1e-3, 0)  # in the first step, pipelines also infer their shapes
+        engine._fit_activation_budget(engine.to_local_batch(make_batches(config, engine, step=0)[0]), 0)
+    # In the first step, pipelines also infer the shapes of activations, so the second step is measured.
+    train_step(engine, make_batches(config, engine, step=0), lr=1e-3, step=0)
     saved = SavedStorages()
     with saved.recording(engine.model_parts):
-        train_step(engine, make_batches(config, engine, 1), 1e-3, 1)
+        train_step(engine, make_batches(config, engine, step=1), lr=1e-3, step=1)
     (report,) = reports
     assert [block.forward.mode for part in engine.model_parts for block in part.blocks.values()] == report.modes
     report.peak = saved.compute_peak()
     return report
 
 
-def make_budget_config(layout: Layout, gib: float, **sections: Any) -> Config:
-    parallel = layout.parallel | {"activations_gib": gib}
-    data = {"micro_batch": layout.micro_batch} | layout.sections.get("data", {})
-    model = MODELS[layout.model] | sections.pop("model", {})
-    return make_config(layout.ranks, model, **{**layout.sections, **sections, "data": data, "parallel": parallel})
+def make_budget_config(layout: Layout, *, gib: float, **sections: Any) -> Config:
+    """Return the config of a layout with an activation budget of `gib` GiB per rank."""
+    return make_layout_config(layout, optim=SGD, parallel={"activations_gib": gib}, **sections)
 
 
-def run_on_all_ranks(layout: Layout, gib: float, **sections: Any) -> list[BudgetReport]:
+def run_with_budget(layout: Layout, *, gib: float, **sections: Any) -> list[BudgetReport]:
     """Run a step under a budget of `gib` GiB on all ranks of the layout; return the reports by rank."""
-    config = make_budget_config(layout, gib, **sections)
-    return get_world(layout.ranks).run(run_budgeted_step, config) if layout.ranks > 1 else [run_budgeted_step(config)]
+    return run_on_ranks(layout.ranks, run_budgeted_step, make_budget_config(layout, gib=gib, **sections))
 
 
 BF16 = {"precision": "bf16"}
 DOCUMENTS = {"data": {"document_mask": True}}
 CASES: list[Any] = [
-    (Layout(1, {}, micro_batch=6), {}),
-    (Layout(1, {}, micro_batch=6), BF16),
-    (Layout(1, {}, "gpt", micro_batch=6), {"model": {"dropout": 0.1}}),
-    (Layout(1, {}, "t5", micro_batch=6), {}),
-    (Layout(1, {}, "bounded", micro_batch=6, sections=DOCUMENTS), {}),
-    (Layout(2, {"dp_shard": 2}, micro_batch=6), BF16),
-    (Layout(2, {"tp": 2}, "tied", micro_batch=6), BF16),
-    (Layout(2, {"tp": 2, "sequence_parallel": False}, "bert", micro_batch=6), {}),
-    (Layout(2, {"cp": 2}, micro_batch=6), {}),
-    (Layout(2, {"pp": 2}, micro_batch=6), {}),
-    (Layout(2, {"pp": 2, "pp_schedule": "gpipe"}, "encoder_decoder", micro_batch=6), {}),
-    (Layout(2, {"pp": 2, "pp_schedule": "interleaved_1f1b"}, micro_batch=6), {}),
-    (Layout(2, {"pp": 2, "pp_schedule": "zbv"}, micro_batch=3), {}),
+    (Layout(ranks=1, micro_batch=6), {}),
+    (Layout(ranks=1, micro_batch=6), BF16),
+    (Layout(ranks=1, model="gpt", micro_batch=6), {"model": {"dropout": 0.1}}),
+    (Layout(ranks=1, model="t5", micro_batch=6), {}),
+    (Layout(ranks=1, model="bounded", micro_batch=6, sections=DOCUMENTS), {}),
+    (Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=6), BF16),
+    (Layout(ranks=2, parallel={"tp": 2}, model="tied", micro_batch=6), BF16),
+    (Layout(ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="bert", micro_batch=6), {}),
+    (Layout(ranks=2, parallel={"cp": 2}, micro_batch=6), {}),
+    (Layout(ranks=2, parallel={"pp": 2}, micro_batch=6), {}),
+    (Layout(ranks=2, parallel={"pp": 2, "pp_schedule": "gpipe"}, model="encoder_decoder", micro_batch=6), {}),
+    (Layout(ranks=2, parallel={"pp": 2, "pp_schedule": "interleaved_1f1b"}, micro_batch=6), {}),
+    (Layout(ranks=2, parallel={"pp": 2, "pp_schedule": "zbv"}, micro_batch=3), {}),
     pytest.param(
-        Layout(2, {"pp": 2, "pp_schedule": "interleaved_zero_bubble"}, micro_batch=3), {}, marks=pytest.mark.slow
+        Layout(ranks=2, parallel={"pp": 2, "pp_schedule": "interleaved_zero_bubble"}, micro_batch=3),
+        {},
+        marks=pytest.mark.slow,
     ),
-    pytest.param(Layout(4, {"dp_shard": 2, "tp": 2}, micro_batch=6), {}, marks=pytest.mark.slow),
-    pytest.param(Layout(4, {"pp": 2, "dp_shard": 2}, micro_batch=3), BF16, marks=pytest.mark.slow),
+    pytest.param(Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2}, micro_batch=6), {}, marks=pytest.mark.slow),
+    pytest.param(Layout(ranks=4, parallel={"pp": 2, "dp_shard": 2}, micro_batch=3), BF16, marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("layout", "sections"), CASES, ids=str)
 def test_saved_activations_fit_the_budget_and_the_prediction(layout: Layout, sections: dict[str, Any]) -> None:
     """The test covers each rank, with the largest budget, a middle one and the least one."""
-    unlimited = run_on_all_ranks(layout, 1.0, **sections)
+    unlimited = run_with_budget(layout, gib=1.0, **sections)
     all_saved, least = max(report.all_saved for report in unlimited), max(report.least for report in unlimited)
     assert least < 0.2 * all_saved
     limit_bytes, recomputed_before = GIB, [0] * layout.ranks
@@ -195,7 +196,7 @@ def test_saved_activations_fit_the_budget_and_the_prediction(layout: Layout, sec
         reports = unlimited
         if fraction < 1:
             limit_bytes = int(least + fraction * (all_saved - least)) + 1
-            reports = run_on_all_ranks(layout, limit_bytes / GIB, **sections)
+            reports = run_with_budget(layout, gib=limit_bytes / GIB, **sections)
         for rank, report in enumerate(reports):
             assert report.peak <= report.predicted <= limit_bytes, f"rank {rank}, {fraction}: {report}"
             assert report.predicted - report.peak <= 0.02 * all_saved, f"rank {rank}, {fraction}: {report}"
@@ -208,21 +209,21 @@ def test_saved_activations_fit_the_budget_and_the_prediction(layout: Layout, sec
 @pytest.mark.parametrize("parallel", [{"dp_shard": 2}, {"tp": 2}, {"pp": 2}, {"pp": 2, "pp_schedule": "zbv"}], ids=str)
 def test_a_budget_does_not_change_the_step(parallel: dict[str, Any]) -> None:
     """The blocks of one model use different recompute modes."""
-    layout = Layout(2, parallel, "tied", micro_batch=6)
-    unlimited = run_on_all_ranks(layout, 1.0)
+    layout = Layout(ranks=2, parallel=parallel, model="tied", micro_batch=6)
+    unlimited = run_with_budget(layout, gib=1.0)
     all_saved, least = max(report.all_saved for report in unlimited), max(report.least for report in unlimited)
     gib = (least + 0.4 * (all_saved - least)) / GIB
-    assert len({mode for report in run_on_all_ranks(layout, gib) for mode in report.modes}) > 1
-    assert_matches_one_process(layout, SGD, steps=2, parallel={"activations_gib": gib})
+    assert len({mode for report in run_with_budget(layout, gib=gib) for mode in report.modes}) > 1
+    assert_matches_one_process(layout, optim=SGD, steps=2, parallel={"activations_gib": gib})
 
 
 @pytest.mark.slow
 def test_the_prediction_holds_for_compiled_blocks() -> None:
-    layout = Layout(2, {"dp_shard": 2}, micro_batch=6)
+    layout = Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=6)
     restart_world(2)
-    unlimited, _ = run_on_all_ranks(layout, 1.0, compile=True)
+    unlimited, _ = run_with_budget(layout, gib=1.0, compile=True)
     gib = (unlimited.least + 0.9 * (unlimited.all_saved - unlimited.least)) / GIB
-    for report in run_on_all_ranks(layout, gib, compile=True):
+    for report in run_with_budget(layout, gib=gib, compile=True):
         assert set(report.modes) == {"none", "selective"}
         assert report.peak <= report.predicted <= report.peak * 1.02
 
@@ -242,7 +243,7 @@ def test_compiled_blocks_save_no_more_than_eager_ones(precision: str) -> None:
 def measure_saved_bytes(precision: str, compiled: bool) -> dict[RecomputeMode, int]:
     """Return the saved bytes of the first block of one process, by recompute mode."""
     sections = {"data": {"micro_batch": 6}, "parallel": {"activations_gib": 1.0}}
-    config = make_config(1, {}, **sections, precision=precision, compile=compiled)
+    config = make_config(ranks=1, **sections, precision=precision, compile=compiled)
     engine = NativeEngine(config, torch.device("cpu"))
     recorded_sizes: list[ActivationSizes] = []
 
@@ -251,30 +252,26 @@ def measure_saved_bytes(precision: str, compiled: bool) -> dict[RecomputeMode, i
         return choose_modes(sizes, *args)
 
     with patch.object(activation_budget, "choose_modes", record):
-        engine._fit_activation_budget(engine.to_local_batch(make_batches(config, engine, 0)[0]), 0)
+        engine._fit_activation_budget(engine.to_local_batch(make_batches(config, engine, step=0)[0]), 0)
     return recorded_sizes[0].blocks[0]
 
 
 @pytest.mark.parametrize("parallel", [{}, {"pp": 2}], ids=str)
 def test_the_error_for_a_too_small_budget_gives_the_minimum(parallel: dict[str, Any]) -> None:
     """All ranks raise the same message, although the first stage of a pipeline saves more than the last."""
-    layout = Layout(2 if parallel else 1, parallel, micro_batch=6)
-    (message,) = set(
-        get_world(2).run(read_budget_error, make_budget_config(layout, 1e-6))
-        if parallel
-        else [read_budget_error(make_budget_config(layout, 1e-6))]
-    )
+    layout = Layout(ranks=2 if parallel else 1, parallel=parallel, micro_batch=6)
+    (message,) = set(run_on_ranks(layout.ranks, read_budget_error, make_budget_config(layout, gib=1e-6)))
     minimum = re.search(r"set at least ([0-9.e-]+),", message)
     assert minimum, message
     assert message.startswith("parallel.activations_gib: 1e-06 is less than the activations that backward needs")
-    run_on_all_ranks(layout, float(minimum[1]))
+    run_with_budget(layout, gib=float(minimum[1]))
 
 
 def read_budget_error(config: Config) -> str:
     """Take a step, which must raise ConfigError; return its message."""
     engine = NativeEngine(config, torch.device("cpu"))
     with pytest.raises(ConfigError) as excinfo:
-        train_step(engine, make_batches(config, engine, 0), 1e-3, 0)
+        train_step(engine, make_batches(config, engine, step=0), lr=1e-3, step=0)
     return str(excinfo.value)
 
 
@@ -293,7 +290,7 @@ def test_a_larger_budget_never_recomputes_more() -> None:
         counts_before = counts
     assert counts_before == (0, 0)
     assert num_mixed, "no limit needs all three modes"
-    assert choose_modes(sizes, sum, 9 * 7 + 10)[1] == 9 * 7 + 11, (
+    assert choose_modes(sizes, sum, budget_bytes=9 * 7 + 10)[1] == 9 * 7 + 11, (
         "the size is not the least size, although nothing fits"
     )
     assert "selective" not in {

@@ -1,10 +1,12 @@
 """Reading parameters has no side effect on FSDP modules, and loading weights replaces gathered copies too."""
 
 import math
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -15,28 +17,44 @@ from tests.laws.law import make_batches, make_config
 from tests.laws.worlds import get_world
 
 
-def read_after_a_forward(config: Config) -> tuple[int, int, int, bool]:
-    """Read the parameters after a forward pass without backward.
+@dataclass(frozen=True)
+class ParameterAccess:
+    """The number of gathered parameters before and after reading all parameters, and what the reading did."""
 
-    Returns the number of gathered parameters before and after reading, the number of reshards that reading causes, and
-    whether all parameters that were read are shards.
-    """
+    num_gathered_before: int
+    num_gathered_after: int
+    num_reshards: int
+    are_shards: bool  # whether all parameters that were read are shards
+
+
+def read_after_a_forward(config: Config) -> ParameterAccess:
+    """Read the parameters after a forward pass without backward."""
     engine = NativeEngine(config, torch.device("cpu"))
     (model,) = engine.model_parts
-    engine.score(make_batches(config, engine, 0)[0])
-    num_gathered_before = sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
+    engine.score(make_batches(config, engine, step=0)[0])
+    num_gathered_before = count_gathered(model)
     with patch.object(FSDPModule, "reshard") as reshard_mock:
         shards = [parameter for _, parameter in engine.named_parameters()]
         assert len(engine.state.weights()) == len(shards)
-    num_gathered_after = sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
-    are_shards = all(isinstance(parameter, DTensor) for parameter in shards)
-    return num_gathered_before, num_gathered_after, reshard_mock.call_count, are_shards
+    return ParameterAccess(
+        num_gathered_before=num_gathered_before,
+        num_gathered_after=count_gathered(model),
+        num_reshards=reshard_mock.call_count,
+        are_shards=all(isinstance(parameter, DTensor) for parameter in shards),
+    )
+
+
+def count_gathered(model: nn.Module) -> int:
+    """Return the number of parameters that FSDP has gathered."""
+    return sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def test_reading_parameters_has_no_side_effect() -> None:
-    for before, after, num_reshards, are_shards in get_world(2).run(read_after_a_forward, make_config(2, {})):
-        assert before > 0, "no weight is gathered after a forward without backward, so the test cannot detect a reshard"
-        assert (after, num_reshards, are_shards) == (before, 0, True)
+    for access in get_world(2).run(read_after_a_forward, make_config(ranks=2)):
+        assert access.num_gathered_before > 0, "no weight is gathered, so the test cannot detect a reshard"
+        assert access.num_gathered_after == access.num_gathered_before
+        assert access.num_reshards == 0
+        assert access.are_shards
 
 
 def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
@@ -45,7 +63,7 @@ def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
     `bug` plants a bug: the weights that the first score gathered stay in use.
     """
     engine = NativeEngine(config, torch.device("cpu"))
-    batch = make_batches(config, engine, 0)[0]
+    batch = make_batches(config, engine, step=0)[0]
     engine.score(batch)
     state = engine.state
     for tensor in state.weights().values():
@@ -58,7 +76,7 @@ def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
 @pytest.mark.parametrize("bug", [False, True], ids=["correct", "gathered weights stay in use"])
 def test_weights_loaded_after_a_forward_are_used(bug: bool) -> None:
     """A rewind loads weights after an evaluation. With zero weights the loss is that of a uniform distribution."""
-    config = make_config(2, {})
+    config = make_config(ranks=2)
     for loss in get_world(2).run(load_zeros_after_a_forward, config, bug):
         is_uniform = abs(loss - math.log(config.model.vocab_size)) < 1e-5
         assert is_uniform != bug, loss

@@ -1,4 +1,9 @@
-"""Run `dist-llm` with training steps that take SECONDS longer: `python -m tests.e2e.paced SECONDS ARGUMENTS`."""
+"""Run `dist-llm` with training steps that take SECONDS longer.
+
+    python -m tests.e2e.run_slowly SECONDS train ...
+
+Tests that send a signal during training, or compare times, start this program.
+"""
 
 import signal
 import sys
@@ -7,6 +12,7 @@ from unittest.mock import patch
 
 
 def run() -> None:
+    """Run the command of the command line with slow steps."""
     # The command also blocks SIGUSR1, but only after the imports of this program.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     from dist_llm.cli import run as run_command

@@ -1,6 +1,10 @@
 """Take training steps on a fake GPU (benchmarks/fake_gpu.py) and print a JSON line per case.
 
-`python -m tests.gpu.traced [--plant BUG]`. test_traced.py runs this program and checks the lines.
+    python -m tests.gpu.steps_on_fake_gpu                       # all models and layouts
+    python -m tests.gpu.steps_on_fake_gpu --plant norm_is_read  # one case with a planted bug
+
+test_steps_on_fake_gpu.py runs this program and checks the lines. A line has the devices of the results and the dtypes
+of the matrix products, or the error of the step.
 """
 
 import argparse
@@ -72,20 +76,23 @@ class MatmulDtypes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def take_step(ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
-    """Take a step and evaluate a batch on rank 0 of `ranks`; return the devices and the matrix product dtypes."""
+def take_step(*, ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Take a step and evaluate a batch on rank 0 of `ranks`; return the devices and the matrix product dtypes.
+
+    `sections` are keyword arguments of `make_config`.
+    """
     sections = {"optim": ADAMW, **sections}
-    # A repetition of the kinds of layers has at most three names.
-    config = make_config(ranks, {"n_layers": 3} | sections.pop("model", {}), **sections)
+    # Three layers contain each kind of layer of the models, since no model repeats more than three kinds.
+    config = make_config(ranks=ranks, model={"n_layers": 3} | sections.pop("model", {}), **sections)
     dp_size = config.parallel.dp_replicate * config.parallel.dp_shard
-    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, dp_size)), 0)  # type: ignore[arg-type]
+    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, dp_size)), step=0)  # type: ignore[arg-type]
     with fake_gpu.activate(ranks):
         engine = NativeEngine(config, fake_gpu.DEVICE)
-        with MatmulDtypes() as matmuls:
-            report = train_step(engine, batches, 1e-3)
+        with MatmulDtypes() as matmul_dtypes:
+            report = train_step(engine, batches, lr=1e-3)
         engine.score(engine.to_local_batch(batches[0]))
         devices = {value.device.type for value in (report.loss, report.grad_norm, report.num_valid_tokens)}
-        return {"devices": sorted(devices), "products": sorted(matmuls.dtypes)}
+        return {"devices": sorted(devices), "products": sorted(matmul_dtypes.dtypes)}
 
 
 def compute_grad_norm_on_host(self: NativeEngine) -> Any:
@@ -113,7 +120,7 @@ def main() -> None:
     for name, ranks, sections in iter_cases() if bug == "none" else [("planted", 1, {})]:
         try:
             with BUGS[bug]():
-                row = take_step(ranks, sections)
+                row = take_step(ranks=ranks, sections=sections)
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"case": name, **row}), flush=True)

@@ -1,6 +1,14 @@
 """Start test processes from a fork server that has already imported torch.
 
+    process = start_process(
+        ["dist_llm", "train", "--config", "config.yaml"], environment, cwd=tmp_path, output=log, errors=log
+    )
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+
 A new interpreter takes seconds to import torch, which would dominate the time of most end-to-end and law tests.
+The fork server is a process that multiprocessing starts once. It imports fork_server_preload.py, and forks each test
+process.
 """
 
 import atexit
@@ -14,18 +22,19 @@ from pathlib import Path
 
 
 def get_fork_server_context() -> ForkServerContext:
-    """Return the multiprocessing context whose fork server preloads `tests.preload`."""
+    """Return the multiprocessing context whose fork server imports `tests.fork_server_preload`."""
     server_context = multiprocessing.get_context("forkserver")
-    server_context.set_forkserver_preload(["tests.preload"])
+    server_context.set_forkserver_preload(["tests.fork_server_preload"])
     return server_context
 
 
 def start_process(
-    arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
+    arguments: Sequence[str], environment: Mapping[str, str], *, cwd: Path, output: Path, errors: Path
 ) -> ForkServerProcess:
     """Start `python -m ARGUMENTS`, or `python ARGUMENTS` if the first argument is a .py file, in a new session.
 
-    The process appends its stdout to the file `output` and its stderr to `errors`.
+    `environment` replaces the environment of the process. The process appends its stdout to the file `output` and its
+    stderr to the file `errors`.
     """
     process = get_fork_server_context().Process(
         target=_run_command, args=(arguments, dict(environment), cwd, output, errors)
@@ -37,6 +46,7 @@ def start_process(
 def _run_command(
     arguments: Sequence[str], environment: Mapping[str, str], cwd: Path, output: Path, errors: Path
 ) -> None:
+    """Run the command in the forked process, as a new interpreter would."""
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()

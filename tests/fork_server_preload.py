@@ -1,4 +1,7 @@
-"""Preload the modules of the fork server of tests/warm.py, with the environment variables that libraries read."""
+"""The fork server of fork_server.py imports this module, and with it the modules that most test processes need.
+
+Libraries read the environment variables when they are imported, so the variables are set first.
+"""
 # ruff: noqa: F401
 
 import gc
@@ -15,4 +18,4 @@ import dist_llm.training.evaluate_checkpoint
 import dist_llm.training.run
 import tests.laws.law
 
-gc.freeze()
+gc.freeze()  # the garbage collector of a forked process skips these objects, so their memory pages stay shared

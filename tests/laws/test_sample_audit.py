@@ -27,20 +27,21 @@ def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
     `shift` plants a bug: a function that changes the offset at which the loader reads.
     """
     engine = NativeEngine(config, torch.device("cpu"))
-    mixture = Mixture(0, (1,))
-    stream = WindowStream(corpus=None, order=ShuffledOrder(0, 9, 4), window_tokens=5)  # type: ignore[arg-type]
+    mixture = Mixture(seed=0, quotas=(1,))
+    stream = WindowStream(corpus=None, order=ShuffledOrder(seed=0, num_windows=9, stride=4), window_tokens=5)  # type: ignore[arg-type]
     source = DataSource("", corpus=None, streams=(stream,), component_mixture=mixture)  # type: ignore[arg-type]
-    plan = SamplePlan([source], [MixtureStage(0, mixture, (0,))], ((20, 30),))
+    stage = MixtureStage(first_sample=0, mixture=mixture, num_consumed=(0,))
+    plan = SamplePlan([source], [stage], skip=((20, 30),))
     dp_rank, dp_size = engine.dp_rank_and_size
-    loader = Loader(plan, None, config.data, dp_rank, dp_size, pin=False)  # type: ignore[arg-type]
-    audit, first_sample = SampleAudit(engine, loader, 3), 0
+    loader = Loader(plan, objective=None, data=config.data, dp_rank=dp_rank, dp_size=dp_size, pin=False)  # type: ignore[arg-type]
+    audit, first_sample = SampleAudit(engine, loader, interval=3), 0
     shifted_offset = shift(loader.rank_offset) if shift else loader.rank_offset
     with patch.object(loader, "rank_offset", shifted_offset):
         for _ in range(6):
             samples = torch.from_numpy(np.ascontiguousarray(loader.get_local_samples(first_sample)))
             empty = torch.zeros(len(samples), 1)
             try:
-                audit.add(first_sample, [Batch(empty, empty, None, 0, sample_ids_B=samples)])  # type: ignore[arg-type]
+                audit.add(first_sample, [Batch(empty, empty, mask=None, num_valid_tokens=0, sample_ids_B=samples)])  # type: ignore[arg-type]
             except DataError as error:
                 return str(error)
             first_sample = loader.advance(first_sample)
@@ -48,10 +49,12 @@ def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
 
 
 def zero_offset(offset: int) -> int:
+    """Planted bug: each rank reads the samples of the first data-parallel rank."""
     return 0
 
 
 def shift_later_offsets(offset: int) -> int:
+    """Planted bug: all ranks but the first read the sample after their own."""
     return offset + 1 if offset else offset
 
 
@@ -60,8 +63,8 @@ def shift_later_offsets(offset: int) -> int:
 )
 def test_the_audit_reports_shifted_samples_only(parallel: dict[str, int]) -> None:
     ranks = 4 if len(parallel) == 2 else 2
-    config = make_config(ranks, {}, parallel=parallel, data={"micro_batch": 3})
-    assert get_world(ranks).run(run_audit, config, None) == [""] * ranks
+    config = make_config(ranks=ranks, parallel=parallel, data={"micro_batch": 3})
+    assert get_world(ranks).run(run_audit, config, shift=None) == [""] * ranks
     # The ranks of the second data-parallel rank, whose offset is not 0
     bad_ranks = (1, 3) if "pp" in parallel else (2, 3) if "tp" in parallel else (1,)
     for bug in (zero_offset, shift_later_offsets):

@@ -1,6 +1,8 @@
-"""Run `dist-llm` with a fault before a step of one rank: `python -m tests.e2e.faulty FAULT RANK STEP train ...`.
+"""Run `dist-llm` with a fault before a step of one rank.
 
-The faults:
+    python -m tests.e2e.run_with_fault FAULT RANK STEP train ...
+
+faults.py starts this program. The faults:
   raise                  an exception
   sleep                  no further progress
   stop                   SIGSTOP to the rank
@@ -10,7 +12,8 @@ The faults:
   random_targets         random targets in this step
   flip                   a flipped bit of a weight
   wrong_block            wrong outputs of all blocks in this step
-  slow                   each step of the rank takes 0.3 s longer; STEP is ignored
+  slow                   each step of the rank takes SLOW_SECONDS longer; STEP is ignored
+  none                   no fault
 Two faults in sequence are written as `nan+usr1 0 12+10`: nan before step 12, then usr1 before step 10.
 """
 
@@ -32,6 +35,8 @@ from dist_llm.models.block import Block
 from dist_llm.sharded import to_local
 from dist_llm.training.trainer import Trainer
 
+SLOW_SECONDS = 0.3
+BIT_MASK = 1 << 20  # the bit of an fp32 weight that `flip` changes, in its mantissa
 SIGNALS = {"stop": signal.SIGSTOP, "usr1": signal.SIGUSR1, "term": signal.SIGTERM}
 SIGNALS |= {"int": signal.SIGINT, "hup": signal.SIGHUP}
 
@@ -44,7 +49,7 @@ def run() -> int:
 
     def step_with_fault(self: Trainer) -> None:
         if fault_names == "slow":
-            time.sleep(0.3 * (self.world.rank == int(rank)))
+            time.sleep(SLOW_SECONDS if self.world.rank == int(rank) else 0.0)
         elif self.world.rank == int(rank) and faults and self.progress.step + 1 == faults[0][1]:
             fault = faults[0][0] if faults[0][0] == "nan_always" else faults.pop(0)[0]
             if fault == "raise":
@@ -54,7 +59,7 @@ def run() -> int:
             if fault in ("nan", "nan_always"):
                 next(self.engine.named_parameters())[1].data.fill_(torch.nan)
             elif fault == "flip":
-                to_local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= 1 << 20
+                to_local(next(self.engine.named_parameters())[1].data).view(-1).view(torch.int32)[:1] ^= BIT_MASK
             elif fault == "wrong_block":
                 with patch.object(Block, "forward", forward_wrong_block):
                     return original_step(self)
@@ -79,6 +84,7 @@ def forward_wrong_block(self: Block, *args: Any) -> tuple[Tensor, Tensor | None]
 
 
 def accumulate_nan_gradients(self: NativeEngine, *args: object) -> Tensor:
+    """Compute the losses, and set all gradients to NaN."""
     losses = original_accumulate(self, *args)
     for _, parameter in self.named_parameters():
         assert parameter.grad is not None
@@ -87,6 +93,7 @@ def accumulate_nan_gradients(self: NativeEngine, *args: object) -> Tensor:
 
 
 def accumulate_random_targets(self: NativeEngine, batches: list[object], *args: object) -> Tensor:
+    """Accumulate the batches with random targets in place of theirs."""
     vocab_size = self.config.model.vocab_size
     corrupted = [replace(batch, targets_BS=torch.randint_like(batch.targets_BS, vocab_size)) for batch in batches]  # type: ignore[type-var, attr-defined]
     return original_accumulate(self, corrupted, *args)
