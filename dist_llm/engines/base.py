@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState
 from dist_llm.models.decoder import Decoder
+from dist_llm.models.router_stats import RouterStats
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.parallel.replica_check import ReplicaGroups
@@ -25,6 +26,7 @@ class Engine(Protocol):
 
     device: torch.device
     loss_scale: LossScale | None  # None unless the engine scales fp16 losses itself
+    router_stats: dict[int, RouterStats]  # of the last step, by layer; empty without a mixture of experts
 
     @property
     def model_parts(self) -> Sequence[Decoder]:

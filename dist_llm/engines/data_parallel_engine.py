@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
 from dist_llm.models.decoder import Decoder
+from dist_llm.models.router_stats import RouterStats
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.parallel.mesh import all_gather_ints
@@ -31,6 +32,7 @@ class DataParallelEngine:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
+        self.router_stats: dict[int, RouterStats] = {}  # `check` refuses a mixture of experts
 
     @property
     def model_parts(self) -> list[Decoder]:

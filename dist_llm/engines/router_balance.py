@@ -36,7 +36,7 @@ class RouterBalancer:
             model_part.router_log.loss_scale = weight
 
     def finish_step(self, num_microbatches: int, is_applied: bool) -> dict[int, RouterStats]:
-        """Return the statistics of all layers with experts over the global batch, on every rank.
+        """Return the statistics of all layers with experts, on every rank: counts of the global batch, and means.
 
         If the optimizer step `is_applied`, the buffers of the routers on this rank move too.
         """
@@ -57,7 +57,7 @@ class RouterBalancer:
         if self.mesh is not None:
             sums = all_reduce_over_axes_(sums, self.mesh, ("pp", *DATA_AXES, "tp"))
         by_layer = zip(self.packed_sizes, sums.split(list(self.packed_sizes.values())), strict=True)
-        stats = {layer: RouterStats.unpack(packed) for layer, packed in by_layer}
+        stats = {layer: RouterStats.unpack(packed).average(self.global_batch) for layer, packed in by_layer}
         if is_applied:
             for model_part in self.model_parts:
                 for name, block in model_part.blocks.items():

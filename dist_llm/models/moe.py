@@ -211,7 +211,7 @@ class MoE(nn.Module):
             share_NE = scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)
         balance = (load_NE * share_NE).sum() * (num_experts / sequence_tokens)
         z = logits_NE.logsumexp(-1).square().sum() / sequence_tokens
-        entropy = torch.special.entr(share_NE.detach()).sum()
+        entropy = torch.special.entr(share_NE.detach()).sum() / sequence_tokens
         return RouterStats(is_chosen_NE.sum(0), balance, z, entropy)
 
     def _apply_experts(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, counts_E: Tensor) -> Tensor:

@@ -16,16 +16,23 @@ NUM_LOSS_STATS = 3  # the entries of `RouterStats` after the counts
 
 @dataclass(frozen=True)
 class RouterStats:
-    """Sums over the tokens of a layer. `pack` makes a vector of them, which one all-reduce sums over ranks."""
+    """Statistics of a layer. Of some sequences, the losses and the entropy are sums of means over each sequence.
+
+    `pack` makes a vector of them, which one all-reduce sums over ranks.
+    """
 
     counts_E: Tensor  # tokens that chose each expert
-    balance: Tensor  # balance losses of the sequences, without coefficient
-    z: Tensor  # router z-losses of the sequences, without coefficient
-    entropy: Tensor  # entropies of the scores of the tokens, in nats
+    balance: Tensor  # balance loss, without coefficient
+    z: Tensor  # router z-loss, without coefficient
+    entropy: Tensor  # entropy of the normalized scores, in nats
 
     def pack(self) -> Tensor:
         """Return all values as one vector [E + NUM_LOSS_STATS], without gradients."""
         return torch.cat((self.counts_E, torch.stack((self.balance, self.z, self.entropy)))).detach()
+
+    def average(self, num_sequences: int) -> "RouterStats":
+        """Return the means over sequences of the losses and the entropy."""
+        return RouterStats(self.counts_E, *(term / num_sequences for term in (self.balance, self.z, self.entropy)))
 
     @staticmethod
     def unpack(packed: Tensor) -> "RouterStats":

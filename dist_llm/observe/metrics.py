@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.io.atomic import replace_file
+from dist_llm.observe.router_metrics import RouterMetrics, RouterStatsByLayer
 
 MetricsRow = dict[str, Any]  # {metric name: value}: one line of metrics.jsonl
 MetricsSink = Callable[[Sequence[MetricsRow]], None]
@@ -35,6 +36,7 @@ class StepMetrics:
     # [2, num_sources]: share of the loss, and number of valid tokens, per data source
     loss_and_tokens_by_source: Tensor | None = None
     loss_terms: Mapping[str, Tensor] = field(default_factory=dict)  # terms of a regularized loss, by metric name
+    router_stats: RouterStatsByLayer = field(default_factory=dict)  # of the layers with a mixture of experts
 
 
 class MetricsRecorder:
@@ -55,6 +57,7 @@ class MetricsRecorder:
         self.sinks, self.device = sinks, device
         self.source_tokens = dict(source_tokens or {})  # valid tokens so far by source, in the order of the sources
         self.mfu_per_token_rate = flops_per_token / peak_flops if peak_flops else math.nan
+        self.router_metrics = RouterMetrics()
         self.pending: list[StepMetrics] = []
         self.start_tokens, self.start_time = 0, time.perf_counter()
 
@@ -95,7 +98,9 @@ class MetricsRecorder:
             }
             for metrics, (loss, grad_norm, *terms) in zip(pending, values_by_step, strict=True)
         ]
-        for row, metrics in zip(rows, pending, strict=True):
+        router_rows = self.router_metrics.summarize([metrics.router_stats for metrics in pending])
+        for row, metrics, router_row in zip(rows, pending, router_rows, strict=True):
+            row |= router_row
             if metrics.loss_and_tokens_by_source is not None:
                 loss_and_tokens = metrics.loss_and_tokens_by_source.tolist()
                 row |= self._source_metrics(loss_and_tokens, float(metrics.num_valid_tokens))

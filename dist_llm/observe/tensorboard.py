@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from dist_llm.observe.metrics import MetricsRow
+from dist_llm.observe.router_metrics import draw_load
 
-NON_SCALARS = {"step", "sample", "event", "busy_seconds"}  # keys of a row that are not written as scalars
+# Keys of a row that are not written as scalars.
+NON_SCALARS = {"step", "sample", "event", "busy_seconds", "expert_load"}
 
 
 class TensorBoard:
@@ -33,6 +35,9 @@ class TensorBoard:
                 self.writer.add_text("heldout/sample", text, row["step"])
             if "busy_seconds" in row:
                 self.writer.add_histogram("train/busy_seconds", np.asarray(row["busy_seconds"]), row["step"])
+            if "expert_load" in row:
+                heat_map = draw_load(row["expert_load"])
+                self.writer.add_image("train/expert_load", heat_map, row["step"], dataformats="HWC")
             if "event" in row:
                 self.writer.add_text("train/event", row["event"], row["step"])
         self.writer.flush()

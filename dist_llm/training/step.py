@@ -4,8 +4,8 @@ Losses are sums. They are divided once, by the number of valid tokens (targets t
 gradient does not depend on how the tokens are split into ranks and microbatches.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_llm.config.schema import LossConfig
 from dist_llm.engines.base import Engine
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
+from dist_llm.models.router_stats import RouterStats
 from dist_llm.objectives.batch import Batch
 
 
@@ -26,6 +27,8 @@ class StepReport:
     num_valid_tokens: Tensor  # of the global batch
     # [2, num_sources]: share of the loss, and number of valid tokens, per data source
     loss_and_tokens_by_source: Tensor | None = None
+    # Of each layer with a mixture of experts: counts of the global batch, and means over its sequences.
+    router_stats: Mapping[int, RouterStats] = field(default_factory=dict)
     loss_terms: Tensor | None = None  # [2]: mean cross-entropy and mean z-loss over valid tokens
 
 
@@ -55,7 +58,14 @@ def train_step(
         loss_terms = engine.all_reduce_over_data(loss_terms) / num_valid_tokens.clamp(min=1)
     loss = engine.all_reduce_over_data(losses.sum())
     norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
-    return StepReport(loss, norm, num_valid_tokens, loss_and_tokens_by_source, loss_terms if with_loss_terms else None)
+    return StepReport(
+        loss,
+        norm,
+        num_valid_tokens,
+        loss_and_tokens_by_source,
+        engine.router_stats,
+        loss_terms if with_loss_terms else None,
+    )
 
 
 def _pop_loss_terms(engine: Engine, num_microbatches: int, losses: Tensor) -> Tensor:

@@ -183,6 +183,7 @@ class Trainer:
             data_wait_seconds=data_wait_seconds,
             loss_and_tokens_by_source=report.loss_and_tokens_by_source,
             loss_terms=name_loss_terms(report, config.loss),
+            router_stats=report.router_stats,
         )
         self.recorder.add(step_metrics)
         if (interval := config.guard.digest_every) and progress.step % interval == 0:
