@@ -44,6 +44,7 @@ LOSS_SECTIONS: dict[str, dict[str, Any]] = {
 
 # Models that only slow tests combine with everything else: "gemma" has tied embeddings too, "phi" parallel sublayers.
 SLOW_MODELS = ("tied", "neox", "bloom", "completep")
+MODELS_WITH_EXPERTS = ("moe", "deepseek")
 # The first value of each factor is its default.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "dp_replicate": (1, 2),
@@ -51,6 +52,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "cp": (1, 2),
     "tp": (1, 2),
     "pp": (1, 2),
+    "ep": (1, 2),
     "model": tuple(name for name in MODELS if name not in SLOW_MODELS),
     "objective": tuple(OBJECTIVE_SECTIONS),
     "loss": tuple(LOSS_SECTIONS),
@@ -72,6 +74,7 @@ WIDE_FACTORS = FACTORS | {
     "cp": (1, 2, 4),
     "tp": (1, 2, 4),
     "pp": (1, 2, 4),
+    "ep": (1, 2, 4),
     "engine": ("native", *ENGINE_SECTIONS, *OFFLOADED_ENGINE_SECTIONS),
 }
 # The values of these factors are not copied to the config section `parallel`. `recompute` is a key of that section, but
@@ -85,6 +88,7 @@ PARALLEL_SECTION_KEYS = tuple(key for key in FACTORS if key not in FACTORS_OUTSI
 ACTIVATION_BUDGET_BYTES = 10 << 20
 # Option -> axes. The option has an effect only if at least one of the axes is larger than 1.
 AXES_OF_OPTION: dict[str, tuple[str, ...]] = {
+    "ep": ("dp_shard", "cp", "tp"),
     "sequence_parallel": ("tp",),
     "pp_schedule": ("pp",),
     "pp_split": ("pp",),
@@ -169,10 +173,12 @@ def complete_case(
     """Return a random case with the `fixed` values.
 
     A factor that is not in `fixed` gets its value in `preferred`, or else a random value. If a fixed option needs an
-    axis larger than 1, one of these axes (AXES_OF_OPTION) that is not in `fixed` is set to 2. All options without an
-    effect that are not in `fixed` get their default values.
+    axis larger than 1, one of these axes (AXES_OF_OPTION) that is not in `fixed` is set to 2, and a fixed `ep` gets a
+    model with experts. All options without an effect that are not in `fixed` get their default values.
     """
     case = {factor: preferred.get(factor, rng.choice(values)) for factor, values in factors.items()} | dict(fixed)
+    if fixed.get("ep", 1) > 1 and "model" not in fixed:
+        case["model"] = rng.choice(MODELS_WITH_EXPERTS)
     for option, axes in AXES_OF_OPTION.items():
         if case[option] == FACTORS[option][0] or any(case[axis] > 1 for axis in axes):
             continue
@@ -187,6 +193,8 @@ def reset_options_without_effect(case: Case) -> Case:
     options_without_effect = [
         option for option, axes in AXES_OF_OPTION.items() if all(case[axis] == 1 for axis in axes)
     ]
+    if case["model"] not in MODELS_WITH_EXPERTS:
+        options_without_effect.append("ep")
     return case | {option: FACTORS[option][0] for option in options_without_effect}
 
 
