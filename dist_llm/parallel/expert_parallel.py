@@ -83,8 +83,8 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         send_counts_Pe = counts_E.unflatten(0, (self.ep_size, experts_per_rank))
         ones = [1] * self.ep_size
         receive_counts_Pe = all_to_all_rows(send_counts_Pe, ones, ones, self.ep_group)
-        # The host waits for the device here: all-to-all needs the sizes on the host.
-        num_sent, num_received = send_counts_Pe.sum(1).tolist(), receive_counts_Pe.sum(1).tolist()
+        # The host waits for the device here, once: all-to-all needs the sizes on the host.
+        num_sent, num_received = torch.stack((send_counts_Pe.sum(1), receive_counts_Pe.sum(1))).tolist()
         send = partial(all_to_all_rows, num_sent=num_sent, num_received=num_received, group=self.ep_group)
         send_back = partial(all_to_all_rows, num_sent=num_received, num_received=num_sent, group=self.ep_group)
         # Rows arrive sorted by (rank, expert). The experts need them sorted by (expert, rank).

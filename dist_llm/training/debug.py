@@ -117,7 +117,8 @@ def check_finite(model: nn.Module) -> Iterator[None]:
 
     def make_output_hook(name: str) -> Any:
         def check_output(module: nn.Module, inputs: Any, output: Any) -> None:
-            _raise_unless_finite(output, f"output of module {name or 'model'} ({type(module).__name__})")
+            for value in output if isinstance(output, tuple) else (output,):
+                _raise_unless_finite(value, f"output of module {name or 'model'} ({type(module).__name__})")
 
         return check_output
 
