@@ -136,8 +136,12 @@ def use_one_thread_per_gloo_group(interfaces: Iterable[str] = ()) -> None:
     class OneThreadGloo(base, metaclass=SameInstances):  # type: ignore[misc, valid-type]
         one_thread = True
 
-        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-            options = base._Options()  # type: ignore[attr-defined]
+        def __init__(
+            self, store: dist.Store, rank: int, size: int, timeout: timedelta, enable_reconfigure: bool = False
+        ) -> None:
+            options: Any = base._Options()  # type: ignore[attr-defined]
+            if enable_reconfigure:  # torch 2.14
+                options.enable_reconfigure = True
             devices = [base.create_device(interface=name) for name in interface_names] or [base.create_default_device()]
             options._devices, options._timeout, options._threads = devices, timeout, 1
             super().__init__(store, rank, size, options)

@@ -121,16 +121,17 @@ class MoE(nn.Module):
         if moe.n_shared_experts:
             shared_config = config.model_copy(update={"d_ff": moe.d_expert * moe.n_shared_experts})
             self.shared = FeedForward(shared_config, layer)
-        self.register_buffer("previous_load", torch.empty(moe.n_experts))
-        self.register_buffer("selection_bias", torch.empty(moe.n_experts) if moe.selection_bias else None)
+        self.register_buffer("previous_load", None)
+        self.register_buffer("selection_bias", None)
         self.dispatcher = LocalTokenDispatcher()
-        self.init_buffers_()
+        self.init_buffers()
 
-    def init_buffers_(self) -> None:
-        """Set the buffers to their values before the first step."""
-        if self.selection_bias is not None:
-            self.selection_bias.zero_()
-        self.previous_load.fill_(1 / self.moe.n_experts)
+    def init_buffers(self, device: torch.device | None = None) -> None:
+        """Create the buffers on a device, with their values before the first step."""
+        num_experts = self.moe.n_experts
+        self.previous_load = torch.full((num_experts,), 1 / num_experts, device=device)
+        if self.moe.selection_bias:
+            self.selection_bias = torch.zeros(num_experts, device=device)
 
     @staticmethod
     def cost(config: ModelConfig) -> Cost:

@@ -36,6 +36,9 @@ def build_model_parts(
         parallelize_model(model_part, config, mesh, expert_mesh)
         model_part.to_empty(device="cpu" if config.parallel.cpu_offload else device)
         init_parameters(model_part, config)
+        for module in model_part.modules():
+            if isinstance(module, MoE):
+                module.init_buffers(device)  # under cpu_offload, only the parameters are in host memory
     return model_parts
 
 
@@ -77,9 +80,6 @@ def init_parameters(model: Decoder, config: Config) -> None:
     for name, parameter in model.named_parameters():
         shard, offset = local_with_offset(parameter.detach())
         init_param_(shard, name, specs[name].init, config.run.seed, parameter.shape, offset)
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.init_buffers_()
 
 
 def _build_stages(config: Config, mesh: DeviceMesh | None) -> list[Decoder]:
