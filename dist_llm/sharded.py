@@ -29,14 +29,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")
 
 
-def is_sharded_over(tensor: Tensor, axis: str) -> bool:
-    """Return whether the ranks along a mesh dimension hold different shards of a tensor."""
+def is_replicated_over(tensor: Tensor, axis: str) -> bool:
+    """Return whether the ranks along a mesh dimension hold equal copies of a DTensor.
+
+    A tensor whose mesh has no such dimension is not replicated over it.
+    """
     if not isinstance(tensor, DTensor):
         return False
     names = tensor.device_mesh.mesh_dim_names or ()
-    if "ep" in names:  # the experts of a layer are spread over all ranks of these axes together
-        return axis in ("dp_shard", "cp", "tp")
-    return axis in names and not tensor.placements[names.index(axis)].is_replicate()
+    return axis in names and tensor.placements[names.index(axis)].is_replicate()
 
 
 def coordinate(mesh: DeviceMesh | None, axis: str) -> int:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_llm.sharded import coordinate, full_shape, is_sharded, is_sharded_over, local_with_offset, to_local
+from dist_llm.sharded import coordinate, full_shape, is_replicated_over, is_sharded, local_with_offset, to_local
 
 RANK = 3  # (1, 1) in a mesh of 2 x 2
 
@@ -23,16 +23,16 @@ def mesh():
 
 
 @pytest.mark.parametrize(
-    ("placements", "shape", "offset", "over"),
+    ("placements", "shape", "offset", "replicated"),
     [
-        ((Shard(0), Shard(1)), (3, 4), (3, 4), {"dp_shard", "tp"}),
-        ((Shard(0), Shard(0)), (1, 8), (5, 0), {"dp_shard", "tp"}),  # two rows on the first of each two, one on this
-        ((Replicate(), Shard(1)), (6, 4), (0, 4), {"tp"}),
-        ((Shard(0), Replicate()), (3, 8), (3, 0), {"dp_shard"}),
-        ((Replicate(), Replicate()), (6, 8), (0, 0), set()),
+        ((Shard(0), Shard(1)), (3, 4), (3, 4), set()),
+        ((Shard(0), Shard(0)), (1, 8), (5, 0), set()),  # two rows on the first of each two, one on this
+        ((Replicate(), Shard(1)), (6, 4), (0, 4), {"dp_shard"}),
+        ((Shard(0), Replicate()), (3, 8), (3, 0), {"tp"}),
+        ((Replicate(), Replicate()), (6, 8), (0, 0), {"dp_shard", "tp"}),
     ],
 )
-def test_a_dtensor_has_a_local_shard_with_offset(placements, shape, offset, over, mesh):
+def test_a_dtensor_has_a_local_shard_with_offset(placements, shape, offset, replicated, mesh):
     full = torch.arange(48.0).view(6, 8)
     local = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
     tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
@@ -42,7 +42,7 @@ def test_a_dtensor_has_a_local_shard_with_offset(placements, shape, offset, over
         assert start == offset
         assert full_shape(tensor) == (6, 8)
         assert is_sharded(tensor)
-        assert {axis for axis in ("dp_shard", "tp", "pp") if is_sharded_over(tensor, axis)} == over
+        assert {axis for axis in ("dp_shard", "tp", "pp") if is_replicated_over(tensor, axis)} == replicated
         assert (coordinate(mesh, "dp_shard"), coordinate(mesh, "tp")) == (1, 1)
     assert messages.get_total_counts() == 0
 
@@ -51,7 +51,7 @@ def test_a_plain_tensor_is_its_own_shard():
     tensor = torch.ones(2, 3)
     assert local_with_offset(tensor) == (tensor, (0, 0))
     assert to_local(tensor) is tensor
-    assert (full_shape(tensor), is_sharded(tensor), is_sharded_over(tensor, "tp")) == ((2, 3), False, False)
+    assert (full_shape(tensor), is_sharded(tensor), is_replicated_over(tensor, "tp")) == ((2, 3), False, False)
     assert coordinate(None, "tp") == 0
 
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_llm.models.decoder import Decoder
 from dist_llm.optim import gradient_clipping
 from dist_llm.parallel.mesh import SHARD_AXES, all_reduce_over_axes_
-from dist_llm.sharded import coordinate, is_sharded_over, to_local
+from dist_llm.sharded import coordinate, is_replicated_over, to_local
 
 
 def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, device: torch.device) -> Tensor:
@@ -22,7 +22,7 @@ def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, d
     grads = []
     for model_part in model_parts:
         for name, parameter in model_part.named_parameters():
-            is_counted = is_first_tp_rank or is_sharded_over(parameter, "tp")
+            is_counted = is_first_tp_rank or not is_replicated_over(parameter, "tp")
             if parameter.grad is not None and is_counted and not model_part.is_tied_copy(name):
                 grads.append(to_local(parameter.grad))
     norm = gradient_clipping.compute_global_norm(grads).to(device)

@@ -37,7 +37,7 @@ from dist_llm.parallel.pipeline_parallel import Pipeline
 from dist_llm.parallel.precision import autocast
 from dist_llm.parallel.replica_check import ReplicaGroups
 from dist_llm.parallel.tensor_parallel import all_reduce_replicated_grads
-from dist_llm.sharded import coordinate, is_sharded_over, local_with_offset, to_local
+from dist_llm.sharded import coordinate, is_replicated_over, local_with_offset, to_local
 
 
 class NativeEngine:
@@ -111,7 +111,7 @@ class NativeEngine:
         # These replicas are bitwise equal only if all kernels are deterministic, so they are not compared.
         if self.mesh["tp"].size() > 1 and self.config.parallel.sequence_parallel:
             replicas = {
-                name: to_local(parameter) for name, parameter in params.items() if not is_sharded_over(parameter, "tp")
+                name: to_local(parameter) for name, parameter in params.items() if is_replicated_over(parameter, "tp")
             }
             groups.append((self.mesh.get_group("tp"), replicas))
         return [(group, tensors) for group, tensors in groups if tensors]

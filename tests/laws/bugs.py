@@ -256,7 +256,7 @@ def gradients_are_clipped_by_the_local_norm() -> Iterator[Any]:
 @register_bug
 def gradient_norm_counts_replicated_parameters_once_per_tensor_rank() -> Iterator[Any]:
     """The norm treats replicated parameters as sharded over tp."""
-    with patch("dist_llm.engines.gradient_norm.is_sharded_over", lambda parameter, axis: True):
+    with patch("dist_llm.engines.gradient_norm.is_replicated_over", lambda parameter, axis: False):
         yield
 
 

@@ -246,12 +246,12 @@ def outputs_return_to_other_tokens() -> Iterator[Any]:
 
 @register_bug
 def the_gradient_norm_lacks_the_experts_of_other_tensor_ranks() -> Iterator[Any]:
-    original = sharded.is_sharded_over
+    original = sharded.is_replicated_over
 
-    def is_sharded_over(parameter: Tensor, axis: str) -> bool:
-        return not is_on_expert_mesh(parameter) and original(parameter, axis)
+    def is_replicated_over(parameter: Tensor, axis: str) -> bool:
+        return is_on_expert_mesh(parameter) or original(parameter, axis)
 
-    with patch.object(gradient_norm, "is_sharded_over", is_sharded_over):
+    with patch.object(gradient_norm, "is_replicated_over", is_replicated_over):
         yield
 
 
