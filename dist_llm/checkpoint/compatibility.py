@@ -21,6 +21,7 @@ from dist_llm.config.compare import (
 from dist_llm.config.load import parse_saved
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
+from dist_llm.config.upcycle import find_upcycling_problem
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.param_spec import iter_weights
@@ -61,9 +62,11 @@ def compare_for_resume(folder: CheckpointFolder, config: Config) -> list[Differe
 def compare_for_init(path: Path, config: Config) -> list[Difference]:
     """Compare a config with that of the checkpoint in `path`, whose weights it starts from.
 
-    Return the function differences that `init_allow` requests. Raises CheckpointError for others.
+    Return the function differences that `init_allow` requests. Raises CheckpointError for others, and for dense layers
+    that cannot become experts.
     """
-    differences = find_function_differences(read_config(path), config)
+    saved_config = read_config(path)
+    differences = find_function_differences(saved_config, config)
     rejected = [difference for difference in differences if difference.key not in config.init_allow]
     if rejected:
         fixed_keys = [difference.key for difference in rejected if difference.key not in REQUESTABLE]
@@ -84,6 +87,8 @@ def compare_for_init(path: Path, config: Config) -> list[Difference]:
             f"{_format_differences(rejected)}\nTo use the checkpoint's model, write "
             f"`model: {{from: {path}}}`; {'; '.join(hints)}"
         )
+    if problem := find_upcycling_problem(saved_config.model, config.model):
+        raise CheckpointError(f"init_from {path}: {problem}")
     return differences
 
 

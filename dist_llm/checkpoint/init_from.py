@@ -2,10 +2,13 @@
 
 An objective adds token ids (masks, sentinels, modes) after the ids of the tokenizer. Embedding and head have one row
 per id. Rows of ids that the checkpoint knows are copied. Rows of new ids keep their initial values.
+
+A dense feed-forward layer of the checkpoint may become a layer with experts. Each expert is then a copy of it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,21 +28,24 @@ def init_from_checkpoint(
     num_known_ids: int,
     vocab_params: Sequence[str],
     added: Collection[str] = (),
+    dense_sources: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Read the weights of this rank, and the moments if `with_moments`, from a checkpoint of another run.
 
     The checkpoint knows the first `num_known_ids` token ids. `vocab_params` have one row per token id. Parameters in
-    `added` keep their initial values.
+    `added` keep their initial values. `dense_sources` are the others that the checkpoint lacks: {parameter of all
+    experts: parameter of the dense layer in the checkpoint}.
 
     Raises CheckpointError if the checkpoint lacks another parameter of the model, or has it in another shape.
     """
     saved = read_shapes(path)
-    tensors = {name: tensor for name, tensor in state.weights().items() if name not in added}
+    weights = state.weights()
+    tensors = {name: tensor for name, tensor in weights.items() if name not in added and name not in dense_sources}
     if with_moments:
-        if added:
+        if new_names := [*added, *dense_sources]:
             raise CheckpointError(
-                f"init_optimizer: keep: {path} has no optimizer state of {min(added).removeprefix('model.')}, which "
-                "init_allow adds to the model; set init_optimizer: fresh"
+                f"init_optimizer: keep: {path} has no optimizer state of {min(new_names).removeprefix('model.')}, "
+                "which init_allow adds to the model; set init_optimizer: fresh"
             )
         state.allocate_moments(saved)
         tensors |= state.moments()
@@ -51,9 +57,14 @@ def init_from_checkpoint(
     check_shapes(path, other_tensors, saved)
     # Each rank reads the full tables, because its rows in the model may differ from its rows in the checkpoint.
     full_tables = {name: torch.empty(saved[name]) for name in vocab_tensors}
-    fill_tensors(path, other_tensors | full_tables)
+    experts = {name: tensor for name, tensor in weights.items() if name in dense_sources}
+    dense_tensors = {dense_sources[name]: torch.empty(tensor.shape[1:]) for name, tensor in experts.items()}
+    check_shapes(path, dense_tensors, saved)
+    fill_tensors(path, other_tensors | full_tables | dense_tensors)
     for name, table in vocab_tensors.items():
         _copy_rows(table, full_tables[name][:num_known_ids])
+    for name, tensor in experts.items():
+        _copy_rows(tensor, dense_tensors[dense_sources[name]].expand(tensor.shape))
     state.after_load()
 
 

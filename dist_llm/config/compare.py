@@ -17,6 +17,7 @@ from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, LayerKeys, 
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.parametrization import resolve_attention_scale
 from dist_llm.config.schema import Config, UnresolvedConfig
+from dist_llm.config.upcycle import has_equal_d_ff
 
 # fixed: the key decides the function; weights trained with another value cannot be loaded.
 # requestable: the key decides the function; `init_from` accepts another value if `init_allow` names the key.
@@ -185,6 +186,8 @@ def find_function_differences(saved: Config, current: Config) -> list[Difference
     saved_function, current_function = get_function_keys(saved.model), get_function_keys(current.model)
     saved_values, current_values = saved.model.model_dump(), current.model.model_dump()
     keys = [key for key in saved_function if saved_function[key] != current_function[key]]
+    if "feedforward" in keys and "d_ff" in keys and has_equal_d_ff(saved.model, current.model):
+        keys.remove("d_ff")  # a layer with experts has no d_ff
     # Changing one key can activate another (positions: rope_theta). A key whose own value is equal is not reported.
     changed_keys = [key for key in keys if saved_values[key] != current_values[key]]
     # A key of a layer whose own value is equal differs because of the kinds of layers.
@@ -263,7 +266,10 @@ def merge_model_keys(
         for name, value in conflicts
     ]
     changes = {name: value for name, value in user_keys.items() if value is not None}
-    return {**saved_keys, **changes, **{name: saved_keys[name] for name, _ in conflicts}}, violations
+    merged = {**saved_keys, **changes, **{name: saved_keys[name] for name, _ in conflicts}}
+    if not merged["layers"] and merged["feedforward"] != saved_keys["feedforward"]:
+        merged["d_ff"] = changes.get("d_ff")  # a model of only experts has no d_ff
+    return merged, violations
 
 
 def check_init(config: UnresolvedConfig) -> Iterator[Violation]:

@@ -201,7 +201,8 @@ class UnresolvedConfig(Section):
     )
     init_allow: Annotated[tuple[str, ...], Field(strict=False)] = key(
         "init_from: keys that may differ from the checkpoint, such as [model.vocab_size, objective]; each difference "
-        "is logged, new parameters keep their initial values, and unused parameters are dropped",
+        "is logged, new parameters keep their initial values, experts are copies of a dense "
+        "feed-forward layer, and unused parameters are dropped",
         (),
     )
     init_optimizer: Literal["fresh", "keep"] = key(

@@ -19,6 +19,7 @@ from dist_llm.checkpoint.probe import PROBE_FILE, TOLERANCES, compare_probes, pa
 from dist_llm.config.compare import PARAMETER_KEYS
 from dist_llm.config.load import parse_saved
 from dist_llm.config.schema import Config
+from dist_llm.config.upcycle import keeps_function
 from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import CheckpointError, UserError
@@ -50,17 +51,34 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     log_init_differences(path, config, requested)
     changes_parts = any(difference.key in PARAMETER_KEYS for difference in requested)
     added, dropped = compare_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
-    for description, names in (("that keep their initial values", added), ("of the checkpoint are not used", dropped)):
+    dense_sources = _find_dense_sources(added, dropped)
+    added = [name for name in added if name not in dense_sources]
+    dropped = [name for name in dropped if name not in dense_sources.values()]
+    for description, names in (
+        ("that keep their initial values", added),
+        ("of the checkpoint are not used", dropped),
+        ("of experts that are copies of a dense layer", list(dense_sources)),
+    ):
         if names:
             log.info("init_allow: parameters %s: %s", description, ", ".join(names))
     num_known_ids = min(read_config(path).model.vocab_size, config.model.vocab_size)
     vocab_params = list_vocab_params(build_param_specs(config.model))
-    init_from_checkpoint(path, engine.state, config.init_optimizer == "keep", num_known_ids, vocab_params, added)
+    keeps_optimizer = config.init_optimizer == "keep"
+    init_from_checkpoint(path, engine.state, keeps_optimizer, num_known_ids, vocab_params, added, dense_sources)
     log.info("starting from %s, which knows %d of the token ids", path, num_known_ids)
-    if changed := [difference.key for difference in requested if difference.key != "objective"]:
+    same_function = {"objective"}
+    if keeps_function(read_config(path).model, config.model):
+        same_function.add("model.feedforward")
+    if changed := [difference.key for difference in requested if difference.key not in same_function]:
         log.info("%s: the probe is not compared, because init_allow changes %s", path, ", ".join(changed))
     else:
         check_probe(CheckpointFolder(path), engine, config, "set init_from to another checkpoint")
+
+
+def _find_dense_sources(added: Sequence[str], dropped: Sequence[str]) -> dict[str, str]:
+    """Return {parameter of all experts of a layer: parameter of the dense layer in the checkpoint}."""
+    sources = {name: name.replace(".experts.", ".") for name in added if ".feedforward.experts." in name}
+    return {name: source for name, source in sources.items() if source in dropped}
 
 
 def check_probe(folder: CheckpointFolder, engine: Engine, config: Config, alternative: str) -> None:

@@ -17,6 +17,7 @@ from dist_llm.config.compare import (
     find_other_differences,
     find_resume_differences,
     get_function_keys,
+    merge_model_keys,
 )
 from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.model_section import LayerKind, ModelConfig
@@ -181,3 +182,30 @@ def test_a_resume_cannot_change_vocabulary_padding_or_the_mask() -> None:
     assert [difference.key for difference in find_resume_differences(previous, masked)] == ["data.document_mask"]
     new_segment = masked.model_copy(update={"data": masked.data.model_copy(update={"on_change": "new_segment"})})
     assert find_resume_differences(previous, new_segment) == []
+
+
+EXPERTS = {"name": "moe", "n_experts": 4, "top_k": 2, "d_expert": 48}
+SOME_EXPERTS = {"layers": ["moe", "dense"], "kinds": {"moe": {}, "dense": {"feedforward": {"name": "dense"}}}}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"feedforward": EXPERTS, "d_ff": None}, ["model.feedforward"]),
+        ({"feedforward": EXPERTS, **SOME_EXPERTS}, ["model.feedforward"]),
+        ({"feedforward": EXPERTS, **SOME_EXPERTS, "d_ff": 64}, ["model.d_ff", "model.feedforward"]),
+        ({"d_ff": 64}, ["model.d_ff"]),
+    ],
+)
+def test_d_ff_is_compared_in_layers_that_are_dense_in_both_models(model: dict[str, Any], expected: list[str]) -> None:
+    differences = find_function_differences(make_config(ranks=1), make_config(ranks=1, model=model))
+    assert sorted(difference.key for difference in differences) == expected
+
+
+def test_a_model_of_a_checkpoint_loses_d_ff_if_all_layers_get_experts() -> None:
+    """The key would have no effect, and the rules refuse such a key."""
+    saved = make_config(ranks=1).model.model_dump()
+    for keys, d_ff in (({"feedforward": EXPERTS}, None), ({"feedforward": EXPERTS, **SOME_EXPERTS}, 48), ({}, 48)):
+        allowed = ["model.feedforward", "model.layers", "model.kinds"]
+        merged, violations = merge_model_keys(keys, saved, "dense", allowed)
+        assert (merged["d_ff"], violations) == (d_ff, [])

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dist_llm.generation import load_model
+from dist_llm.param_spec import iter_weights
 
 from . import commands
 
@@ -32,6 +33,6 @@ def assert_same_weights(run: Path, expected_run: Path) -> None:
 
 
 def load_weights(run: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of the newest checkpoint of a run directory by parameter name."""
+    """Return the parameters and buffers of the newest checkpoint of a run directory by name."""
     model, *_ = load_model(run, torch.device("cpu"))
-    return dict(model.named_parameters())
+    return dict(iter_weights(model))

@@ -18,17 +18,32 @@ from . import commands
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The number of ranks (0: one process without torchrun) and the overrides on the command line."""
+    """The number of ranks (0: one process without torchrun) and the overrides on the command line.
+
+    `name` replaces the overrides in the id of a test.
+    """
 
     ranks: int = 0
     overrides: tuple[str, ...] = ()
+    name: str = ""
 
     def __str__(self) -> str:
+        if self.name:
+            return self.name
         return "one" if not self.ranks else f"{self.ranks}_ranks_" + "_".join(self.overrides).replace("parallel.", "")
 
 
 ONE_PROCESS = Layout()
 SHARDED = Layout(ranks=2, overrides=("parallel.dp_shard=2",))
+EXPERTS = Layout(
+    ranks=2,
+    overrides=(
+        "parallel.ep=2",
+        "model.feedforward={name: moe, n_experts: 4, top_k: 2, d_expert: 64, selection_bias: true, balance_loss: 0.1, "
+        "balance_over: previous_step}",
+    ),
+    name="experts_on_2_ranks",
+)
 REPLICATED = Layout(ranks=2, overrides=("parallel.dp_replicate=2",))
 
 

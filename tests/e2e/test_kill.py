@@ -8,11 +8,11 @@ import pytest
 
 from . import commands
 from .compare_runs import assert_same_metrics, assert_same_weights
-from .conftest import ONE_PROCESS, REPLICATED, SHARDED, Layout
+from .conftest import EXPERTS, ONE_PROCESS, REPLICATED, SHARDED, Layout
 
 
 @pytest.mark.timeout(600)  # three processes, each with its own limit
-@pytest.mark.parametrize("layout", [ONE_PROCESS, REPLICATED, SHARDED], ids=str)
+@pytest.mark.parametrize("layout", [ONE_PROCESS, REPLICATED, SHARDED, EXPERTS], ids=str)
 def test_a_run_killed_twice_ends_with_equal_results(
     layout: Layout, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ A run takes two steps in the first layout and two in the second, and is compared
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -67,21 +68,27 @@ def run_two_steps(
     With a directory, save a checkpoint there at the end; if `first_step` is not 0, first load its newest checkpoint.
     `bug` plants a bug: the moments are lost.
     """
+    return run_steps(config, directory, range(first_step, first_step + 2), "moments" if bug else None)
+
+
+def run_steps(
+    config: Config, directory: Path | None, steps: range, lost: Literal["moments", "buffers"] | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Run these steps as `run_two_steps` runs its steps. `lost` plants a bug: this state is lost at the load."""
     engine = NativeEngine(config, torch.device("cpu"))
     checkpoints = CheckpointStore(directory) if directory else None
-    if checkpoints and first_step:
+    if checkpoints and steps.start:
         newest = checkpoints.latest_verified()
         assert newest is not None
+        initial_buffers = [(buffer, buffer.clone()) for _, buffer in engine.named_buffers()]
         store.load_checkpoint(newest, engine.state)
-        if bug:
-            for _, moment in engine.state.moments().items():
-                moment.zero_()
-    losses = [
-        train_step(engine, make_batches(config, engine, step), lr=1e-2, step=step).loss.item()
-        for step in (first_step, first_step + 1)
-    ]
+        for _, moment in engine.state.moments().items() if lost == "moments" else []:
+            moment.zero_()
+        for buffer, initial in initial_buffers if lost == "buffers" else []:
+            buffer.copy_(initial)
+    losses = [train_step(engine, make_batches(config, engine, step), lr=1e-2, step=step).loss.item() for step in steps]
     if checkpoints:
-        checkpoints.save(engine.state, Progress(first_step + 2), {})
+        checkpoints.save(engine.state, Progress(steps.stop), {})
         checkpoints.finish()
     tensors = engine.state.weights() | engine.state.moments()
     return losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()}
@@ -100,13 +107,7 @@ def run_two_steps_on_world(
 @lru_cache(maxsize=1)
 def run_uninterrupted() -> tuple[list[float], dict[str, Tensor]]:
     """Run four steps in one process; return (losses, full state afterwards)."""
-    engine = NativeEngine(make_tied_config(ONE), torch.device("cpu"))
-    losses = [
-        train_step(engine, make_batches(engine.config, engine, step), lr=1e-2, step=step).loss.item()
-        for step in range(4)
-    ]
-    tensors = engine.state.weights() | engine.state.moments()
-    return losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()}
+    return run_steps(make_tied_config(ONE), None, range(4))
 
 
 def assert_reshape_matches_one_process(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> None:
