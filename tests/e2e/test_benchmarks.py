@@ -27,6 +27,8 @@ MEMORY_PROGRAM = REPOSITORY / "benchmarks" / "memory.py"
 COLLECTIVES_PROGRAM = REPOSITORY / "benchmarks" / "collectives.py"
 FAMILIES_PROGRAM = REPOSITORY / "benchmarks" / "families.py"
 COORDINATE_CHECK_PROGRAM = REPOSITORY / "benchmarks" / "coordinate_check.py"
+EXPERTS_PROGRAM = REPOSITORY / "benchmarks" / "experts.py"
+EXPERT_CURVES_PROGRAM = REPOSITORY / "benchmarks" / "expert_curves.py"
 # Overrides that make a named model tiny.
 TINY = ("model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.vocab_size=128")
 WINDOW_PROGRAM = REPOSITORY / "benchmarks" / "window.py"
@@ -161,6 +163,33 @@ def test_window_prints_a_line_per_case_and_marks_the_chosen_one() -> None:
             assert dense["of_dense"] == 1
             assert bands["of_dense"] == pytest.approx(bands["cpu_ratio"] / dense["cpu_ratio"], rel=1e-3)
     assert "*: the choice of the model" in completed.stderr
+
+
+@pytest.mark.slow
+def test_experts_prints_a_line_per_case_of_each_part() -> None:
+    sizes = ("model.d_model=32", "model.n_layers=1", "data.seq_len=16")
+    completed = run_benchmark(EXPERTS_PROGRAM, "--rounds", "1", "--rows", "64", *sizes)
+    rows = [json.loads(line) for line in completed.stdout.splitlines()]
+    assert [row["part"] for row in rows] == ["products"] * 2 + ["model"] * 3 + ["bytes"] * 2
+    dense, *moe_rows = rows[2:5]
+    for row in moe_rows:
+        assert row["ratio"] == pytest.approx(dense["seconds"] / row["seconds"], rel=1e-3)
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(4 * 16, rel=1e-3)
+    for row in rows[5:]:
+        assert row["ratio"] == pytest.approx(row["row_bytes"] / row["balanced_row_bytes"], rel=1e-3)
+        assert row["count_bytes"] == row["balanced_count_bytes"]
+    assert "rows, bytes" in completed.stderr
+
+
+@pytest.mark.slow
+def test_expert_curves_prints_the_held_out_losses_of_both_configs(tmp_path: Path) -> None:
+    keys = ("run.steps=2", "eval.every=1", "eval.windows=4", "model.n_layers=1")
+    completed = run_benchmark(EXPERT_CURVES_PROGRAM, "--data", str(tmp_path / "data"), *keys)
+    dense, moe = [json.loads(line) for line in completed.stdout.splitlines() if line.startswith("{")]
+    assert (dense["config"], moe["config"]) == ("demo", "demo-moe")
+    assert moe["active"] == dense["parameters"] + 192 * 8
+    assert list(dense["heldout_losses"]) == list(moe["heldout_losses"]) == ["1", "2"]
+    assert "step" in completed.stderr
 
 
 @pytest.mark.slow

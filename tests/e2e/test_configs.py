@@ -19,7 +19,10 @@ from .commands import REPOSITORY
 
 FOLDER = REPOSITORY / "configs"
 CONFIGS = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
-RANKS = {"debug": 1, "demo": 2, "gpt2-124m": 8, "gpt2-xl": 16, "llama3-8b": 64, "llama3-70b": 512}
+RANKS = {
+    **{"debug": 1, "demo": 2, "demo-moe": 2, "gpt2-124m": 8, "gpt2-xl": 16, "llama3-8b": 64, "llama3-70b": 512},
+    **{"mixtral-8x7b": 64, "qwen3-30b-a3b": 64, "gpt-oss-120b": 128},
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

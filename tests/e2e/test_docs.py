@@ -131,7 +131,10 @@ def count_ranks(arguments: list[str]) -> int:
 
 
 # The commands of these documents take at least 15 s.
-SLOW_DOCUMENTS = ("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "docs/layers.md", "docs/optimizers.md")
+SLOW_DOCUMENTS = (
+    *("docs/checkpoints.md", "docs/corpora.md", "docs/engines.md", "docs/experts.md", "docs/layers.md"),
+    "docs/optimizers.md",
+)
 
 
 @pytest.mark.timeout(600)
