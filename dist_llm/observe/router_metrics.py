@@ -86,10 +86,10 @@ def draw_load(expert_load: Mapping[str, Sequence[float]]) -> np.ndarray:
     """
     num_experts = max(map(len, expert_load.values()))
     image = np.full((len(expert_load), num_experts, 3), 128, dtype=np.uint8)
-    for row, shares in enumerate(expert_load.values()):
-        deviation = np.clip(np.asarray(shares) * len(shares) - 1, -1, 1)  # 0: the mean load
+    for row, load in enumerate(expert_load.values()):
+        deviation = np.clip(np.asarray(load) * len(load) - 1, -1, 1)  # 0: the mean load
         fade = np.rint(255 * (1 - np.abs(deviation))).astype(np.uint8)
-        image[row, : len(shares)] = np.stack((fade, fade, fade), axis=-1)
-        image[row, : len(shares), 0][deviation >= 0] = 255
-        image[row, : len(shares), 2][deviation <= 0] = 255
+        image[row, : len(load)] = np.stack((fade, fade, fade), axis=-1)
+        image[row, : len(load), 0][deviation >= 0] = 255
+        image[row, : len(load), 2][deviation <= 0] = 255
     return image.repeat(CELL_PIXELS, axis=0).repeat(CELL_PIXELS, axis=1)
