@@ -22,6 +22,7 @@ from gpu_profile import profile_step
 from gpu_steps import (
     check_checkpoint,
     check_compile,
+    check_experts,
     check_fp8_step,
     check_generation,
     check_host_syncs,
@@ -92,6 +93,7 @@ def iter_cases() -> Iterator[BenchmarkCase]:
     yield make_check("environment", check_environment)
     yield make_check("step fp32", check_step, expected_seconds=15)
     yield make_check("step bf16", check_step_bf16)
+    yield make_check("experts", check_experts, expected_seconds=8)
     yield make_check("loss", check_loss, expected_seconds=8)
     for kernel in ("chosen", "math", "flash", "efficient", "cudnn"):
         yield make_check(

@@ -35,6 +35,11 @@ Steps = tuple[list[Tensor], dict[str, Tensor]]  # loss and gradient norm of each
 SGD = ("optim.name=sgd", "optim.lr=1", "optim.momentum=0", "optim.clip=off", "optim.weight_decay=0")
 ADAMW = ("optim.lr=0.01", "optim.eps=1e-3", "optim.clip=1")
 MUON = (*ADAMW, "optim.name=muon")
+EXPERTS = (
+    "model.feedforward={name: moe, n_experts: 8, top_k: 2, d_expert: 64, balance_loss: 0.01, selection_bias: true}",
+    "model.d_ff=null",
+    "model.init_std=0.1",
+)
 NUM_STEPS = 3
 # The error of a parameter update is relative to its largest element, but to at least this fraction of the largest
 # update of all parameters.
@@ -105,6 +110,20 @@ def check_step(context: CaseContext) -> dict[str, object]:
                 scalar_tolerance=1e-4,
                 update_tolerance=1e-3 if name == "muon" else 1e-4,
             )
+    return comparison.make_result()
+
+
+def check_experts(context: CaseContext) -> dict[str, object]:
+    """Check that three fp32 steps of a mixture of experts agree with the CPU within 1e-4 (Muon: 1e-3)."""
+    if not context.has_values:
+        raise SkippedError("torch traces grouped matrix products in bf16 only")
+    comparison = Comparison(context)
+    for name, overrides in (("sgd", SGD), ("muon", MUON)):
+        config = make_tiny_config(*overrides, *EXPERTS)
+        actual = take_steps(NativeEngine(config, context.device))
+        expected = take_steps(NativeEngine(config, CPU))
+        update_tolerance = 1e-3 if name == "muon" else 1e-4
+        compare_steps(comparison, name, actual, expected, scalar_tolerance=1e-4, update_tolerance=update_tolerance)
     return comparison.make_result()
 
 
