@@ -190,8 +190,11 @@ class AttentionBias:
 
     free_keys: ClassVar[FreeKeys] = {"qkv_bias": ANY_VALUE, "out_bias": ANY_VALUE}
 
+    def __init__(self, default: bool = False) -> None:
+        self.default = default
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
-        bias = bool(fields.get("attention_bias", False))
+        bias = bool(fields.get("attention_bias", self.default))
         return {"qkv_bias": bias, "out_bias": bias}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:

@@ -61,7 +61,10 @@ SETTINGS: dict[tuple[str, Any] | str, str] = {
     "feedforward.n_groups": "groups of experts",
     "feedforward.n_shared_experts": "shared experts",
     "feedforward.weight_scale": "scaled outputs of experts",
+    ("feedforward.router_bias", True): "biases of routers",
     "kinds.feedforward": "dense layers",
+    ("attention_sinks", True): "attention sinks",
+    ("feedforward_bias", True): "biases of experts",
     "qk_norm": "optional norms of queries and keys by head",
 }
 

@@ -21,6 +21,7 @@ from dist_llm.convert.hf_family import (
     Constant,
     Family,
     FreeKeys,
+    LayerTypes,
     ModuleName,
     Part,
     Rope,
@@ -30,6 +31,7 @@ from dist_llm.convert.hf_family import (
 )
 from dist_llm.convert.hf_rope import RopeFormat
 from dist_llm.errors import CheckpointError
+from dist_llm.models.feedforward import CLAMP_LIMIT, SIGMOID_SLOPE
 
 
 def get_moe(model: ModelConfig) -> MoEConfig | None:
@@ -126,6 +128,42 @@ class _QwenWindow:
         return {"sliding_window": model.window, "use_sliding_window": model.window is not None}
 
 
+class _GptOssRope:
+    """The rotary positions, whose default is not the usual one: YaRN. So an import requires them."""
+
+    rope = Rope(RopeFormat(theta=150_000.0))
+    free_keys = rope.free_keys
+
+    def read(self, fields: ConfigFields) -> dict[str, Any]:
+        if not (fields.get("rope_parameters") or fields.get("rope_scaling")):
+            raise CheckpointError("config.json: has neither rope_parameters nor rope_scaling; gpt_oss needs one")
+        return self.rope.read(fields)
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        return self.rope.write(model)
+
+
+class _GptOssActivation:
+    """The clamped SwiGLU. Other limits and slopes are not supported."""
+
+    shared_keys: ClassVar[dict[str, Any]] = {"activation": "swiglu_clamped"}
+    free_keys: ClassVar[FreeKeys] = {}
+
+    def read(self, fields: ConfigFields) -> dict[str, Any]:
+        fields.require(hidden_act="silu", swiglu_limit=CLAMP_LIMIT, swiglu_alpha=SIGMOID_SLOPE)
+        fields.require(experts_per_token=fields["num_experts_per_tok"])  # the same number by another name
+        fields.get("initial_context_length")  # also in the parameters of YaRN
+        return self.shared_keys
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        return {"hidden_act": "silu", "swiglu_limit": CLAMP_LIMIT, "swiglu_alpha": SIGMOID_SLOPE}
+
+
+def _gpt_oss_types(fields: ConfigFields) -> list[str]:
+    """Without layer_types: every other layer has a window, from the first on."""
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(fields["num_hidden_layers"])]
+
+
 def _require_shared_expert(count: int) -> int:
     if count < 1:
         raise CheckpointError(f"config.json: n_shared_experts {count} is not supported; at least 1 is")
@@ -139,6 +177,17 @@ def _gate_up(index: int) -> Callable[[ModelConfig], Sequence[int]]:
         moe = get_moe(model)
         assert moe is not None
         return range(index * moe.d_expert, (index + 1) * moe.d_expert)
+
+    return rows
+
+
+def _interleaved(index: int) -> Callable[[ModelConfig], Sequence[int]]:
+    """The rows of the gate and of the up projection of an expert alternate (gpt-oss)."""
+
+    def rows(model: ModelConfig) -> Sequence[int]:
+        moe = get_moe(model)
+        assert moe is not None
+        return range(index, 2 * moe.d_expert, 2)
 
     return rows
 
@@ -157,6 +206,7 @@ EXPERT_NAMES = _name_experts("mlp", "gate_proj", "up_proj", "down_proj")
 SHARED_NAMES: dict[str, ModuleName] = {
     f"feedforward.shared.{name}": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")
 }
+GPT_OSS_SUFFIXES = {"weight": "", "bias": "_bias"}
 LOCAL_EXPERTS = Value("num_local_experts", "n_experts", 8)
 # The name on the hub. Newer versions of transformers write num_local_experts.
 NUM_EXPERTS = Value("num_experts", "n_experts", 128, other_name="num_local_experts")
@@ -226,5 +276,33 @@ MOE_FAMILIES: dict[str, Family] = {
             "feedforward.experts.up": Part("block_sparse_moe.input_linear", _gate_up(1), rows_dim=1),
             "feedforward.experts.down": "block_sparse_moe.output_linear",
         },
+    ),
+    "gpt_oss": make_family(
+        "GptOssForCausalLM",
+        *(RMS_EPS_1E5, AttentionBias(default=True), LayerTypes(_gpt_oss_types)),
+        Router(
+            (replace(LOCAL_EXPERTS, default=128), replace(PER_TOKEN, default=4), WIDTH_OF_ALL),
+            {**NORMALIZED_SOFTMAX, "router_bias": True},
+        ),
+        names={
+            "attention": Part("self_attn.sinks", suffixes={"sinks": ""}),
+            "feedforward.router": "mlp.router",
+            **{
+                f"feedforward.experts.{name}": Part(
+                    "mlp.experts.gate_up_proj",
+                    _interleaved(index),
+                    rows_dim=1,
+                    transposed=True,
+                    suffixes=GPT_OSS_SUFFIXES,
+                )
+                for index, name in enumerate(("gate", "up"))
+            },
+            "feedforward.experts.down": Part("mlp.experts.down_proj", transposed=True, suffixes=GPT_OSS_SUFFIXES),
+        },
+        sizes=Sizes(default_kv_heads=8, default_head_dim=64),
+        activation=_GptOssActivation(),
+        rope=_GptOssRope(),
+        attention_sinks=True,
+        feedforward_bias=True,
     ),
 }

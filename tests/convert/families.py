@@ -187,6 +187,18 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "logits_scaling": 4.0,
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 3,
+            "rope_parameters": {**YARN, "rope_theta": 100.0, "truncate": False},
+        },
+    ),
     "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}),
     "t5": (
         "T5Config",
@@ -276,6 +288,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe with a window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
     "olmoe normalized": ("olmoe", {"norm_topk_prob": True, "attention_bias": True}),
     "glm4_moe air": ("glm4_moe", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "use_qk_norm": False}),
+    "gpt_oss without biases of attention": ("gpt_oss", {"attention_bias": False, "layer_types": [FULL, SLIDING, FULL]}),
     "granitemoe with biases": ("granitemoe", {"attention_bias": True}),
     "nemotron with biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
 }
@@ -302,6 +315,8 @@ def build_hf_model(family: str, **changes: Any) -> Any:
     with torch.no_grad():
         for parameter in hf_model.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
+        for block in hf_model.model.layers if family == "gpt_oss" else ():
+            block.mlp.experts.gate_up_proj.mul_(2)  # some values are clamped
         for name, buffer in hf_model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(torch.randn_like(buffer) * scale)

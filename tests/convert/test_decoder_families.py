@@ -110,6 +110,8 @@ def iter_settings(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
     if isinstance(config.feedforward, MoEConfig):
         for key, section in iter_routers(config.feedforward):
             yield f"feedforward.{key}", config.model_copy(update={"feedforward": section})
+    if config.activation == "swiglu_clamped":
+        yield "activation", config.model_copy(update={"activation": "swiglu"})
     for kind, section in config.kinds.items():
         for key in section.list_overrides().keys() & LayerKeys.model_fields.keys():
             plain = config.feedforward if key == "feedforward" else PLAIN[key]

@@ -18,6 +18,7 @@ from dist_llm.convert.hf_convert import from_huggingface, to_huggingface
 from dist_llm.convert.hf_moe_families import MOE_FAMILIES
 from dist_llm.convert.weights import DictWeights, LazyWeights, Weights
 from dist_llm.errors import CheckpointError
+from dist_llm.models import feedforward
 from dist_llm.param_spec import iter_weights
 from tests.cli_runner import make_cli_runner
 from tests.convert.families import VARIANTS, VOCAB, build_hf_model, build_models, build_variant, to_hub_tensors
@@ -27,7 +28,7 @@ pytest.importorskip("transformers")
 MAX_DIFFERENCE = 1e-5  # of a gradient, relative to its largest value
 MOE_VARIANTS = [name for name, (family, _) in VARIANTS.items() if family in MOE_FAMILIES]
 BY_EXPERT = ["mixtral", "qwen3_moe"]  # a tensor for each expert, with the two styles of names
-FUSED = "granitemoe"
+FUSED = ["granitemoe", "gpt_oss"]
 
 
 def compute_gradients(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -67,6 +68,44 @@ def test_a_gradient_that_misses_an_expert_differs() -> None:
     assert list(find_differences(actual, expected)) == [name]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "value"), [("CLAMP_LIMIT", 1e9), ("SIGMOID_SLOPE", 1.6)])
+def test_the_constants_of_the_clamped_activation_have_an_effect(
+    name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other constants than those of gpt-oss, the logits differ."""
+    hf_model, native_model, _ = build_models("gpt_oss")
+    ids = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+    expected = hf_model(input_ids=ids).logits
+    assert (native_model(ids) - expected).abs().max() < 1e-5 * expected.abs().max()
+    monkeypatch.setattr(feedforward, name, value)
+    assert (native_model(ids) - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+def test_an_import_reads_the_fields_of_the_published_gpt_oss() -> None:
+    """Its config.json has two names for the number of experts of a token, and the older fields of YaRN."""
+    _, _, config = build_models("gpt_oss")
+    fields = build_hf_config(config, "gpt_oss")
+    rope = fields.pop("rope_parameters")
+    del fields["swiglu_alpha"]
+    published = {
+        **fields,
+        "experts_per_token": 3,
+        "initial_context_length": 8,
+        "rope_scaling": {key: value for key, value in rope.items() if key != "rope_theta"},
+        "rope_theta": rope["rope_theta"],
+    }
+    assert parse_hf_config(published) == config
+    for changes, message in (
+        ({"experts_per_token": 2}, "experts_per_token 2 is not supported, only 3"),
+        ({"swiglu_limit": 8.0}, "swiglu_limit 8.0 is not supported"),
+        ({"rope_scaling": None}, "has neither rope_parameters nor rope_scaling"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            parse_hf_config({**published, **changes})
+
+
 class CountingWeights(LazyWeights):
     """Weights that count the reads of each tensor."""
 
@@ -86,7 +125,7 @@ def make_native_weights(family: str) -> tuple[DictWeights, ModelConfig]:
     return DictWeights({f"model.{name}": tensor.detach() for name, tensor in iter_weights(native_model)}), config
 
 
-@pytest.mark.parametrize("family", [*BY_EXPERT, FUSED])
+@pytest.mark.parametrize("family", [*BY_EXPERT, *FUSED])
 def test_an_export_reads_each_tensor_once_and_holds_one_layer(family: str) -> None:
     weights, config = make_native_weights(family)
     counting = CountingWeights(weights)
