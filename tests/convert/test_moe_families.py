@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dist_llm.checkpoint.native_weights import NativeWeights
+from dist_llm.config.check_effect import check_effect
+from dist_llm.config.load import load_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_convert import from_huggingface, to_huggingface
@@ -20,6 +22,7 @@ from dist_llm.convert.weights import DictWeights, LazyWeights, Weights
 from dist_llm.errors import CheckpointError
 from dist_llm.models import feedforward
 from dist_llm.param_spec import iter_weights
+from dist_llm.training.settings import read_model_section
 from tests.cli_runner import make_cli_runner
 from tests.convert.families import VARIANTS, VOCAB, build_hf_model, build_models, build_variant, to_hub_tensors
 
@@ -252,3 +255,20 @@ def test_the_layer_that_predicts_further_tokens_is_reported_and_not_converted(
     assert not any("layers.3" in name or "blocks.3" in name for name in NativeWeights(tmp_path / "native").shapes)
     save_file({**tensors, "model.layers.4.eh_proj.weight": torch.ones(2, 2)}, file, metadata={"format": "pt"})
     assert run_convert("from-hf", tmp_path / "hf", tmp_path / "other") == 2
+
+
+@pytest.mark.parametrize(("family", "d_ff"), [("mixtral", None), ("qwen3_moe", 48)])
+def test_a_config_takes_the_model_of_an_import(family: str, d_ff: int | None, tmp_path: Path) -> None:
+    """A size of dense layers would be an error in a model without them."""
+    build_hf_model(family).save_pretrained(tmp_path / "hf")
+    assert make_cli_runner("convert")("from-hf", tmp_path / "hf", tmp_path / "native") == 0
+    content = {
+        "run": {"dir": "unused", "steps": 1},
+        "model": {"from": str(tmp_path / "native")},
+        "data": {"seq_len": 16, "global_batch": 1, "path": "unused"},
+    }
+    config, violations = load_config(content, [], read_model_section)
+    assert violations == []
+    assert config is not None
+    assert list(check_effect(config)) == []
+    assert config.model.d_ff == d_ff
