@@ -76,9 +76,9 @@ def format_requirements(family: FamilySummary) -> str:
     free = [
         f"`{key}` ({', '.join(values)})" if values else f"`{key}`"
         for key, values in family.free_keys.items()
-        if key not in COMMON_KEYS and "." not in key and values != GATED
+        if key not in COMMON_KEYS and not key.startswith("kinds.") and values != GATED
     ]
-    by_layer = [format_key(key.removeprefix("kinds.")) for key in family.free_keys if "." in key]
+    by_layer = [format_key(key.removeprefix("kinds.")) for key in family.free_keys if key.startswith("kinds.")]
     if by_layer:
         free.append(f"by layer: {', '.join(by_layer)}")
     return f"`{family.model_type}` | {', '.join(fixed) or '-'} | {', '.join(free) or '-'}"

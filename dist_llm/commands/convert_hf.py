@@ -103,6 +103,8 @@ def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[st
     weights = hf_convert.from_huggingface(hf_weights, model, family)
     if heads := hf_convert.find_unused_heads(hf_weights):
         console.print(f"not converted: {', '.join(heads)}: heads for sentence pairs, unused by masked prediction")
+    if layer := hf_convert.find_prediction_layer(hf_weights, model, family):
+        console.print(f"not converted: {layer}*: a layer that predicts further tokens, unused by causal prediction")
     tokenizer = None
     try:
         tokenizer = import_tokenizer(source)

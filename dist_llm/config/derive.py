@@ -98,7 +98,7 @@ def resolve_d_ff(model: UnresolvedModelConfig) -> int:
 
 def is_gated(model: UnresolvedModelConfig) -> bool:
     """Return whether the feed-forward layer multiplies its activation with a second projection (a gate)."""
-    return model.activation in ("swiglu", "geglu", "geglu_tanh")
+    return model.activation in ("swiglu", "swiglu_clamped", "geglu", "geglu_tanh")
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -88,8 +88,12 @@ class LayerKeys(Section):
         "to all tokens",
         None,
     )
-    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu_squared"] = key(
-        "feed-forward activation; swiglu and geglu gate a second projection", "swiglu"
+    activation: Literal[
+        "swiglu", "swiglu_clamped", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu_squared"
+    ] = key(
+        "feed-forward activation; swiglu and geglu gate a second projection; swiglu_clamped: the gate and the second "
+        "projection are clamped at 7, and the second one grows by 1 (gpt-oss)",
+        "swiglu",
     )
     qkv_bias: bool = key("biases of queries, keys, values and output gates, independent of `bias` (Qwen2)", False)
     out_bias: bool = key("bias of the output projection of attention, independent of `bias`", False)

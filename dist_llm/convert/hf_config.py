@@ -14,7 +14,7 @@ from dist_llm.config.derive import resolve_model
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import MAX_LAYERS
 from dist_llm.convert.hf_config_fields import ConfigFields
-from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_families import DECODER_FAMILIES
 from dist_llm.convert.hf_family import ANY_VALUE, FreeKeys
 from dist_llm.errors import CheckpointError
 

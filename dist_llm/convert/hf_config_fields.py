@@ -27,6 +27,8 @@ HARMLESS_FIELDS = {
     *("pretraining_tp", "max_window_layers", "classifier_activation", "extra_pos_embeddings"),
     *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
     *("pooler_type", "force_bos_token_to_be_generated", "gradient_checkpointing_kwargs", "unsloth_version"),
+    # Training of routers, and the layers that predict further tokens.
+    *("router_aux_loss_coef", "output_router_logits", "router_jitter_noise", "num_nextn_predict_layers"),
     # Only the first segment of BERT is used. BART has its number of layers in encoder_layers and decoder_layers.
     *("type_vocab_size", "num_hidden_layers"),
     # Whether a head shares the embedding is decided by the tensors; unequal tensors are an error.

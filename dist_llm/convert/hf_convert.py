@@ -6,6 +6,8 @@
 import json
 import re
 from collections.abc import Collection, Mapping
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import count_objective_ids
 from dist_llm.convert.export_tokenizers import export_chars, export_files, export_tokenizer
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
-from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_families import DECODER_FAMILIES
 from dist_llm.convert.hf_tensor_mapping import TensorMapping, group_by_hf_name, to_hf, to_native
 from dist_llm.convert.hf_tensors import tensor_mappings
 from dist_llm.convert.weights import LazyWeights, Weights
@@ -66,6 +68,10 @@ TIED_NAMES = {
 }
 
 
+# Buffers that only our model has. An import gives them their initial value, which is the same for all experts.
+NATIVE_ONLY = re.compile(r"blocks\.\d+\.feedforward\.previous_load")
+
+
 def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return {native name of a parameter or buffer: shape}; the vocabulary is padded."""
     with torch.device("meta"):
@@ -81,14 +87,18 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
     if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
         raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
     table = tensor_mappings(family, model)
-    if unmapped := sorted(native_shapes.keys() - {mapping.native for mapping in table}):
-        raise AssertionError(f"not in the table of {family}: {unmapped}")
+    unmapped = native_shapes.keys() - {mapping.native for mapping in table}
+    if unknown := sorted(name for name in unmapped if not NATIVE_ONLY.fullmatch(name)):
+        raise AssertionError(f"not in the table of {family}: {unknown}")
     by_hf_name = dict(group_by_hf_name(table))
     hf_only = {name.removeprefix(HF_ONLY_PREFIX) for name in weights.shapes if name.startswith(HF_ONLY_PREFIX)}
 
     def read_native(name: str) -> Tensor:
         tensor = weights.read(f"model.{name}")
         return tensor[: model.vocab_size] if name in vocab_params else tensor
+
+    # Hugging Face has a tensor for each expert of this tensor. They follow each other, so it is read once.
+    read_experts = lru_cache(maxsize=1)(read_native)
 
     def make_meta_tensor(name: str) -> Tensor:
         shape = native_shapes[name]
@@ -97,7 +107,8 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
     def compute_tensor(name: str) -> Tensor:
         saved = {key: weights.read(HF_ONLY_PREFIX + key) for key in {name, SEGMENT_EMBEDDINGS} & hf_only}
         if name != SEGMENT_EMBEDDINGS:
-            return to_hf(by_hf_name[name], read_native, saved)
+            group = by_hf_name[name]
+            return to_hf(group, read_native if group[0].expert is None else read_experts, saved)
         # Our position embeddings include the first segment. If they are unchanged, so are the saved segments.
         (position_mapping,) = [mapping for mapping in table if mapping.plus_row]
         current = to_hf(by_hf_name[position_mapping.hf], read_native, {})
@@ -126,8 +137,8 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
     vocab_params = list_vocab_params(build_param_specs(model))
     mapped_names = {name for mapping in table for name in (mapping.hf, mapping.plus_row)}
     stored_names = {_add_body_prefix(name, mapped_names): name for name in weights.shapes}
-    _check_unmapped(weights, stored_names, mapped_names, family)
-    by_native_name = {mapping.native: mapping for mapping in table}
+    _check_unmapped(weights, stored_names, mapped_names, family, find_prediction_layer(weights, model, family))
+    by_native_name = {name: list(group) for name, group in groupby(table, key=lambda mapping: mapping.native)}
     hf_only = {
         name for mapping in table if mapping.skip or mapping.plus_row for name in (mapping.hf, mapping.plus_row) if name
     }
@@ -143,7 +154,19 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
         if name.startswith(HF_ONLY_PREFIX):
             return read(name.removeprefix(HF_ONLY_PREFIX))
         name = name.removeprefix("model.")
-        mapping, shape = by_native_name[name], native_shapes[name]
+        shape = native_shapes[name]
+        if NATIVE_ONLY.fullmatch(name):
+            return torch.full(shape, 1 / shape[0])
+        (mapping, *_) = mappings = by_native_name[name]
+        if mapping.expert is not None:
+            tensor = torch.empty(shape)
+            for expert_mapping in mappings:
+                tensor[expert_mapping.expert] = read_part(expert_mapping, name, shape[1:])
+            return tensor
+        return read_part(mapping, name, shape)
+
+    def read_part(mapping: TensorMapping, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return our tensor `name` of this shape, or its part for one expert."""
         tensor = to_native(mapping, {key: read(key) for key in (mapping.hf, mapping.plus_row) if key})
         if name in vocab_params and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
@@ -165,12 +188,17 @@ def _add_body_prefix(name: str, mapped_names: set[str]) -> str:
     return next((prefix + name for prefix in BODY_PREFIXES if prefix + name in mapped_names), name)
 
 
-def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], mapped_names: set[str], family: str) -> None:
-    """Raise CheckpointError for a stored tensor without a counterpart in our model that is not redundant."""
+def _check_unmapped(
+    weights: Weights, stored_names: Mapping[str, str], mapped_names: set[str], family: str, unused_layer: str
+) -> None:
+    """Raise CheckpointError for a stored tensor without a counterpart in our model that is not redundant.
+
+    `unused_layer` is the prefix of a layer that an import leaves out, or "".
+    """
     for full_name, name in stored_names.items():
         if full_name in mapped_names or (family in BUFFERS and BUFFERS[family].fullmatch(name)):
             continue
-        if family == "bert" and UNUSED_HEADS.fullmatch(name):
+        if (family == "bert" and UNUSED_HEADS.fullmatch(name)) or (unused_layer and name.startswith(unused_layer)):
             continue
         originals = [stored_names[tied] for tied in TIED_NAMES.get(full_name, ()) if tied in stored_names]
         if originals and torch.equal(weights.read(name), weights.read(originals[0])):
@@ -183,6 +211,15 @@ def _check_unmapped(weights: Weights, stored_names: Mapping[str, str], mapped_na
 def find_unused_heads(weights: Weights) -> list[str]:
     """Return the names of tensors of heads that our models lack, so that the caller can report them."""
     return sorted(name for name in weights.shapes if UNUSED_HEADS.fullmatch(name))
+
+
+def find_prediction_layer(weights: Weights, model: ModelConfig, family: str) -> str:
+    """Return the prefix of the layer behind the last one, which predicts further tokens (GLM-4.5); "" without one.
+
+    Our models lack it, as those of transformers do.
+    """
+    prefix = f"model.layers.{model.n_layers}."
+    return prefix if family == "glm4_moe" and any(name.startswith(prefix) for name in weights.shapes) else ""
 
 
 def export_hf(

@@ -1,4 +1,4 @@
-"""The families of Hugging Face decoders that can be imported and exported, one table for each."""
+"""The families of Hugging Face decoders without experts, one table for each."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -131,7 +131,7 @@ LLAMA_SIZES, LLAMA_ACTIVATION, LLAMA_ROPE = Sizes(), Activation(), Rope()
 HALF_ROTATED = Rope(RopeFormat(fraction=0.5))
 
 
-def _make_family(
+def make_family(
     hf_class: str,
     *codecs: Any,
     names: Mapping[str, ModuleName] = {},
@@ -168,7 +168,7 @@ class _QueryScale:
         return {"query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar}
 
 
-class _AttentionMultiplier:
+class AttentionMultiplier:
     """`attention_multiplier`: factor of the scores."""
 
     free_keys: ClassVar[FreeKeys] = {"attention_scale": ANY_VALUE}
@@ -185,13 +185,16 @@ def _invert(scale: float) -> float:
     return float(f"{1 / scale:.12g}")
 
 
-class _AttentionBias:
+class AttentionBias:
     """`attention_bias` adds biases to all four projections of attention."""
 
     free_keys: ClassVar[FreeKeys] = {"qkv_bias": ANY_VALUE, "out_bias": ANY_VALUE}
 
+    def __init__(self, default: bool = False) -> None:
+        self.default = default
+
     def read(self, fields: ConfigFields) -> dict[str, Any]:
-        bias = bool(fields.get("attention_bias", False))
+        bias = bool(fields.get("attention_bias", self.default))
         return {"qkv_bias": bias, "out_bias": bias}
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
@@ -222,7 +225,7 @@ class _QwenWindows:
         return {**fields, "use_sliding_window": has_windows, "max_window_layers": first}
 
 
-def _full_each(period: int) -> Callable[[ConfigFields], list[str]]:
+def full_each(period: int) -> Callable[[ConfigFields], list[str]]:
     """Each layer whose number is a multiple of `period`, counted from 1, attends to all tokens."""
 
     def read_types(fields: ConfigFields) -> list[str]:
@@ -364,22 +367,28 @@ GEMMA2_CAPS = (
 )
 GEMMA3_CAPS = tuple(replace(cap, default=None) for cap in GEMMA2_CAPS)
 HIDDEN_ACTIVATION = Activation("hidden_activation")
+GRANITE_MULTIPLIERS = (
+    Value("embedding_multiplier", "embedding_scale", 1.0),
+    Value("residual_multiplier", "residual_scale", 1.0),
+    AttentionMultiplier(),
+    Value("logits_scaling", "logit_scale", 1.0, to_native=lambda scale: 1 / scale, to_hf=_invert),
+)
 
-DECODER_FAMILIES: dict[str, Family] = {
-    "llama": _make_family("LlamaForCausalLM", RMS_EPS, _AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
-    "mistral": _make_family(
+DENSE_FAMILIES: dict[str, Family] = {
+    "llama": make_family("LlamaForCausalLM", RMS_EPS, AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
+    "mistral": make_family(
         "MistralForCausalLM", RMS_EPS, Value("sliding_window", "window", 4096), sizes=Sizes(default_kv_heads=8)
     ),
-    "qwen2": _make_family("Qwen2ForCausalLM", RMS_EPS, _QwenWindows(), qkv_bias=True, sizes=Sizes(default_kv_heads=32)),
-    "qwen3": _make_family(
+    "qwen2": make_family("Qwen2ForCausalLM", RMS_EPS, _QwenWindows(), qkv_bias=True, sizes=Sizes(default_kv_heads=32)),
+    "qwen3": make_family(
         "Qwen3ForCausalLM",
         RMS_EPS,
-        _AttentionBias(),
+        AttentionBias(),
         _QwenWindows(),
         qk_norm=True,
         sizes=Sizes(default_kv_heads=32, default_head_dim=128),
     ),
-    "gemma": _make_family(
+    "gemma": make_family(
         "GemmaForCausalLM",
         RMS_EPS,
         NO_BIAS,
@@ -388,9 +397,9 @@ DECODER_FAMILIES: dict[str, Family] = {
         **GEMMA,
         sizes=Sizes(default_kv_heads=16, default_head_dim=256),
     ),
-    "gemma2": _make_family(
+    "gemma2": make_family(
         "Gemma2ForCausalLM",
-        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *GEMMA2_CAPS, LayerTypes(_full_each(2))),
+        *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *GEMMA2_CAPS, LayerTypes(full_each(2))),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
         tied=True,
@@ -398,58 +407,55 @@ DECODER_FAMILIES: dict[str, Family] = {
         **GEMMA,
         sizes=Sizes(default_kv_heads=4, default_head_dim=256),
     ),
-    "gemma3_text": _make_family(
+    "gemma3_text": make_family(
         "Gemma3ForCausalLM",
         *(RMS_EPS, NO_BIAS, GEMMA_SCALE, _QueryScale(), *GEMMA3_CAPS),
         names=SANDWICH_NORMS,
         activation=HIDDEN_ACTIVATION,
-        rope=LayerTypes(_full_each(6), RopeFormat(theta=1_000_000.0, sliding_theta=10_000.0)),
+        rope=LayerTypes(full_each(6), RopeFormat(theta=1_000_000.0, sliding_theta=10_000.0)),
         tied=True,
         norm_order="sandwich",
         qk_norm=True,
         **GEMMA,
         sizes=Sizes(default_kv_heads=4, default_head_dim=256),
     ),
-    "olmo": _make_family(
+    "olmo": make_family(
         "OlmoForCausalLM",
         *(NO_BIAS, Constant("clip_qkv", None)),
         norm="layernorm",
         norm_weight="none",
     ),
-    "olmo2": _make_family(
+    "olmo2": make_family(
         "Olmo2ForCausalLM", RMS_EPS_1E5, NO_BIAS, names=REORDERED_NORMS, norm_order="reordered", qk_norm="all"
     ),
-    "olmo3": _make_family(
+    "olmo3": make_family(
         "Olmo3ForCausalLM",
         *(RMS_EPS_1E5, NO_BIAS),
         names=REORDERED_NORMS,
-        rope=LayerTypes(_full_each(4), RopeFormat(theta=500_000.0, sliding_theta=500_000.0)),
+        rope=LayerTypes(full_each(4), RopeFormat(theta=500_000.0, sliding_theta=500_000.0)),
         norm_order="reordered",
         qk_norm="all",
     ),
-    "smollm3": _make_family(
+    "smollm3": make_family(
         "SmolLM3ForCausalLM",
-        *(RMS_EPS, _AttentionBias(), Value("mlp_bias", "feedforward_bias", False), _SmolLM3Layers()),
+        *(RMS_EPS, AttentionBias(), Value("mlp_bias", "feedforward_bias", False), _SmolLM3Layers()),
         rope=Rope(RopeFormat(theta=2_000_000.0)),
         tied=True,
         sizes=Sizes(default_kv_heads=4),
     ),
-    "granite": _make_family(
+    "granite": make_family(
         "GraniteForCausalLM",
-        *(RMS_EPS, _AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
-        Value("embedding_multiplier", "embedding_scale", 1.0),
-        Value("residual_multiplier", "residual_scale", 1.0),
-        _AttentionMultiplier(),
-        Value("logits_scaling", "logit_scale", 1.0, to_native=lambda scale: 1 / scale, to_hf=_invert),
+        *(RMS_EPS, AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
+        *GRANITE_MULTIPLIERS,
     ),
-    "glm": _make_family(
+    "glm": make_family(
         "GlmForCausalLM",
         *(RMS_EPS_GLM, Value("attention_bias", "qkv_bias", True)),
         names={**PAIRED_ATTENTION_NAMES, **FUSED_GATE_UP},
         rope=HALF_ROTATED,
         sizes=Sizes(default_kv_heads=2, default_head_dim=128),
     ),
-    "glm4": _make_family(
+    "glm4": make_family(
         "Glm4ForCausalLM",
         *(RMS_EPS_GLM, Value("attention_bias", "qkv_bias", True)),
         names={
@@ -462,7 +468,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         norm_order="sandwich",
         sizes=Sizes(default_kv_heads=2, default_head_dim=128),
     ),
-    "phi": _make_family(
+    "phi": make_family(
         "PhiForCausalLM",
         *(LAYER_NORM_EPS, Constant("qk_layernorm", False)),
         names={
@@ -479,7 +485,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         parallel_residual="one_norm",
         head_bias=True,
     ),
-    "phi3": _make_family(
+    "phi3": make_family(
         "Phi3ForCausalLM",
         *(RMS_EPS_1E5, Value("sliding_window", "window", None)),
         names={
@@ -489,7 +495,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         sizes=Sizes(has_head_dim=False),
         rope=Rope(RopeFormat(fraction=1.0)),
     ),
-    "gpt_neox": _make_family(
+    "gpt_neox": make_family(
         "GPTNeoXForCausalLM",
         *(LAYER_NORM_EPS, Constant("attention_bias", True), _ParallelResidual("two_norms", True)),
         names={
@@ -510,7 +516,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         bias=True,
         norm="layernorm",
     ),
-    "falcon": _make_family(
+    "falcon": make_family(
         "FalconForCausalLM",
         *(Value("layer_norm_epsilon", "norm_eps", 1e-5), _FalconLayout()),
         names={
@@ -532,11 +538,11 @@ DECODER_FAMILIES: dict[str, Family] = {
         tied=True,
         **LAYER_NORM,
     ),
-    "cohere": _make_family(
+    "cohere": make_family(
         "CohereForCausalLM",
         *(
             LAYER_NORM_EPS,
-            _AttentionBias(),
+            AttentionBias(),
             Constant("use_qk_norm", False),
             Value("logit_scale", "logit_scale", 0.0625),
         ),
@@ -547,24 +553,24 @@ DECODER_FAMILIES: dict[str, Family] = {
         parallel_residual="one_norm",
         tied=True,
     ),
-    "cohere2": _make_family(
+    "cohere2": make_family(
         "Cohere2ForCausalLM",
-        *(LAYER_NORM_EPS, _AttentionBias(), Value("logit_scale", "logit_scale", 0.0625)),
-        LayerTypes(_full_each(4), unrotated=True),
+        *(LAYER_NORM_EPS, AttentionBias(), Value("logit_scale", "logit_scale", 0.0625)),
+        LayerTypes(full_each(4), unrotated=True),
         names=PAIRED_ATTENTION_NAMES,
         norm="layernorm",
         parallel_residual="one_norm",
         tied=True,
     ),
-    "nemotron": _make_family(
+    "nemotron": make_family(
         "NemotronForCausalLM",
-        *(Value("norm_eps", "norm_eps", 1e-5), _AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
+        *(Value("norm_eps", "norm_eps", 1e-5), AttentionBias(), Value("mlp_bias", "feedforward_bias", False)),
         activation=Activation(names=UNGATED),
         rope=HALF_ROTATED,
         norm_weight="plus_one",
         **LAYER_NORM,
     ),
-    "stablelm": _make_family(
+    "stablelm": make_family(
         "StableLmForCausalLM",
         *(LAYER_NORM_EPS, Value("use_qkv_bias", "qkv_bias", False), Constant("qk_layernorm", False)),
         _ParallelResidual("one_norm", False),
@@ -572,7 +578,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         rope=Rope(RopeFormat(fraction=0.25)),
         **LAYER_NORM,
     ),
-    "starcoder2": _make_family(
+    "starcoder2": make_family(
         "Starcoder2ForCausalLM",
         *(Value("norm_epsilon", "norm_eps", 1e-5), Value("use_bias", "bias", True)),
         Value("sliding_window", "window", None),
@@ -582,7 +588,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         tied=True,
         **LAYER_NORM,
     ),
-    "opt": _make_family(
+    "opt": make_family(
         "OPTForCausalLM",
         Constant("do_layer_norm_before", True),
         Constant("enable_bias", True),
@@ -598,7 +604,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         },
         other_names={
             "embed.tokens": "model.decoder.embed_tokens",
-            "embed.positions": Part("model.decoder.embed_positions", lambda model: (), skip=2),
+            "embed.positions": Part("model.decoder.embed_positions", skip=2),
             "head.norm": "model.decoder.final_layer_norm",
             "head.out": "lm_head",
         },
@@ -610,7 +616,7 @@ DECODER_FAMILIES: dict[str, Family] = {
         bias=True,
         norm="layernorm",
     ),
-    "bloom": _make_family(
+    "bloom": make_family(
         "BloomForCausalLM",
         *(Value("layer_norm_epsilon", "norm_eps", 1e-5), Constant("apply_residual_connection_post_layernorm", False)),
         names={

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.config.section import Section
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.convert.hf_rope import SECTIONS_OF_TYPES, RopeFormat, outer_rope_fields, read_rope, write_rope
 from dist_llm.convert.hf_tensor_mapping import TensorMapping
 from dist_llm.errors import CheckpointError
-from dist_llm.models.build_model import build_param_specs
+from dist_llm.models.build_model import build_model
+from dist_llm.param_spec import iter_weights
 
 REQUIRED = object()
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh"}
@@ -55,6 +59,7 @@ class Value:
     default: Any = REQUIRED  # value of an absent field
     to_native: Callable[[Any], Any] = lambda value: value
     to_hf: Callable[[Any], Any] = lambda value: value
+    other_name: str = ""  # another name of the field, which an import also reads
 
     @property
     def free_keys(self) -> FreeKeys:
@@ -63,12 +68,13 @@ class Value:
 
     def read(self, fields: ConfigFields) -> dict[str, Any]:
         """Return the key."""
-        value = fields[self.name] if self.default is REQUIRED else fields.get(self.name, self.default)
+        name = self.other_name if self.name not in fields and self.other_name in fields else self.name
+        value = fields[name] if self.default is REQUIRED else fields.get(name, self.default)
         return {self.key: self.to_native(value)}
 
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the field."""
-        return {self.name: self.to_hf(getattr(model, self.key))}
+    def write(self, section: Section) -> dict[str, Any]:
+        """Return the field, from the section of our keys that has the key."""
+        return {self.name: self.to_hf(getattr(section, self.key))}
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,11 @@ class Derived:
     key: str
     compute: Callable[[ConfigFields], Any]
     formula: str  # what `compute` computes, in our keys
+
+    @property
+    def shared_keys(self) -> dict[str, Any]:
+        """Return the key with its formula."""
+        return {self.key: self.formula}
 
     @property
     def free_keys(self) -> FreeKeys:
@@ -293,15 +304,26 @@ def build_kinds(types: Sequence[str], overrides: Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a Hugging Face tensor. `rows` returns the rows, as indices of the tensor, in our order."""
+    """A part of Hugging Face tensors. `rows` returns the rows, as indices of a tensor, in our order; None: all rows."""
 
     name: str
-    rows: Callable[[ModelConfig], Sequence[int]]
+    rows: Callable[[ModelConfig], Sequence[int]] | None = None
     skip: int = 0
+    rows_dim: int = 0  # 1: the first dimension is experts
+    transposed: bool = False  # the weights are [..., inputs, outputs]
+    # Suffixes of the names by kind of our tensor. A kind without a suffix has no counterpart.
+    suffixes: Mapping[str, str] = field(default_factory=lambda: {"weight": ".weight", "bias": ".bias"})
+
+
+@dataclass(frozen=True)
+class ByExpert:
+    """Hugging Face has a module for each expert. The name has `{}` for the number of the expert."""
+
+    name: str
 
 
 # The name of a module, a part of its tensors, or a function that returns the name in a model.
-ModuleName = str | Part | Callable[[ModelConfig], str]
+ModuleName = str | Part | ByExpert | Callable[[ModelConfig], str]
 
 
 @dataclass(frozen=True)
@@ -323,7 +345,8 @@ class Family:
     @property
     def shared_keys(self) -> dict[str, Any]:
         """Return the keys that all models of the family share. The value of a derived key is its formula."""
-        return {**self.keys, **{codec.key: codec.formula for codec in self.codecs if isinstance(codec, Derived)}}
+        keys = {key: value for codec in self.codecs for key, value in getattr(codec, "shared_keys", {}).items()}
+        return {**self.keys, **keys}
 
     @property
     def free_keys(self) -> FreeKeys:
@@ -346,8 +369,10 @@ class Family:
         return fields
 
     def map_tensors(self, model: ModelConfig) -> Iterator[TensorMapping]:
-        """Yield the mapping of each parameter of the model."""
-        for native in build_param_specs(model):
+        """Yield the mappings of all parameters and buffers of the model that Hugging Face has too."""
+        with torch.device("meta"):
+            native_shapes = {name: tensor.shape for name, tensor in iter_weights(build_model(model))}
+        for native, shape in native_shapes.items():
             module, _, kind = native.rpartition(".")
             prefix, names = "", self.other_names
             if native.startswith("blocks."):
@@ -359,7 +384,18 @@ class Family:
             if part is None:
                 continue  # the caller reports a parameter without a mapping
             if isinstance(part, Part):
-                rows = None if part.skip else tuple(part.rows(model))
-                yield TensorMapping(native, f"{prefix}{part.name}.{kind}", rows=rows, skip=part.skip)
+                if kind not in part.suffixes:
+                    continue
+                yield TensorMapping(
+                    native,
+                    f"{prefix}{part.name}{part.suffixes[kind]}",
+                    rows=tuple(part.rows(model)) if part.rows else None,
+                    rows_dim=part.rows_dim,
+                    transposed=part.transposed and kind == "weight",
+                    skip=part.skip,
+                )
+            elif isinstance(part, ByExpert):
+                for expert in range(shape[0]):
+                    yield TensorMapping(native, f"{prefix}{part.name.format(expert)}.{kind}", expert=expert)
             else:
                 yield TensorMapping(native, f"{prefix}{part if isinstance(part, str) else part(model)}.{kind}")

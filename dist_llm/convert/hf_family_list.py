@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config import CLASSES, FREE_KEYS, SHARED_KEYS
-from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_families import DECODER_FAMILIES
 from dist_llm.convert.hf_family import FreeKeys
 
 SIZE_KEYS = {
@@ -17,6 +17,7 @@ SIZE_KEYS = {
 COMMON_KEYS = SIZE_KEYS | {
     *("activation", "rope_theta", "rope_scaling", "kinds.rope_scaling", "relative_buckets", "relative_distance"),
     "tie_embeddings",
+    *(f"feedforward.{key}" for key in ("n_experts", "top_k", "d_expert", "normalize_weights", "top_groups")),
 }
 # (key, shared value) or key -> what a model with it has.
 SETTINGS: dict[tuple[str, Any] | str, str] = {
@@ -54,6 +55,17 @@ SETTINGS: dict[tuple[str, Any] | str, str] = {
     "embedding_scale": "scaled embeddings",
     "residual_scale": "scaled residuals",
     "logit_scale": "scaled logits",
+    ("feedforward.name", "moe"): "experts",
+    ("feedforward.score", "sigmoid"): "sigmoid scores of experts",
+    ("feedforward.selection_bias", True): "biases for the choice of experts",
+    "feedforward.n_groups": "groups of experts",
+    "feedforward.n_shared_experts": "shared experts",
+    "feedforward.weight_scale": "scaled outputs of experts",
+    ("feedforward.router_bias", True): "biases of routers",
+    "kinds.feedforward": "dense layers",
+    ("attention_sinks", True): "attention sinks",
+    ("feedforward_bias", True): "biases of experts",
+    "qk_norm": "optional norms of queries and keys by head",
 }
 
 
@@ -87,7 +99,7 @@ def describe_settings(family: FamilySummary) -> str:
     names = [
         SETTINGS[(key, value) if (key, value) in SETTINGS else key]
         for key, value in family.shared_keys.items()
-        if key not in COMMON_KEYS
+        if key not in COMMON_KEYS and (key, value) != ("feedforward.score", "softmax")
     ]
     names += [SETTINGS[key] for key in family.free_keys if key not in COMMON_KEYS]
     return ", ".join(dict.fromkeys(names))

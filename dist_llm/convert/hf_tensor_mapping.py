@@ -13,26 +13,29 @@ class TensorMapping:
     """Maps one of our tensors, `native`, to a part of a Hugging Face tensor, `hf`.
 
     The part is chunk `chunk` of `num_chunks` equal chunks along the output dimension, without its first `skip` rows; or
-    the given `rows`.
+    the given `rows`. A tensor of ours with the parameters of all experts has a mapping for each expert, if Hugging Face
+    has a tensor for each: `hf` is the matrix or bias of `expert`.
     """
 
     native: str
     hf: str
-    transposed: bool = False  # whether `hf` is [inputs, outputs] (Conv1D of GPT-2)
+    transposed: bool = False  # whether `hf` is [..., inputs, outputs] (Conv1D of GPT-2, experts of gpt-oss)
     chunk: int = 0
     num_chunks: int = 1
     skip: int = 0  # rows of `hf` without a counterpart (the first two positions of BART)
     rows: tuple[int, ...] | None = None  # row of `hf` for each row of `native`
+    rows_dim: int = 0  # dimension of `native` that `rows` indexes; 1 if the first dimension is experts
+    expert: int | None = None  # index along the first dimension of `native`
     plus_row: str = ""  # tensor whose first row is added to each row (segment embeddings of BERT)
 
 
 def to_native(mapping: TensorMapping, hf_tensors: Mapping[str, Tensor]) -> Tensor:
-    """Extract our tensor from the Hugging Face tensors."""
+    """Extract our tensor, or its part for one expert, from the Hugging Face tensors."""
     tensor = hf_tensors[mapping.hf]
-    if mapping.transposed:
-        tensor = tensor.t() if tensor.ndim == 2 else tensor
+    if mapping.transposed and tensor.ndim > 1:
+        tensor = tensor.mT
     if mapping.rows is not None:
-        return tensor[torch.tensor(mapping.rows, device=tensor.device)]
+        return tensor.index_select(mapping.rows_dim, torch.tensor(mapping.rows, device=tensor.device))
     chunk_rows = len(tensor) // mapping.num_chunks
     tensor = tensor[mapping.chunk * chunk_rows : (mapping.chunk + 1) * chunk_rows][mapping.skip :]
     return tensor + hf_tensors[mapping.plus_row][0] if mapping.plus_row else tensor
@@ -44,8 +47,11 @@ def to_hf(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor], 
     `saved` are Hugging Face tensors that an import saved, because our tensors lack a part of their values.
     """
     (mapping, *_) = group
+    if mapping.expert is not None:
+        return read_native(mapping.native)[mapping.expert]
     if mapping.rows is not None:
-        return _scatter_rows(group, read_native)
+        tensor = _scatter_rows(group, read_native)
+        return tensor.mT if mapping.transposed else tensor
     tensor = (
         torch.cat([read_native(mapping.native) for mapping in group])
         if len(group) > 1
@@ -57,21 +63,25 @@ def to_hf(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor], 
         tensor = torch.cat((rows, tensor))
     if mapping.plus_row and imported is not None and torch.equal(tensor, imported + saved[mapping.plus_row][0]):
         tensor = imported  # unchanged since the import
-    return tensor.t() if mapping.transposed and tensor.ndim == 2 else tensor
+    return tensor.mT if mapping.transposed and tensor.ndim > 1 else tensor
 
 
 def _scatter_rows(group: Sequence[TensorMapping], read_native: Callable[[str], Tensor]) -> Tensor:
     """Write our tensors to their rows of a Hugging Face tensor, which they fill."""
+    dim = group[0].rows_dim
     rows = torch.tensor([row for mapping in group for row in mapping.rows or ()])
-    native = torch.cat([read_native(mapping.native) for mapping in group])
-    if len(rows) != len(native) or not torch.equal(rows.sort().values, torch.arange(len(rows))):
+    native = torch.cat([read_native(mapping.native) for mapping in group], dim)
+    if len(rows) != native.shape[dim] or not torch.equal(rows.sort().values, torch.arange(len(rows))):
         raise AssertionError(f"the rows of {group[0].hf} are not a permutation")
-    tensor = torch.empty_like(native)
-    tensor[rows.to(native.device)] = native
-    return tensor
+    return torch.empty_like(native).index_copy_(dim, rows.to(native.device), native)
 
 
 def group_by_hf_name(table: Sequence[TensorMapping]) -> Iterator[tuple[str, list[TensorMapping]]]:
-    """Yield (Hugging Face tensor name, its mappings in order)."""
-    ordered = sorted(table, key=lambda mapping: (mapping.hf, mapping.chunk))
+    """Yield (Hugging Face tensor name, its mappings in order).
+
+    The experts of one of our tensors follow each other, so that a reader can read our tensor once.
+    """
+    ordered = sorted(
+        table, key=lambda mapping: (mapping.native if mapping.expert is not None else "", mapping.hf, mapping.chunk)
+    )
     return ((hf, list(group)) for hf, group in groupby(ordered, key=lambda mapping: mapping.hf))

@@ -6,7 +6,7 @@ The families of `hf_decoder_families.py` have tables of module names. The tables
 from collections.abc import Callable, Iterator
 
 from dist_llm.config.model_section import ModelConfig
-from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_families import DECODER_FAMILIES
 from dist_llm.convert.hf_tensor_mapping import TensorMapping
 
 

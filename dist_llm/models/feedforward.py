@@ -12,8 +12,18 @@ from dist_llm.models.cost import Cost
 from dist_llm.models.init import block_matrix_init
 from dist_llm.param_spec import ParamSpec, linear_specs
 
+CLAMP_LIMIT, SIGMOID_SLOPE = 7.0, 1.702  # of gpt-oss
+
+
+def clamped_silu(x: Tensor) -> Tensor:
+    """Apply a steeper SiLU to values that are limited from above."""
+    x = x.clamp(max=CLAMP_LIMIT)
+    return x * F.sigmoid(SIGMOID_SLOPE * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
+    "swiglu_clamped": clamped_silu,
     "geglu": F.gelu,
     "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
@@ -23,8 +33,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def apply_gate(activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply the activated gate and the up projection."""
+    if activation == "swiglu_clamped":
+        up = up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT) + 1
+    return ACTIVATIONS[activation](gate) * up
+
+
 class FeedForward(nn.Module):
-    """down(f(up(x))), or down(f(gate(x)) * up(x)) for gated activations (Shazeer 2020)."""
+    """down(f(up(x))), or down(f(gate(x)) * up(x)) for gated activations (Shazeer 2020).
+
+    swiglu_clamped also limits up(x), and adds 1 to it.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -54,4 +74,4 @@ class FeedForward(nn.Module):
         """[B, S, D] -> [B, S, D]."""
         if self.gate is None:
             return self.down(self.activation(self.up(x_BSD)))
-        return self.down(self.activation(self.gate(x_BSD)) * self.up(x_BSD))
+        return self.down(apply_gate(self.config.activation, self.gate(x_BSD), self.up(x_BSD)))

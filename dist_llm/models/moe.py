@@ -19,7 +19,7 @@ from dist_llm.config.derive import is_gated
 from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.cost import Cost
-from dist_llm.models.feedforward import ACTIVATIONS, FeedForward
+from dist_llm.models.feedforward import ACTIVATIONS, FeedForward, apply_gate
 from dist_llm.models.grouped_linear import GroupedLinear
 from dist_llm.models.init import block_matrix_init, matrix_init
 from dist_llm.models.router_stats import RouterStats
@@ -96,7 +96,8 @@ class Experts(nn.Module):
         ends_E = counts_E.cumsum(0).to(torch.int32)
         if self.gate is None:
             return self.down(self.activation(self.up(x_RD, ends_E)), ends_E)
-        return self.down(self.activation(self.gate(x_RD, ends_E)) * self.up(x_RD, ends_E), ends_E)
+        gated_RF = apply_gate(self.config.activation, self.gate(x_RD, ends_E), self.up(x_RD, ends_E))
+        return self.down(gated_RF, ends_E)
 
 
 class MoE(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_llm.config.check import check
 from dist_llm.config.check_data import list_sources
-from dist_llm.config.compare import merge_model_keys
+from dist_llm.config.compare import get_function_keys, merge_model_keys
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.describe import MODEL_FROM
 from dist_llm.config.load import Violation, load_config, raise_violations
@@ -46,9 +46,12 @@ def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[s
             Violation((f"model.{MODEL_FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")
         ]
     try:
-        saved = read_config(resolve_checkpoint(checkpoint)).model.model_dump()
+        model = read_config(resolve_checkpoint(checkpoint)).model
     except (UserError, OSError) as error:
         return placeholder, [Violation((f"model.{MODEL_FROM}",), str(error))]
+    saved = model.model_dump()
+    if get_function_keys(model)["d_ff"] is None:
+        saved["d_ff"] = None  # all layers have experts, and a config may not set a key without effect
     return merge_model_keys(own_keys, saved, checkpoint, allowed)
 
 

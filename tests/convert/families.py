@@ -6,15 +6,18 @@
 FAMILIES has the sizes of each family. VARIANTS has models of a family with other fields, such as other RoPE scaling.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from dist_llm.convert.hf_config import parse_hf_config
 from dist_llm.convert.hf_convert import from_huggingface
-from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_families import DECODER_FAMILIES
+from dist_llm.convert.hf_moe_families import MOE_FAMILIES
 from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build_model import build_model
+from dist_llm.param_spec import iter_weights
 
 VOCAB = 61
 S, T = 12, 16  # sequence lengths of the decoder and the encoder
@@ -136,6 +139,66 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32},
     ),
     "bloom": ("BloomConfig", "BloomForCausalLM", {"hidden_size": 36, "n_layer": 3, "n_head": 6}),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**GROUPED, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 5},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**GROUPED, "num_experts": 8, "num_experts_per_tok": 3}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {
+            **GROUPED,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 8,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 3,
+            "rope_parameters": {**YARN, "rope_theta": 100.0, "truncate": False},
+        },
+    ),
     "bert": ("BertConfig", "BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}),
     "t5": (
         "T5Config",
@@ -218,6 +281,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm parallel": ("stablelm", {"use_parallel_residual": True}),
     "cohere with biases": ("cohere", {"attention_bias": True}),
     "starcoder2 without biases": ("starcoder2", {"use_bias": False}),
+    "qwen3_moe each second layer": (
+        "qwen3_moe",
+        {"mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "qwen3_moe with a window": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}),
+    "olmoe normalized": ("olmoe", {"norm_topk_prob": True, "attention_bias": True}),
+    "glm4_moe air": ("glm4_moe", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "use_qk_norm": False}),
+    "gpt_oss without biases of attention": ("gpt_oss", {"attention_bias": False, "layer_types": [FULL, SLIDING, FULL]}),
+    "granitemoe with biases": ("granitemoe", {"attention_bias": True}),
     "nemotron with biases": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
 }
 SINGLE_STACKS = [family for family in FAMILIES if family not in ("t5", "bart")]
@@ -239,10 +311,27 @@ def build_hf_model(family: str, **changes: Any) -> Any:
     hf_model = getattr(transformers, model_name)(config).eval()
     if family == "t5":  # the head of v1.1 is not tied
         hf_model.lm_head.weight = torch.nn.Parameter(hf_model.lm_head.weight.detach().clone())
+    scale = 0.3 if family in MOE_FAMILIES else 0.1  # routers need large logits
     with torch.no_grad():
         for parameter in hf_model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.add_(torch.randn_like(parameter) * scale)
+        for block in hf_model.model.layers if family == "gpt_oss" else ():
+            block.mlp.experts.gate_up_proj.mul_(2)  # some values are clamped
+        for name, buffer in hf_model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * scale)
     return hf_model
+
+
+def to_hub_tensors(hf_model: Any, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Return tensors of a Hugging Face model with the names and shapes of its files.
+
+    In memory, transformers stacks the experts of a layer.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    is_moe = hf_model.config.model_type in MOE_FAMILIES
+    return revert_weight_conversion(hf_model, dict(tensors)) if is_moe else tensors
 
 
 class ModelPair(NamedTuple):
@@ -258,10 +347,10 @@ def build_models(family: str, **changes: Any) -> ModelPair:
     hf_model = build_hf_model(family, **changes)
     config = parse_hf_config(hf_model.config.to_dict())
     native_model = build_model(config).eval()
-    view = from_huggingface(DictWeights(hf_model.state_dict()), config, family)
+    view = from_huggingface(DictWeights(to_hub_tensors(hf_model, hf_model.state_dict())), config, family)
     with torch.no_grad():
-        for name, parameter in native_model.named_parameters():
-            parameter.copy_(view.read(f"model.{name}"))
+        for name, tensor in iter_weights(native_model):
+            tensor.copy_(view.read(f"model.{name}"))
     return ModelPair(hf_model, native_model, config)
 
 

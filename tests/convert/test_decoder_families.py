@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.model_section import LayerKeys, ModelConfig
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
-from dist_llm.convert.hf_decoder_families import DECODER_FAMILIES
+from dist_llm.convert.hf_families import DECODER_FAMILIES
 from dist_llm.errors import CheckpointError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.init import init_param_
-from dist_llm.param_spec import collect_param_specs
+from dist_llm.param_spec import collect_param_specs, iter_weights
 from tests.convert.families import (
     FAMILIES,
     GROUPED,
@@ -56,6 +57,15 @@ PLAIN: dict[str, Any] = {
     "embedding_scale": 1.0,
     "residual_scale": 1.0,
     "logit_scale": 1.0,
+    "attention_sinks": False,
+}
+# The plain values of the section `feedforward` of a model with experts.
+PLAIN_ROUTER: dict[str, Any] = {
+    "weight_scale": 1.0,
+    "router_bias": False,
+    "n_groups": 1,
+    "n_shared_experts": 0,
+    "selection_bias": False,
 }
 NO_EFFECT = {
     ("olmo", "norm_weight"),  # new weights are 1
@@ -97,21 +107,37 @@ def iter_settings(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
             if key == "rotary_fraction":
                 changes["rope_scaling"] = None  # has a factor for each rotated dimension
             yield key, config.model_copy(update=changes)
+    if isinstance(config.feedforward, MoEConfig):
+        for key, section in iter_routers(config.feedforward):
+            yield f"feedforward.{key}", config.model_copy(update={"feedforward": section})
+    if config.activation == "swiglu_clamped":
+        yield "activation", config.model_copy(update={"activation": "swiglu"})
     for kind, section in config.kinds.items():
         for key in section.list_overrides().keys() & LayerKeys.model_fields.keys():
-            if getattr(section, key) != PLAIN[key]:
-                changed = section.model_copy(update={key: PLAIN[key]})
+            plain = config.feedforward if key == "feedforward" else PLAIN[key]
+            if getattr(section, key) != plain:
+                changed = section.model_copy(update={key: plain})
                 yield f"{kind}.{key}", config.model_copy(update={"kinds": {**config.kinds, kind: changed}})
 
 
+def iter_routers(moe: MoEConfig) -> Iterator[tuple[str, MoEConfig]]:
+    """Yield (key, section with another value of this key) for each key of a router that has an effect."""
+    yield "top_k", moe.model_copy(update={"top_k": moe.top_k - 1})
+    yield "score", moe.model_copy(update={"score": "sigmoid" if moe.score == "softmax" else "softmax"})
+    yield "normalize_weights", moe.model_copy(update={"normalize_weights": not moe.normalize_weights})
+    for key, plain in PLAIN_ROUTER.items():
+        if getattr(moe, key) != plain:
+            yield key, moe.model_copy(update={key: plain})
+
+
 def build_with_weights_of(config: ModelConfig, original: nn.Module) -> nn.Module:
-    """Build a model with the parameters of another one, where both have them."""
-    model, parameters = build_model(config).eval(), dict(original.named_parameters())
+    """Build a model with the parameters and buffers of another one, where both have them."""
+    model, weights = build_model(config).eval(), dict(iter_weights(original))
     specs = collect_param_specs(model)
-    for name, parameter in model.named_parameters():
-        if name in parameters and parameters[name].shape == parameter.shape:
-            parameter.copy_(parameters[name])
-        else:
+    for name, parameter in iter_weights(model):
+        if name in weights and weights[name].shape == parameter.shape:
+            parameter.copy_(weights[name])
+        elif name in specs:
             init_param_(parameter, name, specs[name].init, 0, parameter.shape, (0,) * parameter.ndim)
     return model
 

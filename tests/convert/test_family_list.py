@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.config.compare import MODEL_ROLES
+from dist_llm.config.compare import MODEL_ROLES, MOE_TRAINING_KEYS
+from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.model_section import UnresolvedModelConfig
 from dist_llm.convert.hf_config import CLASSES, parse_hf_config
 from dist_llm.convert.hf_family_list import FamilySummary, describe_settings, list_families
@@ -31,7 +32,7 @@ def find_unlisted_keys(family: FamilySummary, config: UnresolvedModelConfig) -> 
     for key, role in MODEL_ROLES.items():
         actual, default = getattr(config, key), UnresolvedModelConfig.model_fields[key].default
         shared = family.shared_keys.get(key, default)
-        if role == "training" or actual is None or shared == "sqrt(d_model)":
+        if role == "training" or actual is None or shared == "sqrt(d_model)" or isinstance(actual, MoEConfig):
             continue
         if shared is None:  # a derived size
             shared = {"n_kv_heads": config.n_heads, "head_dim": config.d_model // config.n_heads}.get(key, 0)
@@ -40,9 +41,25 @@ def find_unlisted_keys(family: FamilySummary, config: UnresolvedModelConfig) -> 
             unlisted.append(f"{key}: {actual}")
         if is_free and family.free_keys.get(key) and actual not in family.free_keys[key]:
             unlisted.append(f"{key}: {actual}, not one of the listed values")
+    if isinstance(config.feedforward, MoEConfig):
+        unlisted += find_unlisted_router_keys(family, config.feedforward)
     for kind in config.kinds.values():
         unlisted += [f"kinds.{key}" for key in kind.list_overrides() if not is_listed_override(family, key)]
     return unlisted
+
+
+def find_unlisted_router_keys(family: FamilySummary, moe: MoEConfig) -> list[str]:
+    """Return the keys of `feedforward` that are not free and differ from the default, or from the shared value."""
+    values = {
+        f"feedforward.{key}": (getattr(moe, key), "dense" if key == "name" else field.default)
+        for key, field in MoEConfig.model_fields.items()
+        if key not in MOE_TRAINING_KEYS
+    }
+    return [
+        f"{key}: {actual}"
+        for key, (actual, default) in values.items()
+        if key not in family.free_keys and actual != family.shared_keys.get(key, default)
+    ]
 
 
 def is_listed_override(family: FamilySummary, key: str) -> bool:
@@ -58,6 +75,16 @@ def test_a_key_that_the_family_lacks_is_reported() -> None:
         "activation: relu, not one of the listed values",
         "qk_norm: True",
     ]
+
+
+def test_a_key_of_the_router_that_the_family_lacks_is_reported() -> None:
+    config = parse_hf_config(build_hf_model("mixtral").config.to_dict())
+    moe = config.feedforward.model_copy(update={"n_groups": 2, "normalize_weights": False})
+    assert find_unlisted_keys(SUMMARIES["mixtral"], config.model_copy(update={"feedforward": moe})) == [
+        "feedforward.normalize_weights: False",
+        "feedforward.n_groups: 2",
+    ]
+    assert "feedforward.name: moe" in find_unlisted_keys(SUMMARIES["llama"], config)
 
 
 LLAMA = {

@@ -4,17 +4,19 @@ S is the sequence length of the decoder and T that of the encoder.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.convert.hf_convert import OLDER_NAMES
+from dist_llm.convert.hf_convert import NATIVE_ONLY, OLDER_NAMES
 from dist_llm.convert.hf_tensor_mapping import TensorMapping, to_native
 from dist_llm.convert.hf_tensors import tensor_mappings
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
-from tests.convert.families import ENCODER_DECODERS, FAMILIES, SINGLE_STACKS, VOCAB, S, T, build_models
+from dist_llm.param_spec import iter_weights
+from tests.convert.families import ENCODER_DECODERS, FAMILIES, SINGLE_STACKS, VOCAB, S, T, build_models, to_hub_tensors
 
 pytest.importorskip("transformers")
 
@@ -113,12 +115,17 @@ def test_encoder_decoder_logits_match(family: str) -> None:
 def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
     hf_model, native_model, config = build_models(family)
     mappings = tensor_mappings(family, config)
-    names = dict(native_model.named_parameters())
-    assert sorted(mapping.native for mapping in mappings) == sorted(names)
+    names = {name: tensor for name, tensor in iter_weights(native_model) if not NATIVE_ONLY.fullmatch(name)}
+    expected = [
+        (name, expert)
+        for name, tensor in names.items()
+        for expert in (range(len(tensor)) if any(m.native == name and m.expert == 1 for m in mappings) else [None])
+    ]
+    assert sorted([(mapping.native, mapping.expert) for mapping in mappings], key=str) == sorted(expected, key=str)
     used = {mapping.hf for mapping in mappings} | {mapping.plus_row for mapping in mappings if mapping.plus_row}
     parameters = {
         OLDER_NAMES.get(name, name) if family == "gpt_neox" else name: parameter
-        for name, parameter in hf_model.named_parameters(remove_duplicate=False)
+        for name, parameter in to_hub_tensors(hf_model, list_hf_tensors(hf_model)).items()
     }
     assert used <= parameters.keys()
     used_pointers = {parameters[name].data_ptr() for name in used}
@@ -127,10 +134,17 @@ def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
     )
     for mapping in mappings:
         shape = names[mapping.native].shape
+        shape = shape if mapping.expert is None else shape[1:]
         actual = to_native(mapping, parameters).shape
         assert actual == (shape if actual[0] != VOCAB else (VOCAB, *shape[1:])), (
             "shapes differ in more than the padding of the vocabulary"
         )
+
+
+def list_hf_tensors(hf_model: Any) -> dict[str, Tensor]:
+    """Return all parameters, also shared ones under each of their names, and the biases for the choice of experts."""
+    biases = {name: buffer for name, buffer in hf_model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return {**dict(hf_model.named_parameters(remove_duplicate=False)), **biases}
 
 
 def test_wrong_rotary_pairing_is_detected() -> None:

@@ -197,7 +197,7 @@ def test_families_prints_a_line_per_family_and_a_table_for_the_document() -> Non
     pytest.importorskip("transformers")
     completed = run_benchmark(FAMILIES_PROGRAM)
     rows = [json.loads(line) for line in completed.stdout.splitlines()]
-    assert len(rows) == 29
+    assert len(rows) == 35
     assert all(row["difference"] < 1e-5 for row in rows)
     assert "| `gemma3_text` | `norm_order: sandwich`" in completed.stderr
 

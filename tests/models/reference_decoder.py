@@ -77,6 +77,9 @@ class ReferenceDecoder:
         if self.config.activation == "swiglu":
             gate = self.project(x_SD, f"{name}.gate")
             hidden = gate * gate.sigmoid() * up
+        elif self.config.activation == "swiglu_clamped":
+            gate = self.project(x_SD, f"{name}.gate").minimum(torch.tensor(7.0))
+            hidden = gate / (1 + (-1.702 * gate).exp()) * (up.clip(-7, 7) + 1)
         elif self.config.activation == "gelu":
             hidden = up * (1 + torch.erf(up / math.sqrt(2))) / 2
         else:  # gelu_tanh

@@ -131,8 +131,9 @@ def test_attention_is_softmax_under_an_explicit_mask(S, T, mask, kv_heads):
         {**GPT2, "norm_order": "post", "positions": "sinusoidal", "activation": "gelu"},
         {**LLAMA, "norm_order": "post", "head_dim": 6, "rope_theta": 500.0, "norm_eps": 0.1},
         {**LLAMA, "norm": "layernorm", "bias": False, "positions": "learned"},
+        {**LLAMA, "activation": "swiglu_clamped", "bias": True, "init_std": 1.0},
     ],
-    ids=["gpt2", "llama", "post-gelu", "post-rope", "layernorm-no-bias"],
+    ids=["gpt2", "llama", "post-gelu", "post-rope", "layernorm-no-bias", "clamped"],
 )
 def test_logits_equal_the_definition(kind, build):
     model = build(**kind)
