@@ -117,8 +117,10 @@ MOE: dict[str, Any] = {
     },
     "init_std": 0.1,
 }
-# Like DeepSeek-V3: sigmoid scores, groups of experts, a shared expert, a selection bias, a dense first layer.
+# Like DeepSeek-V3: sigmoid scores, groups of experts, a shared expert, a selection bias, a dense first layer. Biases and
+# the activation are those of gpt-oss.
 DEEPSEEK: dict[str, Any] = {
+    "activation": "swiglu_clamped",
     "feedforward": {
         **{"name": "moe", "n_experts": 8, "top_k": 3, "d_expert": 16, "n_shared_experts": 1, "score": "sigmoid"},
         **{"weight_scale": 2.5, "n_groups": 4, "top_groups": 2, "balance_loss": 0.05, "router_bias": True},
