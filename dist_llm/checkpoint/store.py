@@ -164,8 +164,8 @@ class CheckpointStore:
     def _prune(self, newest: CheckpointFolder) -> None:
         """Remove old checkpoints and the leftovers of interrupted saves, after `newest` was committed.
 
-        Checkpoints of later steps than `newest` were skipped as damaged when the run resumed. They stay and do not
-        count.
+        Checkpoints of later steps than `newest` are damaged ones that the resume skipped. They are kept, and do not
+        count towards `checkpoint.keep`.
         """
         try:
             committed = [folder.name for folder in self.list_committed()]

@@ -111,15 +111,15 @@ def _read_zero(folder: Path, groups: Sequence[Sequence[str]]) -> Iterator[tuple[
     world_size = model["dp_world_size"]
     _check_all_ranks(folder, "optim", optim_files, world_size)
     optim_states = [load_mapped(optim_files[rank])["optimizer_state_dict"] for rank in range(world_size)]
-    is_replicated = "fp32_flat_groups" not in optim_states[0]  # ZeRO 1 and 2
-    if not is_replicated:
+    is_stage_3 = "fp32_flat_groups" in optim_states[0]
+    if is_stage_3:
         _check_all_ranks(folder, "model", model_files, world_size)
     masters = dict(_read_optimizer_weights(optim_files, model["param_shapes"], optim_states))
     yield from masters.items()
     fragments = (
-        []
-        if is_replicated
-        else [load_mapped(model_files[rank]).get("frozen_param_fragments") or {} for rank in range(world_size)]
+        [load_mapped(model_files[rank]).get("frozen_param_fragments") or {} for rank in range(world_size)]
+        if is_stage_3
+        else []
     )
     yield from _read_other_weights(model, masters, fragments).items()
 

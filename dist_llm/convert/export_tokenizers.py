@@ -29,15 +29,17 @@ def export_tokenizer(
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, for `transformers.AutoTokenizer`, into `directory`.
 
-    `num_extra_ids` is the number of ids that objectives add (`config/sequence_lengths.py:count_objective_ids`); None:
-    all ids of `model` beyond those of the tokenizer. The extra ids become special tokens: `<start>`, `<mask>`, ...,
-    `<sentinel 0>`, ...
-    `<|endoftext|>` is eos_token and pad_token. bos_token is `<|endoftext|>` for a decoder and `<start>` for other
-    architectures. `<mask>` in a text absorbs the blanks before it, as words do. No id is added before or after a text.
+    - `num_extra_ids` is the number of ids that objectives add (`config/sequence_lengths.py:count_objective_ids`); None:
+      the number of ids that `model` has beyond the tokenizer. They become special tokens such as `<start>`, `<mask>`
+      and `<sentinel 0>`.
+    - `<|endoftext|>` is eos_token and pad_token. bos_token is `<|endoftext|>` for a decoder and `<start>` for other
+      architectures. No id is added before or after a text. `<mask>` in a text absorbs the whitespace before it.
 
-    Ids equal those of `Tokenizer.encode`, with these exceptions. Hugging Face encodes the string of a special token as
-    that token, unless loaded with `split_special_tokens=True`. It rejects lone surrogates, decodes an id without a
-    token to an empty string, and may split a million consecutive blanks at other positions.
+    Ids equal those of `Tokenizer.encode`, with these exceptions. Hugging Face
+
+    - encodes the string of a special token as that token, unless loaded with `split_special_tokens=True`
+    - rejects lone surrogates, and decodes an id without a token to an empty string
+    - may split a million consecutive blanks at other positions
 
     Raises CheckpointError if the pattern or a token cannot be expressed, or the written files encode differently.
     """
@@ -49,10 +51,11 @@ def export_tokenizer(
             f"model.vocab_size: {num_ids + num_extra_ids}, but tokenizer {tokenizer.name} has {num_ids} ids."
         )
     vocabulary, special_ids = ObjectiveVocabulary(num_ids, tokenizer.eot), dict(tokenizer.special_tokens)
-    for token in range(num_ids, num_ids + num_extra_ids):
-        name = f"{vocabulary.describe_added_id(token)}"
-        special_ids[name if name not in special_ids else f"<{EXPORT_KEY} {name[1:]}"] = token
-    special_names = {token: name for name, token in special_ids.items()}
+    for token_id in range(num_ids, num_ids + num_extra_ids):
+        name = str(vocabulary.describe_added_id(token_id))
+        # If the corpus has the same name: `<dist_llm mask>` instead of `<mask>`.
+        special_ids[name if name not in special_ids else f"<{EXPORT_KEY} {name[1:]}"] = token_id
+    special_names = {token_id: name for name, token_id in special_ids.items()}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -86,7 +89,7 @@ def import_tokenizer(directory: Path) -> Tokenizer:
         raise CheckpointError(f"{error} {NO_TOKENIZER_HINT}") from None
 
 
-def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
+def export_original_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
     """Write the original files of an imported tokenizer, byte for byte. Return their names."""
     files = tokenizer.get_original_files()
     for name, content in files.items():
@@ -94,7 +97,7 @@ def export_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
     return sorted(files)
 
 
-def export_chars(tokenizer: CharTokenizer, directory: Path) -> None:
+def export_char_tokenizer(tokenizer: CharTokenizer, directory: Path) -> None:
     """Write `tokenizer.json` with one id per character. Hugging Face's tokenizer drops characters without an id."""
     model = {"type": "BPE", "vocab": dict(tokenizer.ids), "merges": []}
     content = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}, "model": model}
@@ -112,9 +115,10 @@ def export_chars(tokenizer: CharTokenizer, directory: Path) -> None:
 def _build_content(tokenizer: BPETokenizer, special_ids: Mapping[str, int], mask: str | None) -> dict[str, Any]:
     """Build `tokenizer.json`.
 
-    The vocabulary also contains the special tokens, because Hugging Face allows no gaps in the ids after it.
+    The vocabulary also contains the special tokens, because Hugging Face requires that the ids of added tokens continue
+    those of the vocabulary without a gap.
     """
-    vocab = {to_printable(token): rank for token, rank in tokenizer.ranks.items()}
+    vocab = {to_printable(token_bytes): merge_rank for token_bytes, merge_rank in tokenizer.ranks.items()}
     merges = list(iter_merges(tokenizer.ranks))
     if duplicates := vocab.keys() & special_ids.keys():
         raise CheckpointError(
@@ -132,7 +136,7 @@ def _build_content(tokenizer: BPETokenizer, special_ids: Mapping[str, int], mask
 
 
 def _verify_written(tokenizer: BPETokenizer, special_ids: Mapping[str, int], directory: Path) -> None:
-    """Raise CheckpointError unless the written files are equivalent to `tokenizer`, for each byte and special token."""
+    """Raise CheckpointError unless the files, read back, encode and decode each byte and special token alike."""
     content = json.loads((directory / TOKENIZER_FILE).read_bytes())
     settings = json.loads((directory / SETTINGS_FILE).read_bytes())[EXPORT_KEY]
     try:

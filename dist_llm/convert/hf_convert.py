@@ -17,7 +17,7 @@ from torch import Tensor
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import count_objective_ids
-from dist_llm.convert.export_tokenizers import export_chars, export_files, export_tokenizer
+from dist_llm.convert.export_tokenizers import export_char_tokenizer, export_original_files, export_tokenizer
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_families import DECODER_FAMILIES
 from dist_llm.convert.hf_tensor_mapping import TensorMapping, group_by_hf_name, to_hf, to_native
@@ -279,9 +279,9 @@ def _export_tokenizer(tokenizer: Tokenizer | None, directory: Path, config: Conf
     if isinstance(tokenizer, BPETokenizer):
         export_tokenizer(tokenizer, directory, config.model, count_objective_ids(config))
     elif isinstance(tokenizer, CharTokenizer):
-        export_chars(tokenizer, directory)
+        export_char_tokenizer(tokenizer, directory)
     elif tokenizer is not None:
-        export_files(tokenizer, directory)
+        export_original_files(tokenizer, directory)
 
 
 def read_token_ids(directory: Path) -> dict[str, Any]:

@@ -21,15 +21,15 @@ from dist_llm.errors import ConfigError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
 
-GPU_SHARE = 0.7  # share of the memory of a GPU for weights
+GPU_WEIGHT_FRACTION = 0.7  # share of the memory of a GPU for weights
 
 
 def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
     """Load the model of a checkpoint, with at most `memory_bytes` of weights in host memory.
 
-    Blocks that fit neither in host memory nor on a GPU are written to a new directory in `folder`. Until the process
-    ends, the directory takes up to twice the bytes of the weights. Raises ConfigError if accelerate is not installed or
-    the memory is too small for embedding and head.
+    Blocks that fit neither in host memory nor on a GPU are written to a new directory in `folder`, which is removed
+    when the process ends. While loading, `folder` also has a copy of all weights. Raises ConfigError if accelerate is
+    not installed, `folder` cannot be created, or the memory of the device is too small for embedding and head.
     """
     if find_spec("accelerate") is None:
         raise ConfigError("--offload: accelerate is not installed; pip install 'dist-llm[accelerate]'")
@@ -41,8 +41,8 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
     # The head may use the embedding outside of its forward call, so both must stay loaded. Only blocks are offloaded.
     resident_names = [name for name, _ in model.named_children() if name != "blocks"]
     main_device: int | str = "cpu" if device.type == "cpu" else device.index or 0
-    # The rest of the memory of a GPU is for the block that runs, and for activations.
-    free_bytes = {name: round(GPU_SHARE * size) for name, size in get_max_memory().items() if name != "cpu"}
+    # The other 30% of the memory of a GPU are for the block that runs, and for activations.
+    free_bytes = {name: round(GPU_WEIGHT_FRACTION * size) for name, size in get_max_memory().items() if name != "cpu"}
     free_bytes["cpu"] = memory_bytes
     free_bytes[main_device] -= _count_bytes(*(getattr(model, name) for name in resident_names))
     if free_bytes[main_device] < 0:

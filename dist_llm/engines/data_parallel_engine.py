@@ -42,7 +42,7 @@ class DataParallelEngine:
         return self.model.named_parameters()
 
     def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Return the buffers of the model."""
+        """Yield (name, buffer) of the model."""
         return self.model.named_buffers()
 
     @property

@@ -1,4 +1,4 @@
-"""Set the environment variables that NCCL, DeepSpeed and accelerate read."""
+"""Prepare the environment of NCCL, DeepSpeed and accelerate, and check it against the config."""
 
 import logging
 import os
@@ -31,14 +31,14 @@ def set_network_variables(variables: Mapping[str, str | int]) -> None:
 
 
 def prepare_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, which uses the existing process group, and reduce its logging.
+    """Import DeepSpeed, let it adopt the existing process group, and reduce its logging.
 
     On CPUs the shared-memory kernel of DeepSpeed is disabled, because it would have to be compiled first.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # names of torch 2.13
+    warnings.filterwarnings("ignore", ".*is deprecated", FutureWarning, "torch.distributed")  # DeepSpeed uses old names
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -49,7 +49,7 @@ def prepare_deepspeed(device: torch.device) -> Any:
 
 
 def prepare_accelerate() -> Any:
-    """Import accelerate, which uses the existing process group, but reads the rank from the environment."""
+    """Import accelerate, and set the variables from which it reads the rank. It adopts the existing process group."""
     world_size = dist.get_world_size()
     if world_size > 1:
         variables = {"RANK": dist.get_rank(), "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}

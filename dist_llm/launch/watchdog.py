@@ -33,7 +33,7 @@ log = logging.getLogger("dist_llm")
 
 EXIT_CODE = 70  # exit code of a rank that the watchdog ends
 START_TIMEOUT_FACTOR = 30  # multiplies run.hang_seconds before the first heartbeat
-NUM_FIRST_STEPS = 3  # steps that may compile
+NUM_FIRST_HEARTBEATS = 3  # of the first steps, which may compile
 FIRST_STEPS_TIMEOUT_FACTOR = 10  # multiplies run.hang_seconds during the first steps
 MEDIAN_STEP_TIMEOUT_FACTOR = 10  # the timeout is at least this many times the median duration of recent steps
 NUM_RECENT_STEPS = 32  # number of steps in the median
@@ -76,7 +76,7 @@ class Watchdog:
         self._closed.set()
 
     def register(self) -> None:
-        """Publish host, PID and identity of this process, so that another rank on the node can kill it if it stalls."""
+        """Publish host, PID and identity of this process, so that a rank on the node can kill it if it is silent."""
         if self.world.world_size > 1 and dist.is_initialized():
             rendezvous_store = get_default_rendezvous_store()
             process = (self.world.host, os.getpid(), read_process_identity(os.getpid()))
@@ -88,7 +88,7 @@ class Watchdog:
     def heartbeat(self, activity: str, timeout_factor: int = 1) -> None:
         """Record progress: this rank begins `activity`. Its timeout is `timeout_factor` times that of a step."""
         now = time.monotonic()
-        if self.num_heartbeats >= NUM_FIRST_STEPS and self.timeout_factor == 1:
+        if self.num_heartbeats >= NUM_FIRST_HEARTBEATS and self.timeout_factor == 1:
             self.recent_seconds.append(now - self.last_time)
         self.num_heartbeats += 1
         self.last_time, self.activity, self.timeout_factor = now, activity, timeout_factor
@@ -96,7 +96,7 @@ class Watchdog:
     @property
     def timeout_now(self) -> float:
         """Return the current timeout: seconds from the last heartbeat until the process is ended."""
-        first_steps_factor = FIRST_STEPS_TIMEOUT_FACTOR if self.num_heartbeats <= NUM_FIRST_STEPS else 1
+        first_steps_factor = FIRST_STEPS_TIMEOUT_FACTOR if self.num_heartbeats <= NUM_FIRST_HEARTBEATS else 1
         recent_seconds = tuple(self.recent_seconds)  # a copy, because the main thread appends
         median_seconds = statistics.median(recent_seconds) if recent_seconds else 0.0
         timeout = self.limit_seconds * max(first_steps_factor, self.timeout_factor)
@@ -104,7 +104,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.limit_seconds / 4)):
-            # The count is read before the time. A heartbeat in between then shortens the measured stall.
+            # Read the count first: after a heartbeat in between, the stall looks short, and nothing is aborted.
             num_heartbeats, timeout = self.num_heartbeats, self.timeout_now
             stalled_seconds = time.monotonic() - self.last_time
             if stalled_seconds > timeout and self._abort(stalled_seconds, num_heartbeats):
@@ -127,7 +127,8 @@ class Watchdog:
         reporter = min(reports) if reports else world.rank
         for line in diagnose_stall(reports, world.world_size) if reports else [STORE_UNREACHABLE]:
             log.error(line)
-            if world.rank == reporter and not world.is_main:  # rank 0, which prints to the console, has no report
+            # Only the log of rank 0 is printed. Without its report, the lowest rank that reported prints instead.
+            if world.rank == reporter and not world.is_main:
                 print(line, file=sys.stderr, flush=True)
         has_killed = kill_silent_ranks(world, silent_processes)
         # Other ranks need time to read the reports before the launcher sees the first exit. Rank 0 may host the store.

@@ -46,7 +46,11 @@ class EncoderDecoder(Decoder):
         return norm_specs("source_norm", self.source_norm)
 
     def trim_to_stage(self, layers: range, is_first: bool, is_last: bool) -> None:
-        """Trim as `Decoder.trim_to_stage` does. The first stage also keeps the embedding, for the encoder tokens."""
+        """Trim as `Decoder.trim_to_stage` does, with the modules of the encoder.
+
+        The first stage keeps the embedding of the encoder, the stage with the first decoder block that of the decoder,
+        and the stage with the last encoder block the norm of the encoder.
+        """
         super().trim_to_stage(layers, is_first, is_last)
         if self.config.n_encoder_layers - 1 not in layers:
             self.source_norm = None
@@ -54,9 +58,11 @@ class EncoderDecoder(Decoder):
             self.source_embed = None
 
     def _trim_embedding(self, embeds: bool, projects: bool) -> None:
-        embed, first_decoder_layer = self.embed, str(self.config.n_encoder_layers)
-        super()._trim_embedding(embeds=first_decoder_layer in self.blocks, projects=projects)
-        if embeds:  # the first stage embeds the encoder tokens
+        embed = self.embed
+        has_first_decoder_block = str(self.config.n_encoder_layers) in self.blocks
+        super()._trim_embedding(embeds=has_first_decoder_block, projects=projects)
+        if embeds:
+            # `source_embed` of the first stage uses the token table, whose name in a checkpoint is that in `embed`.
             self.embed = embed
 
     def forward(  # type: ignore[override]

@@ -65,14 +65,14 @@ class ConsoleSink:
     A terminal also shows a progress bar below the lines.
     """
 
-    def __init__(self, num_steps: int, first_step: int) -> None:
+    def __init__(self, num_steps: int, num_steps_done: int) -> None:
         self.num_steps = num_steps
         console = Console(stderr=True)
         self.bar: Progress | None = None
         if console.is_terminal:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("steps, time left"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task("train", total=num_steps, completed=first_step)
+            self.task = self.bar.add_task("train", total=num_steps, completed=num_steps_done)
             self.bar.start()
 
     def __call__(self, rows: Sequence[MetricsRow]) -> None:

@@ -1,11 +1,12 @@
 """Expert parallelism (ep): each rank holds some experts, and tokens are sent to the ranks of the experts they chose.
 
-Experts are on a mesh of their own over all ranks (`mesh.build_expert_mesh`). The ranks that hold different tokens are
-the dp_shard x cp x tp ranks of a pipeline stage: ep of them share the experts among themselves, and FSDP shards the
-experts of a rank over the others. The matrices of an expert are never split. A rank applies its experts to tokens of
-all ranks of its group, so expert gradients are plain sums over ranks.
+Experts are on a mesh of their own over all ranks (`mesh.build_expert_mesh`). Within a pipeline stage, each of the
+dp_shard x cp x tp ranks routes different tokens. These ranks form groups of ep neighbors. Each group holds all experts,
+one part per rank, and FSDP shards each part over the corresponding ranks of all groups. The matrices of an expert are
+never split. A rank applies its experts to tokens of all ranks of its group, so expert gradients are summed over ranks,
+never averaged.
 
-Shapes: as in `models/token_dispatcher.py`; P ranks of the group.
+Shapes: as in `models/token_dispatcher.py`; P ranks of an ep group, Q rows that this rank receives.
 """
 
 from functools import partial
@@ -69,9 +70,9 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         return token_ids_N // (num_tokens * self.tp_size // num_sequences)
 
     def all_reduce_counts(self, counts_BE: Tensor) -> Tensor:
-        """Sum counts of the sequences over the ranks that hold tokens of them."""
+        """Sum the counts per sequence over the ranks that hold parts of the same sequences."""
         for group in self.sequence_groups:
-            # Not `dist.all_reduce`: compiled by torch 2.13, an all-reduce in place of a clone changes the original too.
+            # Not `dist.all_reduce`, which works in place: the compiler traces the functional form.
             counts_BE = all_reduce(counts_BE, group)
         return counts_BE
 
@@ -89,15 +90,15 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         send_back = partial(all_to_all_rows, num_sent=num_received, num_received=num_sent, group=self.ep_group)
         # Rows arrive sorted by (rank, expert). The experts need them sorted by (expert, rank).
         expert_ids = torch.arange(experts_per_rank, device=counts_E.device).repeat(self.ep_size)
-        expert_ids_R = expert_ids.repeat_interleave(receive_counts_Pe.flatten(), output_size=sum(num_received))
-        order_R = expert_ids_R.argsort(stable=True)
-        inverse_R = invert_permutation(order_R)
-        received_RD = differentiable_collective(rows_RD, send, send_back)
+        expert_ids_Q = expert_ids.repeat_interleave(receive_counts_Pe.flatten(), output_size=sum(num_received))
+        order_Q = expert_ids_Q.argsort(stable=True)
+        inverse_Q = invert_permutation(order_Q)
+        received_QD = differentiable_collective(rows_RD, send, send_back)
 
-        def return_rows(outputs_RD: Tensor) -> Tensor:
-            return differentiable_collective(permute_rows(outputs_RD, inverse_R, order_R), send_back, send)
+        def return_rows(outputs_QD: Tensor) -> Tensor:
+            return differentiable_collective(permute_rows(outputs_QD, inverse_Q, order_Q), send_back, send)
 
-        return DispatchedRows(permute_rows(received_RD, order_R, inverse_R), receive_counts_Pe.sum(0), return_rows)
+        return DispatchedRows(permute_rows(received_QD, order_Q, inverse_Q), receive_counts_Pe.sum(0), return_rows)
 
     def _slice(self, x_ND: Tensor) -> Tensor:
         return x_ND.chunk(self.tp_size)[self.tp_rank].contiguous()

@@ -23,12 +23,13 @@ from dist_llm.parallel.context_parallel import AllGatherAttention
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
 from dist_llm.param_spec import ParamSpec, collect_param_specs
 
+EXPERT = "expert"  # parameters with this first dimension are on the mesh of the experts, and not sharded over tp
 # A tensor is sharded over `tp` along the first of its dimensions that is listed here; otherwise it is replicated.
-EXPERT = "expert"  # the first dimension of parameters that are on the mesh of the experts
 SHARDED_DIMS = ("vocab", "heads", "kv_heads", "head_index", "ffn")
 
 # (class of a layer, dimension of its weight that is sharded; None: replicated) -> class that replaces it. A
-# column-parallel layer does not communicate, so with a replicated weight it serves as a replicated layer.
+# column-parallel layer does not communicate (hooks gather its input), so with a replicated weight it serves as a
+# replicated layer.
 TENSOR_PARALLEL_CLASSES: dict[tuple[type[nn.Module], int | None], type[nn.Module]] = {
     (nn.Linear, 0): tensor_parallel.ColumnParallelLinear,
     (nn.Linear, 1): tensor_parallel.RowParallelLinear,
@@ -46,7 +47,7 @@ LAYER_CLASSES = (nn.Linear, nn.Embedding, LayerNorm, RMSNorm)
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Shard `model` over the one-dimensional `mesh`.
 
-    Each layer gets the same TensorParallelRegion: the collectives on the activations between the sharded matrices.
+    All layers share one TensorParallelRegion, which has the collectives on the activations between sharded matrices.
     """
     region = TensorParallelRegion(mesh, sequence_parallel)
     specs = collect_param_specs(model)
@@ -79,8 +80,9 @@ def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: Tens
         placement = Replicate() if dim is None else Shard(dim)
         parameter = distribute_tensor(getattr(module, name), region.mesh, (placement,), src_data_rank=None)
         setattr(module, name, nn.Parameter(parameter))
-        # A rank applies a replicated parameter to only a part of the tokens, or of the heads, so its gradient must be
-        # summed over ranks. `tensor_parallel.all_reduce_replicated_grads` does this once per step.
+        # Under sequence parallelism, a rank applies a replicated parameter to only a part of the tokens. A parameter
+        # that `is_partial_under_tp` is always applied to a part of the tokens or heads. Their gradients must be summed
+        # over ranks. `tensor_parallel.all_reduce_replicated_grads` does this once per step.
         if dim is None and (region.sequence_parallel or spec.is_partial_under_tp):
             partial_grad_params.append(name)
     module.partial_grad_params = tuple(partial_grad_params)  # type: ignore[assignment]
@@ -94,10 +96,10 @@ def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: Tens
 
 
 def _register_hooks(module: nn.Module, region: TensorParallelRegion) -> None:
-    """Register the hooks that communicate the inputs of a module, and choose the heads of a bias without parameters.
+    """Register the hooks that gather or slice the inputs of a module, and give ALiBi the heads of this rank.
 
-    The matrix products need all tokens. Under sequence parallelism, the layers between them get only the positions or
-    the stochastic-depth scale of the tokens of this rank.
+    The matrix products need all tokens. Under sequence parallelism, an embedding gets only the positions of the tokens
+    of this rank, and a block only their stochastic-depth scale.
     """
     if isinstance(module, AlibiBias):
         num_heads = module.num_heads // region.tp_size

@@ -80,9 +80,9 @@ def test_a_resumed_run_equals_an_uninterrupted_run(optim: dict[str, Any], layout
     """The states are bitwise equal, because random numbers are a function of the step."""
     config = make_config(ranks=layout.ranks, optim=optim, parallel=layout.parallel)
     if layout.ranks == 1:
-        results = [train_with_and_without_stop(config, tmp_path)]
+        results = [train_uninterrupted_and_resumed(config, tmp_path)]
     else:
-        results = get_world(layout.ranks).run(train_with_and_without_stop, config, tmp_path)
+        results = get_world(layout.ranks).run(train_uninterrupted_and_resumed, config, tmp_path)
     for uninterrupted, resumed in results:
         assert uninterrupted.keys() == resumed.keys()
         for name, value in uninterrupted.items():
@@ -90,10 +90,10 @@ def test_a_resumed_run_equals_an_uninterrupted_run(optim: dict[str, Any], layout
             assert torch.equal(resumed[name], value), name
 
 
-def train_with_and_without_stop(
+def train_uninterrupted_and_resumed(
     config: Config, directory: Path
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the state after four steps, and after four steps with a checkpoint in the middle."""
+    """Return (the state after four steps, the state after loading the checkpoint of step 2 and two more steps)."""
     engine = build_trained_engine(config)
     path = save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
     resumed_engine = NativeEngine(config, CPU)
@@ -105,7 +105,7 @@ def train_with_and_without_stop(
 
 
 def test_moments_are_converted_to_the_configured_dtype(tmp_path: Path) -> None:
-    """A later change back to fp32 keeps the bf16 values."""
+    """Moments are converted in both directions."""
     fp32_config, bf16_config = make_config(ranks=1, optim=ADAMW), make_config(ranks=1, optim=BF16_MOMENTS)
     engine, checkpoints = build_trained_engine(fp32_config), CheckpointStore(tmp_path)
     bf16_state = load_in_world(bf16_config, save_checkpoint(checkpoints, engine, Progress(step=2), FILES))

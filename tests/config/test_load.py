@@ -250,14 +250,17 @@ def test_null_is_refused_where_nothing_can_be_derived(load_minimal):
 
 
 @pytest.mark.parametrize("value", ["off", "null", "false", "0"])
-def test_off_disables_a_feature(load_minimal, value):
+def test_off_null_false_and_zero_disable_a_feature(load_minimal, value):
     config, violations = load_minimal(f"checkpoint.every={value}", f"optim.clip={value}", f"model.logit_cap={value}")
     assert violations == []
     assert (config.checkpoint.every, config.optim.clip, config.model.logit_cap) == (None, None, None)
 
 
-def test_null_and_off_are_not_interchangeable(load_minimal):
+def test_off_is_refused_where_null_means_derived(load_minimal):
     assert load_minimal("model.head_dim=off")[1] == ["model.head_dim: input should be a valid integer, found False"]
+
+
+def test_true_and_negative_sizes_are_refused(load_minimal):
     assert load_minimal("checkpoint.every=true")[1] == ["checkpoint.every: input should be a valid integer, found True"]
     assert load_minimal("model.head_dim=-1")[1] == [
         "model.head_dim: input should be greater than or equal to 1, found -1"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dist_llm.launch.process_identity import read_process_identity
 from dist_llm.launch.watchdog import (
     EXIT_CODE,
-    NUM_FIRST_STEPS,
+    NUM_FIRST_HEARTBEATS,
     STORE_UNREACHABLE,
     Watchdog,
     diagnose_stall,
@@ -63,7 +63,7 @@ def disable_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_without_progress_is_ended() -> None:
-    assert run_watchdog(limit_seconds=0.2, num_heartbeats=NUM_FIRST_STEPS + 1, run_seconds=0.8) == [EXIT_CODE]
+    assert run_watchdog(limit_seconds=0.2, num_heartbeats=NUM_FIRST_HEARTBEATS + 1, run_seconds=0.8) == [EXIT_CODE]
 
 
 def test_a_run_is_ended_if_the_store_does_not_answer(
@@ -80,7 +80,7 @@ def test_a_run_is_ended_if_the_store_does_not_answer(
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", StoppedStore)
     exit_codes: list[int] = []
     with Watchdog(World(rank=1, world_size=2), limit_seconds=0.2, exit_process=exit_codes.append) as watchdog:
-        for step in range(NUM_FIRST_STEPS + 1):
+        for step in range(NUM_FIRST_HEARTBEATS + 1):
             watchdog.heartbeat(f"step {step}")
         deadline = time.monotonic() + 10
         while not exit_codes and time.monotonic() < deadline:
@@ -94,7 +94,7 @@ def test_a_run_that_resumes_is_not_ended(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 1.0)
     exit_codes: list[int] = []
     with Watchdog(World(), limit_seconds=0.2, exit_process=exit_codes.append) as watchdog:
-        for step in range(NUM_FIRST_STEPS + 1):
+        for step in range(NUM_FIRST_HEARTBEATS + 1):
             watchdog.heartbeat(f"step {step}")
         time.sleep(0.6)
         for _ in range(4):  # short steps keep the timeout short
@@ -117,7 +117,7 @@ def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, read_process_identity(sleeper.pid))))
         with Watchdog(own_world, limit_seconds=0.4, exit_process=exit_codes.append) as watchdog:
-            for step in range(NUM_FIRST_STEPS + 1):
+            for step in range(NUM_FIRST_HEARTBEATS + 1):
                 watchdog.heartbeat(f"step {step}")
             time.sleep(0.7)
             for _ in range(20):
@@ -131,7 +131,7 @@ def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("limit", "heartbeats", "factor"),
-    [(0.2, 1, 1), (0.2, NUM_FIRST_STEPS + 1, 30), (0.0, NUM_FIRST_STEPS + 1, 1)],
+    [(0.2, 1, 1), (0.2, NUM_FIRST_HEARTBEATS + 1, 30), (0.0, NUM_FIRST_HEARTBEATS + 1, 1)],
     ids=["the first steps", "a long activity", "no limit"],
 )
 def test_a_longer_timeout_applies_to_slow_activities(limit: float, heartbeats: int, factor: int) -> None:
@@ -140,7 +140,7 @@ def test_a_longer_timeout_applies_to_slow_activities(limit: float, heartbeats: i
 
 def test_the_timeout_is_ten_times_the_median_of_long_steps() -> None:
     watchdog = Watchdog(World(), limit_seconds=1.0)
-    for step in range(NUM_FIRST_STEPS):
+    for step in range(NUM_FIRST_HEARTBEATS):
         watchdog.heartbeat(f"step {step}")
     for _ in range(3):
         watchdog.last_time -= 7.0

@@ -117,8 +117,8 @@ MOE: dict[str, Any] = {
     },
     "init_std": 0.1,
 }
-# Like DeepSeek-V3: sigmoid scores, groups of experts, a shared expert, a selection bias, a dense first layer. Biases and
-# the activation are those of gpt-oss.
+# Like DeepSeek-V3: sigmoid scores, groups of experts, a shared expert, a selection bias, a dense first layer; with the
+# biases and the activation of gpt-oss.
 DEEPSEEK: dict[str, Any] = {
     "activation": "swiglu_clamped",
     "feedforward": {

@@ -1,4 +1,4 @@
-"""Planted faults of a layer with experts, each with the layer of test_moe.py that it changes."""
+"""Faults planted in a layer with experts. `FAULTS` says in which layer of test_moe.py each must be detected."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ def patch_moe(name: str, replacement: Callable[..., Any]) -> Any:
     return patch.object(MoE, name, replacement)
 
 
-def change_keys(**changes: object) -> Any:
-    """Plant a fault: the layer ignores keys of the config and uses these."""
+def override_config(**changes: object) -> Any:
+    """Plant a fault: the layer uses these values instead of those in its config."""
     forward = MoE.forward
 
     def forward_with_changes(self: MoE, *args: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def change_stats(change: Callable[[RouterStats], RouterStats]) -> Any:
 
 
 @contextmanager
-def the_load_is_that_of_all_sequences() -> Iterator[None]:
+def count_load_over_all_sequences() -> Iterator[None]:
     compute_stats = MoE._compute_stats
 
     def compute_of_batch(self: MoE, *args: Any, num_sequences: int) -> RouterStats:
@@ -57,7 +57,7 @@ def the_load_is_that_of_all_sequences() -> Iterator[None]:
 
 
 @contextmanager
-def weights_contain_the_selection_bias() -> Iterator[None]:
+def add_selection_bias_to_weights() -> Iterator[None]:
     compute_weights = MoE._compute_weights
     with patch_moe(
         "_compute_weights", lambda self, scores, experts: compute_weights(self, scores + self.selection_bias, experts)
@@ -66,7 +66,7 @@ def weights_contain_the_selection_bias() -> Iterator[None]:
 
 
 @contextmanager
-def the_router_bias_has_no_effect() -> Iterator[None]:
+def ignore_router_bias() -> Iterator[None]:
     forward = Router.forward
 
     def forward_without_bias(self: Router, x_ND: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def the_router_bias_has_no_effect() -> Iterator[None]:
 
 
 @contextmanager
-def only_the_first_choice_gets_a_gradient() -> Iterator[None]:
+def drop_gradients_of_later_choices() -> Iterator[None]:
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         (position_R,) = ctx.saved_tensors
         return grad_RD[position_R].unflatten(0, (-1, ctx.top_k))[:, 0], None, None, None
@@ -88,7 +88,7 @@ def only_the_first_choice_gets_a_gradient() -> Iterator[None]:
 
 
 @contextmanager
-def each_group_counts_as_much_as_its_best_expert() -> Iterator[None]:
+def score_groups_by_best_expert() -> Iterator[None]:
     topk = Tensor.topk
 
     def topk_of_one(self: Tensor, k: int, dim: int = -1) -> Any:
@@ -99,7 +99,7 @@ def each_group_counts_as_much_as_its_best_expert() -> Iterator[None]:
 
 
 @contextmanager
-def the_selection_bias_moves_towards_the_load() -> Iterator[None]:
+def reverse_selection_bias() -> Iterator[None]:
     update = MoE.update_router_state_
 
     def update_reversed(self: MoE, counts_E: Tensor) -> None:
@@ -112,7 +112,7 @@ def the_selection_bias_moves_towards_the_load() -> Iterator[None]:
 
 
 @contextmanager
-def biases_of_experts_are_shared() -> Iterator[None]:
+def share_expert_biases() -> Iterator[None]:
     forward = GroupedLinear.forward
 
     def forward_with_mean(self: GroupedLinear, x_RI: Tensor, ends_E: Tensor) -> Tensor:
@@ -126,30 +126,31 @@ def biases_of_experts_are_shared() -> Iterator[None]:
 
 
 def attach_no_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """Planted bug: the balance losses have no gradient."""
+    """Plant a fault: the balance losses have no gradient."""
     return x
 
 
+# {description of the fault: (layer of test_moe.py in which it must be detected, function that plants it)}
 FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "weights are not normalized": ("softmax, normalized", lambda: change_keys(normalize_weights=False)),
-    "weights are always normalized": ("softmax, not normalized", lambda: change_keys(normalize_weights=True)),
-    "weights are not scaled": ("sigmoid, normalized", lambda: change_keys(weight_scale=1.0)),
-    "scores are a softmax": ("sigmoid, not normalized", lambda: change_keys(score="softmax")),
-    "groups do not limit the choice": ("groups and shared experts", lambda: change_keys(n_groups=1)),
-    "a group counts as its best expert": ("groups and shared experts", each_group_counts_as_much_as_its_best_expert),
-    "the load is that of the sequence": ("load of the previous step", lambda: change_keys(balance_over="sequence")),
-    "the load is that of all sequences": ("softmax, normalized", the_load_is_that_of_all_sequences),
-    "weights contain the selection bias": ("softmax with selection bias", weights_contain_the_selection_bias),
-    "the router has no bias": ("all experts, all biases", the_router_bias_has_no_effect),
-    "only the first choice gets a gradient": ("softmax, normalized", only_the_first_choice_gets_a_gradient),
+    "weights are not normalized": ("softmax, normalized", lambda: override_config(normalize_weights=False)),
+    "weights are always normalized": ("softmax, not normalized", lambda: override_config(normalize_weights=True)),
+    "weights are not scaled": ("sigmoid, normalized", lambda: override_config(weight_scale=1.0)),
+    "scores are a softmax": ("sigmoid, not normalized", lambda: override_config(score="softmax")),
+    "groups do not limit the choice": ("groups and shared experts", lambda: override_config(n_groups=1)),
+    "a group counts as its best expert": ("groups and shared experts", score_groups_by_best_expert),
+    "the load is that of the sequence": ("load of the previous step", lambda: override_config(balance_over="sequence")),
+    "the load is that of all sequences": ("softmax, normalized", count_load_over_all_sequences),
+    "weights contain the selection bias": ("softmax with selection bias", add_selection_bias_to_weights),
+    "the router has no bias": ("all experts, all biases", ignore_router_bias),
+    "only the first choice gets a gradient": ("softmax, normalized", drop_gradients_of_later_choices),
     "balance losses have no gradient": (
         "softmax, normalized",
         lambda: patch.object(moe_module, "attach_loss", attach_no_loss),
     ),
     "z is not divided by the tokens": (
         "softmax, normalized",
-        lambda: change_stats(lambda stats: replace(stats, z=stats.z * 5)),
+        lambda: change_stats(lambda stats: replace(stats, z=stats.z * 5)),  # 5 tokens in a sequence
     ),
-    "the bias moves towards the load": ("sigmoid, normalized", the_selection_bias_moves_towards_the_load),
-    "experts share their bias": ("groups and shared experts", biases_of_experts_are_shared),
+    "the bias moves towards the load": ("sigmoid, normalized", reverse_selection_bias),
+    "experts share their bias": ("groups and shared experts", share_expert_biases),
 }

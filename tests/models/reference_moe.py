@@ -50,7 +50,7 @@ class ReferenceMoE:
                 counts_E[expert] += 1
             normalized.append(scores_E / scores_E.sum())
             stats.z = stats.z + logits_E.exp().sum().log() ** 2 / len(x_SD)
-            stats.entropy = stats.entropy - (normalized[-1] * normalized[-1].log()).sum()
+            stats.entropy = stats.entropy - (normalized[-1] * normalized[-1].log()).sum() / len(x_SD)
         for expert in range(num_experts):
             load = counts_E[expert] / (self.moe.top_k * len(x_SD))
             if self.moe.balance_over == "previous_step":

@@ -33,7 +33,7 @@ def stop_logging_after_test(monkeypatch):
 
 def test_without_a_terminal_lines_are_plain(tmp_path, capsys):
     start_logging(tmp_path, World())
-    bar = ConsoleSink(num_steps=100, first_step=0)
+    bar = ConsoleSink(num_steps=100, num_steps_done=0)
     bar([{**ROW, "step": 29}, ROW])
     bar([HELDOUT])
     bar.close()
@@ -47,20 +47,20 @@ def test_without_a_terminal_lines_are_plain(tmp_path, capsys):
 
 def test_a_line_with_nan_and_inf_is_printed(tmp_path, capsys):
     start_logging(tmp_path, World())
-    ConsoleSink(num_steps=100, first_step=0)([{**ROW, "mfu": math.nan, "step_seconds": math.inf}])
+    ConsoleSink(num_steps=100, num_steps_done=0)([{**ROW, "mfu": math.nan, "step_seconds": math.inf}])
     assert capsys.readouterr().err.rstrip().endswith("MFU nan%  ETA ?")
 
 
 def test_an_mfu_above_1_is_explained(tmp_path, capsys):
     start_logging(tmp_path, World())
-    ConsoleSink(num_steps=100, first_step=0)([{**ROW, "mfu": 1.23}, {**ROW, "mfu": 1.23}])
+    ConsoleSink(num_steps=100, num_steps_done=0)([{**ROW, "mfu": 1.23}, {**ROW, "mfu": 1.23}])
     assert "MFU 123.0% (the peak rate is underestimated: set log.peak_tflops)  ETA" in capsys.readouterr().err
 
 
 def test_a_terminal_has_a_progress_bar(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(console, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=150))
-    bar = ConsoleSink(num_steps=100, first_step=10)
+    bar = ConsoleSink(num_steps=100, num_steps_done=10)
     try:
         assert bar.bar.tasks[0].completed == 10
         bar([ROW])

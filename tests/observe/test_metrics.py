@@ -94,7 +94,7 @@ def test_rates_exclude_evaluations_and_checkpoints(clock):
     clock.seconds += 2.0
     assert recorder.flush()[0]["tokens_per_second"] == 25.0
     clock.seconds += 1000.0  # an evaluation
-    recorder.restart_clock(100)
+    recorder.restart_clock(tokens=100)
     recorder.add(make_step_metrics(3))
     clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Reference
 
-from dist_llm.convert.export_tokenizers import export_chars
+from dist_llm.convert.export_tokenizers import export_char_tokenizer
 from dist_llm.data.corpus import Corpus
 from dist_llm.errors import DataError
 from dist_llm.generation import encode_prompt
@@ -150,7 +150,7 @@ def test_prepare_reports_a_character_without_an_id(workers, tmp_path):
 
 def test_an_export_gives_the_same_ids(tmp_path):
     tokenizer = CharTokenizer(META["stoi"])
-    export_chars(tokenizer, tmp_path)
+    export_char_tokenizer(tokenizer, tmp_path)
     reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
     assert reference.encode(TEXT).ids == tokenizer.encode(TEXT).tolist()
     assert reference.decode(reference.encode(TEXT).ids) == TEXT
