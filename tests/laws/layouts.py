@@ -117,6 +117,7 @@ MOE: dict[str, Any] = {
     },
     "init_std": 0.1,
 }
+SIX_EXPERTS: dict[str, Any] = {**MOE, "feedforward": {**MOE["feedforward"], "n_experts": 6}}  # for ep 3
 # Like DeepSeek-V3: sigmoid scores, groups of experts, a shared expert, a selection bias, a dense first layer; with the
 # biases and the activation of gpt-oss.
 DEEPSEEK: dict[str, Any] = {
@@ -169,6 +170,7 @@ MODELS = {
     "neox": NEOX,
     "bloom": BLOOM,
     "moe": MOE,
+    "six_experts": SIX_EXPERTS,
     "deepseek": DEEPSEEK,
     "sinks_and_gates": SINKS_AND_GATES,
     "completep": COMPLETEP,
@@ -402,6 +404,7 @@ ARCHITECTURE_LAYOUTS = index_by_name(
     ),
     # mixtures of experts, with the experts of a layer on one rank or spread over ranks
     *(layout for model in ("moe", "deepseek") for layout in _layouts_with_experts(model)),
+    _layout(ranks=3, model="six_experts", micro_batch=4, dp_shard=3, ep=3),
     # bounded logits and stochastic depth
     _layout(ranks=2, model="bounded", micro_batch=4, dp_shard=2),
     _layout(ranks=2, model="bounded", micro_batch=3, tp=2),

@@ -43,8 +43,8 @@ LOSS_SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Models that only slow tests combine with everything else: "gemma" has tied embeddings too, "phi" parallel sublayers.
-SLOW_MODELS = ("tied", "neox", "bloom", "completep")
-MODELS_WITH_EXPERTS = ("moe", "deepseek")
+SLOW_MODELS = ("tied", "neox", "bloom", "completep", "six_experts")
+MODELS_WITH_EXPERTS = ("moe", "deepseek", "six_experts")
 # The first value of each factor is its default.
 FACTORS: dict[str, tuple[Any, ...]] = {
     "dp_replicate": (1, 2),
@@ -178,7 +178,7 @@ def complete_case(
     """
     case = {factor: preferred.get(factor, rng.choice(values)) for factor, values in factors.items()} | dict(fixed)
     if fixed.get("ep", 1) > 1 and "model" not in fixed:
-        case["model"] = rng.choice(MODELS_WITH_EXPERTS)
+        case["model"] = rng.choice([model for model in factors["model"] if model in MODELS_WITH_EXPERTS])
     for option, axes in AXES_OF_OPTION.items():
         if case[option] == FACTORS[option][0] or any(case[axis] > 1 for axis in axes):
             continue
