@@ -30,6 +30,7 @@ def _has_feedforward(name: str) -> Callable[[UnresolvedConfig], bool]:
 RULES: tuple[Rule, ...] = (
     ("model.d_ff", _has_feedforward("dense"), "a layer with feedforward.name=dense"),
     ("parallel.ep", _has_feedforward("moe"), "a layer with model.feedforward.name=moe"),
+    ("parallel.ep_dispatch", lambda config: config.parallel.ep > 1, "parallel.ep above 1"),
     ("model.rope_theta", _has_positions("rope"), "model.positions=rope"),
     ("model.rotary_fraction", _has_positions("rope"), "model.positions=rope"),
     ("model.rope_scaling", _has_positions("rope"), "model.positions=rope"),

@@ -21,6 +21,11 @@ class UnresolvedParallelConfig(Section):
         "dp_shard x cp x tp, and is not a factor of the number of ranks",
         1,
     )
+    ep_dispatch: Literal["exact", "padded"] = key(
+        "under ep, how many rows a rank sends to each other rank: exactly those that its experts need, for which the "
+        "host waits once per layer, or always as many as could be needed, with padding (not run on a GPU)",
+        "exact",
+    )
     pp: Positive = key("pipeline-parallel degree: each rank has some of the layers", 1)
     reshard: Literal["default", "always", "never"] = key(
         "free gathered weights after forward; default: in all blocks but the last, and never under pp", "default"

@@ -9,6 +9,7 @@ never averaged.
 Shapes: as in `models/token_dispatcher.py`; P ranks of an ep group, Q rows that this rank receives.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,18 +19,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dist_llm.compat import functional_collectives
+from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.moe import MoE, invert_permutation, permute_rows
 from dist_llm.models.token_dispatcher import DispatchedRows, LocalTokenDispatcher
 from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective
 
 
-def apply_expert_parallel(model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, sequence_parallel: bool) -> None:
+def apply_expert_parallel(model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, parallel: ParallelConfig) -> None:
     """Shard the experts of all layers over the axis ep of `expert_mesh`, and dispatch their tokens over it."""
     ep_mesh = expert_mesh["ep"]
+    dispatcher_class = PaddedTokenDispatcher if parallel.ep_dispatch == "padded" else AllToAllTokenDispatcher
     for module in model.modules():
         if isinstance(module, MoE):
-            module.dispatcher = AllToAllTokenDispatcher(mesh, ep_mesh, sequence_parallel)
+            module.dispatcher = dispatcher_class(mesh, ep_mesh, parallel.sequence_parallel, module.moe.top_k)
             for layer in module.experts.grouped_linears():
                 for name, parameter in list(layer.named_parameters()):
                     shard = distribute_tensor(parameter, ep_mesh, (Shard(0),), src_data_rank=None)
@@ -43,7 +46,8 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
     same tokens, and each of them routes a slice.
     """
 
-    def __init__(self, mesh: DeviceMesh, ep_mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    def __init__(self, mesh: DeviceMesh, ep_mesh: DeviceMesh, sequence_parallel: bool, top_k: int) -> None:
+        self.top_k = top_k
         self.ep_group, self.ep_size = ep_mesh.get_group(), ep_mesh.size()
         self.tp_rank, self.tp_size, self.tp_group = mesh.get_local_rank("tp"), mesh["tp"].size(), mesh.get_group("tp")
         self.sequence_groups = [mesh.get_group(axis) for axis in ("cp", "tp") if mesh[axis].size() > 1]
@@ -105,6 +109,75 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
 
     def _all_gather(self, x_ND: Tensor) -> Tensor:
         return all_gather(x_ND, self.tp_group)
+
+
+class PaddedTokenDispatcher(AllToAllTokenDispatcher):
+    """Sends every rank as many slots as it can need at most, so the host need not wait for the numbers of rows.
+
+    Slots without a row are 0. The laws run this dispatcher on CPUs. It has not run on a GPU, which it is meant for.
+
+    Shapes: L slots for the rows between two ranks, J = P * L slots of a rank.
+    """
+
+    def dispatch(self, rows_RD: Tensor, counts_E: Tensor) -> DispatchedRows:
+        """Send rows, which are sorted by expert, to the ranks of the experts. `counts_E`: rows for each expert."""
+        if self.ep_size == 1:
+            return super().dispatch(rows_RD, counts_E)
+        send_counts_Pe = counts_E.unflatten(0, (self.ep_size, -1))
+        receive_counts_Pe = self._exchange(send_counts_Pe)
+        experts_per_rank = send_counts_Pe.shape[1]
+        # A token has a row for each of its top_k experts, of which at most experts_per_rank are on one rank.
+        num_slots = len(rows_RD) // self.top_k * min(self.top_k, experts_per_rank)
+        to_slots, from_slots = _slot_functions(send_counts_Pe.sum(1), len(rows_RD), num_slots)
+        experts_J = _expert_of_slot(receive_counts_Pe, num_slots)
+        order_J = experts_J.argsort(stable=True)  # by expert; slots without a row are last
+        inverse_J = invert_permutation(order_J)
+
+        def return_rows(outputs_JD: Tensor) -> Tensor:
+            outputs_JD = permute_rows(outputs_JD, inverse_J, order_J)
+            returned_JD = differentiable_collective(outputs_JD, self._exchange, self._exchange)
+            return differentiable_collective(returned_JD, from_slots, to_slots)
+
+        slots_JD = differentiable_collective(rows_RD, to_slots, from_slots)
+        received_JD = differentiable_collective(slots_JD, self._exchange, self._exchange)
+        # Grouped products leave the outputs and the gradients of slots without a row uninitialized. Nothing reads them:
+        # `from_slots` selects the slots with a row, in forward for the outputs and in backward for the gradients.
+        received_JD = permute_rows(received_JD, order_J, inverse_J)
+        return DispatchedRows(received_JD, receive_counts_Pe.sum(0), return_rows)
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        """Send an equal part of the rows of `x` to each rank of the group."""
+        sizes = [len(x) // self.ep_size] * self.ep_size
+        return all_to_all_rows(x, sizes, sizes, self.ep_group)
+
+
+def _slot_functions(
+    counts_P: Tensor, num_rows: int, num_slots: int
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return the functions that copy rows into the slots for their ranks, [R, D] -> [J, D], and back.
+
+    `counts_P` are the rows for each rank. Each function is the gradient of the other.
+    """
+    rows_R = torch.arange(num_rows, device=counts_P.device)
+    ends_P = counts_P.cumsum(0)
+    ranks_R = torch.searchsorted(ends_P, rows_R, right=True)
+    slots_R = ranks_R * num_slots + rows_R - (ends_P - counts_P)[ranks_R]
+    return partial(_scatter_rows, slots_R, num_slots * len(counts_P)), partial(_select_rows, slots_R)
+
+
+def _scatter_rows(slots_R: Tensor, total_slots: int, rows_RD: Tensor) -> Tensor:
+    return rows_RD.new_zeros(total_slots, rows_RD.shape[1]).index_copy(0, slots_R, rows_RD)
+
+
+def _select_rows(slots_R: Tensor, slots_JD: Tensor) -> Tensor:
+    return slots_JD[slots_R]
+
+
+def _expert_of_slot(counts_Pe: Tensor, num_slots: int) -> Tensor:
+    """Return the expert of each slot, [J]; e for a slot without a row. The rows of a rank are sorted by expert."""
+    slots_L = torch.arange(num_slots, device=counts_Pe.device)
+    ends_Pe = counts_Pe.cumsum(1)
+    return (slots_L[None, :, None] >= ends_Pe[:, None, :]).sum(-1).flatten()
 
 
 def all_to_all_rows(x: Tensor, num_sent: list[int], num_received: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -58,7 +58,7 @@ def parallelize_model(
     if mesh is not None and parallel.cp > 1:
         apply_context_parallel(model, mesh["cp"])
     if mesh is not None and expert_mesh is not None:
-        apply_expert_parallel(model, mesh, expert_mesh, parallel.sequence_parallel)
+        apply_expert_parallel(model, mesh, expert_mesh, parallel)
     if mesh is not None and parallel.tp > 1:
         apply_tensor_parallel(model, mesh["tp"], parallel.sequence_parallel)
         if parallel.async_tp:

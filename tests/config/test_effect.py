@@ -42,6 +42,7 @@ WITHOUT_EFFECT = [
         "model.d_ff",
         "feedforward.name=dense",
     ),
+    ({"parallel__ep_dispatch": "padded"}, "parallel.ep_dispatch", "parallel.ep above 1"),
     ({"parallel__ep": 2}, "parallel.ep", "model.feedforward.name=moe"),
     ({"model__norm_bias": True}, "model.norm_bias", "model.norm=layernorm"),
     ({"model__head": "mlm", "model__head_bias": True}, "model.head_bias", "model.head=linear"),
@@ -85,7 +86,7 @@ def test_every_rule_is_tested() -> None:
 # Keys that need several ranks, another engine, a GPU or an error. Other tests show their effects.
 READ_ELSEWHERE = {
     *(f"UnresolvedParallelConfig.{name}" for name in ("reshard", "reduce_each_microbatch", "cpu_offload", "async_tp")),
-    *(f"UnresolvedParallelConfig.{name}" for name in ("sequence_parallel", "pp_schedule", "pp_split")),
+    *(f"UnresolvedParallelConfig.{name}" for name in ("sequence_parallel", "pp_schedule", "pp_split", "ep_dispatch")),
     "UnresolvedParallelConfig.recompute_budget",
     *(f"DeepSpeedConfig.{name}" for name in ("stage", "offload_optimizer", "offload_params", "config")),
     *(f"GuardConfig.{name}" for name in ("spike_z", "skip_steps", "budget")),

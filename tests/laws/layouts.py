@@ -351,6 +351,8 @@ def _layouts_with_experts(model: str) -> list[Layout]:
         _layout(ranks=4, model=model, micro_batch=3, dp_shard=4, ep=2, reshard="always"),
         _layout(ranks=4, model=model, dp_shard=4, ep=4, reshard="never"),
         _layout(ranks=4, model=model, dp_shard=4, ep=2, reduce_each_microbatch=True),
+        _layout(ranks=2, model=model, micro_batch=4, dp_shard=2, ep=2, ep_dispatch="padded"),
+        _layout(ranks=4, model=model, micro_batch=3, dp_shard=2, tp=2, ep=4, ep_dispatch="padded"),
         _layout(ranks=4, model=model, dp_shard=2, tp=2, ep=4, cpu_offload=True),
         *(
             _layout(ranks=4, model=model, micro_batch=3, pp=2, dp_shard=2, ep=2, pp_schedule=schedule)

@@ -4,11 +4,25 @@
 """
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch import Tensor
 
-from tests.laws.law import assert_matches_one_process
+from dist_llm.config.schema import Config
+from dist_llm.models.moe import Experts
+from tests.laws.law import (
+    RankTrace,
+    assert_matches_one_process,
+    assert_traces_match,
+    make_layout_config,
+    merge_ranks,
+    record_trace,
+    trace_one_process,
+)
 from tests.laws.layouts import ADAMW, CLIPPED_SGD, MUON, Layout
+from tests.laws.worlds import get_world
 
 MODELS_WITH_EXPERTS = ("moe", "deepseek")
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -52,3 +66,43 @@ def test_compilation_does_not_change_the_step(layout: str, model: str, recompute
     assert_matches_one_process(
         build_layout(layout, model), optim=CLIPPED_SGD, steps=3, parallel={"recompute": recompute}, compile=True
     )
+
+
+class _PoisonRows(torch.autograd.Function):
+    """Set the rows from `first_row` on to NaN, in forward or in backward: both are unspecified for padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x_JD: Tensor, first_row: int, in_forward: bool) -> Tensor:
+        ctx.first_row = None if in_forward else first_row
+        poisoned_JD = x_JD.clone()
+        if in_forward:
+            poisoned_JD[first_row:] = torch.nan
+        return poisoned_JD
+
+    @staticmethod
+    def backward(ctx: Any, grad_JD: Tensor) -> tuple[Tensor, None, None]:
+        grad_JD = grad_JD.clone()
+        if ctx.first_row is not None:
+            grad_JD[ctx.first_row :] = torch.nan
+        return grad_JD, None, None
+
+
+def record_with_poisoned_padding(config: Config) -> RankTrace:
+    """Record two steps in which the experts leave NaN in the slots without a row, and in their gradients."""
+    forward = Experts.forward
+
+    def poison_padding(self: Experts, x_JD: Tensor, counts_E: Tensor) -> Tensor:
+        num_rows = int(counts_E.sum())
+        outputs_JD = forward(self, _PoisonRows.apply(x_JD, num_rows, False), counts_E)  # type: ignore[no-untyped-call]
+        return _PoisonRows.apply(outputs_JD, num_rows, True)  # type: ignore[no-untyped-call, no-any-return]
+
+    with patch.object(Experts, "forward", poison_padding):
+        return record_trace(config, steps=2)
+
+
+def test_padding_of_the_dispatch_reaches_no_output_and_no_gradient() -> None:
+    """Grouped products of torch leave the rows after the last expert uninitialized."""
+    layout = Layout(ranks=2, parallel={"dp_shard": 2, "ep": 2, "ep_dispatch": "padded"}, model="moe", micro_batch=4)
+    config = make_layout_config(layout, optim=CLIPPED_SGD)
+    trace = merge_ranks(get_world(layout.ranks).run(record_with_poisoned_padding, config))
+    assert_traces_match(trace, trace_one_process(config, steps=2))
