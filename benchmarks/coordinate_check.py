@@ -66,8 +66,10 @@ def _record_activations(model: nn.Module, tokens: torch.Tensor) -> Activations:
     for name in ("embed", f"{last_block}.attention", f"{last_block}.feedforward", last_block, "head"):
         label = name.replace(last_block, "last block")
 
-        def record(module: nn.Module, inputs: Any, output: torch.Tensor, label: str = label) -> None:
-            activations[label] = output.abs().mean().item()
+        def record(module: nn.Module, inputs: Any, output: Any, label: str = label) -> None:
+            # A block also returns the statistics of its router.
+            tensor = output[0] if isinstance(output, tuple) else output
+            activations[label] = tensor.abs().mean().item()
 
         model.get_submodule(name).register_forward_hook(record)
     with torch.no_grad():

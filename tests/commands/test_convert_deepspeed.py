@@ -10,7 +10,7 @@ from tests.laws.layouts import ADAMW, COMPLETEP
 
 def test_groups_have_the_factors_of_the_parametrization_and_of_the_patterns() -> None:
     optim = {**ADAMW, "groups": [{"pattern": "head.out.weight", "lr_mult": 0.25}]}
-    names, settings, _ = build_optimizer_groups(make_config(1, COMPLETEP, optim=optim))
+    names, settings, _ = build_optimizer_groups(make_config(ranks=1, model=COMPLETEP, optim=optim))
     lr_mults = {name: setting["lr_mult"] for group, setting in zip(names, settings, strict=True) for name in group}
     assert lr_mults["head.out.weight"] == 0.25
     assert lr_mults["embed.tokens.weight"] == 1.0
@@ -18,6 +18,6 @@ def test_groups_have_the_factors_of_the_parametrization_and_of_the_patterns() ->
 
 
 def test_frozen_parameters_are_refused() -> None:
-    config = make_config(1, {}, optim={**ADAMW, "groups": [{"pattern": "embed.*", "freeze": True}]})
+    config = make_config(ranks=1, optim={**ADAMW, "groups": [{"pattern": "embed.*", "freeze": True}]})
     with pytest.raises(CheckpointError, match=r"embed\.tokens\.weight is frozen by optim\.groups"):
         build_optimizer_groups(config)

@@ -100,13 +100,13 @@ def replay_and_step(config: Config, faulty_rank: int, fault_in: str) -> tuple[li
     """
     forward = Block.forward
 
-    def corrupt_forward(self: Block, *args: Any) -> Tensor:
-        out = forward(self, *args)
+    def corrupt_forward(self: Block, *args: Any) -> tuple[Tensor, Tensor | None]:
+        out, router_stats = forward(self, *args)
         if fault_in == "forward":
-            return out * ERROR_FACTOR
+            return out * ERROR_FACTOR, router_stats
         if out.requires_grad:  # torch before 2.13 infers the shapes of pipeline stages without gradients
             out.register_hook(lambda gradient: gradient * ERROR_FACTOR)
-        return out
+        return out, router_stats
 
     engine = NativeEngine(config, CPU)
     is_faulty = torch.distributed.get_rank() == faulty_rank
