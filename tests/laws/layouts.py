@@ -128,7 +128,7 @@ DEEPSEEK: dict[str, Any] = {
         **{"balance_over": "previous_step", "selection_bias": True, "selection_bias_rate": 0.01},
     },
     "feedforward_bias": True,
-    "layers": ["dense", "moe", "moe", "moe"],
+    "layers": ["dense", "moe", "moe"],
     "kinds": {"dense": {"feedforward": {"name": "dense"}}, "moe": {}},
     "init_std": 0.1,
     "tie_embeddings": True,

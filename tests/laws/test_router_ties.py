@@ -52,7 +52,7 @@ def measure_smallest_gap(model: str, **sections: object) -> float:
 
     with patch.object(MoE, "choose_experts", measure_and_choose):
         record_trace(config, steps=3)
-    num_layers = 4 if model == "moe" else 3
+    num_layers = 4 if model == "moe" else 2
     assert len(gaps) == 1 + 3 * num_layers
     return min(gaps)
 
