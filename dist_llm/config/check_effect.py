@@ -6,6 +6,7 @@ a laptop and on a cluster. The unions of `section.py` reject keys of another opt
 """
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 from dist_llm.config.derive import iter_layer_models
@@ -17,23 +18,22 @@ from dist_llm.config.schema import UnresolvedConfig
 Rule = tuple[str, Callable[[UnresolvedConfig], Any], str]
 
 
-def _has_positions(kind: str) -> Callable[[UnresolvedConfig], bool]:
-    """Return a function that returns whether a layer of a config has this positional encoding."""
-    return lambda config: any(model.positions == kind for _, model in iter_layer_models(config.model))
+def _some_layer(key: str, value: str) -> Callable[[UnresolvedConfig], bool]:
+    """Return a function that returns whether a layer of a config has this value of a key of `model`.
 
-
-def _has_feedforward(name: str) -> Callable[[UnresolvedConfig], bool]:
-    """Return a function that returns whether a layer of a config has this kind of feed-forward layer."""
-    return lambda config: any(model.feedforward.name == name for _, model in iter_layer_models(config.model))
+    `key` may name a key of a section, such as `feedforward.name`.
+    """
+    get_value = attrgetter(key)
+    return lambda config: any(get_value(model) == value for _, model in iter_layer_models(config.model))
 
 
 RULES: tuple[Rule, ...] = (
-    ("model.d_ff", _has_feedforward("dense"), "a layer with feedforward.name=dense"),
-    ("parallel.ep", _has_feedforward("moe"), "a layer with model.feedforward.name=moe"),
+    ("model.d_ff", _some_layer("feedforward.name", "dense"), "a layer with feedforward.name=dense"),
+    ("parallel.ep", _some_layer("feedforward.name", "moe"), "a layer with model.feedforward.name=moe"),
     ("parallel.ep_dispatch", lambda config: config.parallel.ep > 1, "parallel.ep above 1"),
-    ("model.rope_theta", _has_positions("rope"), "model.positions=rope"),
-    ("model.rotary_fraction", _has_positions("rope"), "model.positions=rope"),
-    ("model.rope_scaling", _has_positions("rope"), "model.positions=rope"),
+    ("model.rope_theta", _some_layer("positions", "rope"), "model.positions=rope"),
+    ("model.rotary_fraction", _some_layer("positions", "rope"), "model.positions=rope"),
+    ("model.rope_scaling", _some_layer("positions", "rope"), "model.positions=rope"),
     *(
         (f"model.{name}", lambda config: not config.model.bias, "model.bias=false")
         for name in ("qkv_bias", "out_bias", "feedforward_bias")
@@ -44,8 +44,8 @@ RULES: tuple[Rule, ...] = (
         "model.norm=layernorm and bias=false",
     ),
     ("model.head_bias", lambda config: config.model.head != "mlm", "model.head=linear"),
-    ("model.relative_buckets", _has_positions("relative"), "model.positions=relative"),
-    ("model.relative_distance", _has_positions("relative"), "model.positions=relative"),
+    ("model.relative_buckets", _some_layer("positions", "relative"), "model.positions=relative"),
+    ("model.relative_distance", _some_layer("positions", "relative"), "model.positions=relative"),
     (
         "optim.implementation",
         lambda config: config.optim.name == "sgd" or config.optim.moments == "fp32",

@@ -3,14 +3,12 @@
 from collections.abc import Iterator
 
 from dist_llm.config.derive import format_divisors
-from dist_llm.config.feedforward_sections import MoEConfig
+from dist_llm.config.feedforward_sections import GROUPED_WIDTH_MULTIPLE, MoEConfig
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import UnresolvedConfig
 
 SECTION = "model.feedforward"
 OBJECTIVES_WITHOUT_PADDING = ("causal", "prefix")
-# Grouped matrix products need rows of a multiple of 16 bytes, which are 8 elements in half precision.
-WIDTH_MULTIPLE = 8
 
 
 def check_moe(config: UnresolvedConfig) -> Iterator[Violation]:
@@ -21,10 +19,10 @@ def check_moe(config: UnresolvedConfig) -> Iterator[Violation]:
     yield from _check_router(moe)
     yield from _check_effect(moe)
     for key, size in (("model.d_model", config.model.d_model), (f"{SECTION}.d_expert", moe.d_expert)):
-        if size % WIDTH_MULTIPLE:
+        if size % GROUPED_WIDTH_MULTIPLE:
             yield Violation(
                 (key, f"{SECTION}.name"),
-                f"{size} is not a multiple of {WIDTH_MULTIPLE}, which grouped matrix products need",
+                f"{size} is not a multiple of {GROUPED_WIDTH_MULTIPLE}, which grouped matrix products need",
             )
     if config.model.architecture != "decoder":
         yield Violation(

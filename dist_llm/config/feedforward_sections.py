@@ -17,6 +17,8 @@ from dist_llm.config.section import (
 
 KIND = "kind of the feed-forward layer"
 MAX_EXPERTS = 1 << 14
+# Grouped matrix products need rows of a multiple of 16 bytes, which are 8 elements in half precision.
+GROUPED_WIDTH_MULTIPLE = 8
 Experts = Annotated[int, Field(ge=2, le=MAX_EXPERTS)]
 
 

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_llm.config.feedforward_sections import GROUPED_WIDTH_MULTIPLE
 from dist_llm.sharded import to_local
-
-MIN_INPUTS = 8  # F.grouped_mm needs rows of a multiple of 16 bytes
 
 
 class GroupedLinear(nn.Module):
@@ -38,8 +37,8 @@ class GroupedLinear(nn.Module):
             return y_RO
         # The bias is the weight of an input that is 1. So its gradient needs no scatter-add over rows. The other inputs
         # pad the product to the size that it needs.
-        ones_RI = y_RO.new_ones(len(y_RO), MIN_INPUTS)
-        bias_EOI = F.pad(to_local(self.bias).to(dtype)[..., None], (0, MIN_INPUTS - 1))
+        ones_RI = y_RO.new_ones(len(y_RO), GROUPED_WIDTH_MULTIPLE)
+        bias_EOI = F.pad(to_local(self.bias).to(dtype)[..., None], (0, GROUPED_WIDTH_MULTIPLE - 1))
         return y_RO + grouped_linear(ones_RI, bias_EOI, ends_E)
 
 
