@@ -134,12 +134,12 @@ class NativeEngine:
     def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
         for model_part in self.model_parts:
             model_part.train()
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        self.router_balancer.start_step(scale)
         if not self.activation_budget_applied:
             self._fit_activation_budget(batches[0], step)
-        scale = self.loss_scale.value if self.loss_scale else 1.0
         num_valid_tokens = num_valid_tokens.clamp(min=1) / scale
         self._num_microbatches = len(batches)
-        self.router_balancer.start_step(scale)
         if self.pipeline is None:
             losses = self._accumulate_in_sequence(batches, num_valid_tokens, step)
         else:

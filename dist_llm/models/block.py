@@ -70,7 +70,7 @@ class Block(nn.Module):
         repeat any side effect.
         """
         depth_scale_BS1 = context.depth_scale_BS1
-        router_stats: list[Tensor] = []
+        router_stats: Tensor | None = None
 
         def scale_output(out_BSD: Tensor) -> Tensor:
             out_BSD = self.dropout(out_BSD)
@@ -87,8 +87,8 @@ class Block(nn.Module):
         def feed_forward(x_BSD: Tensor) -> Tensor:
             if isinstance(self.feedforward, FeedForward):
                 return self.feedforward(x_BSD)
-            out_BSD, stats = self.feedforward(x_BSD, context.router_loss_scale)
-            router_stats.append(stats)
+            nonlocal router_stats
+            out_BSD, router_stats = self.feedforward(x_BSD, context.router_loss_scale)
             return out_BSD
 
         if self.config.parallel_residual != "off":
@@ -97,7 +97,7 @@ class Block(nn.Module):
             if self.norm_feedforward is not None:
                 feedforward_in_BSD = cast_to_autocast_dtype(self.norm_feedforward(x_BSD))
             x_BSD = x_BSD + scale_output(attend(normed_BSD)) + scale_output(feed_forward(feedforward_in_BSD))
-            return x_BSD, router_stats[0] if router_stats else None
+            return x_BSD, router_stats
 
         def apply_sublayer(
             x_BSD: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor], out_norm: nn.Module | None = None
@@ -114,4 +114,4 @@ class Block(nn.Module):
             x_BSD = apply_sublayer(x_BSD, self.norm_cross, lambda x: cross(x, memory_BTD, context))
         assert self.norm_feedforward is not None
         x_BSD = apply_sublayer(x_BSD, self.norm_feedforward, feed_forward, self.norm_feedforward_out)
-        return x_BSD, router_stats[0] if router_stats else None
+        return x_BSD, router_stats

@@ -142,8 +142,8 @@ class MoE(nn.Module):
         weights_per_expert = config.d_model * moe.d_expert * (3 if is_gated(config) else 2)
         return Cost(config.d_model * moe.n_experts + (moe.top_k + moe.n_shared_experts) * weights_per_expert)
 
-    def forward(self, x_BSD: Tensor, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, S, D] -> ([B, S, D], packed `RouterStats`).
+    def forward(self, x_BSD: Tensor, loss_scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> ([B, S, D], packed `RouterStats` or, in evaluation, None).
 
         `loss_scale` is the weight of the balance losses of one sequence in the loss of the step. Their gradients flow
         as if `loss_scale` times their sum were part of the loss. None: they are not part of the loss.
@@ -153,15 +153,18 @@ class MoE(nn.Module):
         scores_NE = logits_NE.softmax(-1) if self.moe.score == "softmax" else logits_NE.sigmoid()
         experts_NK = self.choose_experts(scores_NE.detach())
         weights_NK = self._compute_weights(scores_NE, experts_NK)
-        stats = self._compute_stats(logits_NE, scores_NE, experts_NK, num_sequences=len(x_BSD))
-        if loss_scale is not None:
+        is_chosen_NE = torch.zeros_like(scores_NE).scatter(1, experts_NK, 1.0)
+        stats = None
+        if self.training:
+            stats = self._compute_stats(logits_NE, scores_NE, is_chosen_NE, num_sequences=len(x_BSD))
+        if stats is not None and loss_scale is not None:
             balance_loss = self.moe.balance_loss * stats.balance + self.moe.router_z_loss * stats.z
             weights_NK = attach_loss(weights_NK, balance_loss * loss_scale)
-        y_ND = self._apply_experts(x_ND, experts_NK, weights_NK, stats.counts_E)
+        y_ND = self._apply_experts(x_ND, experts_NK, weights_NK, is_chosen_NE.sum(0))
         y_BSD = self.dispatcher.gather_tokens(y_ND, x_BSD)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
-        return y_BSD, stats.pack()
+        return y_BSD, None if stats is None else stats.pack()
 
     def choose_experts(self, scores_NE: Tensor) -> Tensor:
         """Return the indices of the chosen experts of each token, [N, K], in the order of their scores."""
@@ -185,9 +188,11 @@ class MoE(nn.Module):
         return weights_NK * self.moe.weight_scale
 
     def _compute_stats(
-        self, logits_NE: Tensor, scores_NE: Tensor, experts_NK: Tensor, num_sequences: int
+        self, logits_NE: Tensor, scores_NE: Tensor, is_chosen_NE: Tensor, num_sequences: int
     ) -> RouterStats:
         """Compute the sums of the balance losses of all sequences, over the tokens of this rank.
+
+        `is_chosen_NE` is 1 for the experts that a token has chosen.
 
         The balance loss of a sequence of T tokens is sum_e f_e P_e (DeepSeek-V3, equations 17-20): f_e is the number
         of choices of expert e, times E / (K T), and P_e the mean of its normalized scores. No gradient flows through
@@ -195,7 +200,6 @@ class MoE(nn.Module):
         """
         num_tokens, num_experts = scores_NE.shape
         sequence_ids_N = self.dispatcher.sequence_ids(num_tokens, num_sequences, scores_NE.device)
-        is_chosen_NE = torch.zeros_like(scores_NE).scatter(1, experts_NK, 1.0)
         sequence_tokens = num_tokens * self.dispatcher.num_sequence_shards / num_sequences
         if self.moe.balance_over == "previous_step":
             load_NE = self.previous_load.expand(num_tokens, -1)

@@ -103,7 +103,8 @@ def train(config: Config, world: World) -> int:
             layout = format_layout({axis: getattr(config.parallel, axis) for axis in AXES})
             layout += f", ep {config.parallel.ep}" if config.parallel.ep > 1 else ""
             log.info("ranks: %d (%s), engine: %s", world.world_size, layout, config.engine)
-            log.info("parameters: %s", format_parameter_counts(config.model))
+            if world.is_main:
+                log.info("parameters: %s", format_parameter_counts(config.model))
             planned_config = plan_learning_rate(config, verified)
             context = RunContext(planned_config, world, sources, vocabulary, store, engine, watchdog)
             stop_signal = context.run(verified or initial_weights)

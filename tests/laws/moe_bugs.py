@@ -122,9 +122,9 @@ def balance_losses_are_divided_by_the_number_of_valid_tokens() -> Iterator[Any]:
 @register_bug
 def the_load_is_that_of_a_microbatch() -> Iterator[Any]:
     def compute_stats_of_microbatch(
-        self: MoE, logits_NE: Tensor, scores_NE: Tensor, experts_NK: Tensor, num_sequences: int
+        self: MoE, logits_NE: Tensor, scores_NE: Tensor, is_chosen_NE: Tensor, num_sequences: int
     ) -> RouterStats:
-        stats = compute_stats(self, logits_NE, scores_NE, experts_NK, num_sequences=1)
+        stats = compute_stats(self, logits_NE, scores_NE, is_chosen_NE, num_sequences=1)
         return replace(stats, balance=stats.balance * num_sequences, z=stats.z * num_sequences)
 
     with patch.object(MoE, "_compute_stats", compute_stats_of_microbatch):
@@ -201,7 +201,7 @@ def the_selection_bias_is_part_of_the_weights() -> Iterator[Any]:
 def shared_experts_are_left_out() -> Iterator[Any]:
     forward = MoE.forward
 
-    def forward_without_shared_experts(self: MoE, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward_without_shared_experts(self: MoE, *args: Any) -> tuple[Tensor, Tensor | None]:
         shared, self.shared = self.shared, None
         try:
             return forward(self, *args)

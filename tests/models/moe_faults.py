@@ -24,7 +24,7 @@ def override_config(**changes: object) -> Any:
     """Plant a fault: the layer uses these values instead of those in its config."""
     forward = MoE.forward
 
-    def forward_with_changes(self: MoE, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_changes(self: MoE, *args: Tensor) -> tuple[Tensor, Tensor | None]:
         section, self.moe = self.moe, self.moe.model_copy(update=changes)
         try:
             return forward(self, *args)
