@@ -3,6 +3,8 @@
 The second implementation is `ReferenceMoE`.
 """
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -110,6 +112,16 @@ def assert_equals_the_reference(layer, name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_equals_the_reference(name, make_layer):
     assert_equals_the_reference(make_layer(name), name)
+
+
+def test_evaluation_computes_the_same_outputs_without_statistics(make_layer):
+    layer, x_BSD = make_layer("softmax, normalized"), draw_normal(1, B, S, D)
+    outputs_BSD, packed = layer(x_BSD)
+    assert packed is not None
+    with patch.object(MoE, "_compute_stats", side_effect=AssertionError("evaluation computed statistics")):
+        evaluated_BSD, evaluated_stats = layer.eval()(x_BSD)
+    torch.testing.assert_close(evaluated_BSD, outputs_BSD, rtol=0, atol=0)
+    assert evaluated_stats is None
 
 
 def test_without_a_loss_scale_the_balance_losses_have_no_gradient(make_layer):
