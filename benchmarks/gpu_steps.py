@@ -219,7 +219,7 @@ def check_checkpoint(context: CaseContext) -> dict[str, object]:
             return comparison.make_result()
         checkpoints.save(engine.state, Progress(step=2), {})
         checkpoints.finish()
-        checkpoint = checkpoints.latest_verified()
+        checkpoint = checkpoints.find_latest_verified()
         assert checkpoint is not None
         store.load_checkpoint(checkpoint, cpu_engine.state)
     state = engine.state.weights() | engine.state.moments()

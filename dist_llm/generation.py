@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import Config
 from dist_llm.convert.offload import load_offloaded
@@ -62,7 +62,7 @@ def load_model(
     if the checkpoint cannot generate text.
     """
     path = store.fetch_verified_checkpoint(checkpoint)
-    config = load_saved(path)
+    config = load_saved_config(path)
     if not (path / TOKENIZER_FILE).exists():
         raise DataError(
             f"{path}: has no tokenizer, so it cannot generate text; copy {TOKENIZER_FILE} of its corpus there"

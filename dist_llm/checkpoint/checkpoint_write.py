@@ -43,7 +43,7 @@ class CheckpointGroup:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def run_on_all_ranks(self, action: Callable[[], Result]) -> list[Result]:
+    def run_and_all_gather(self, action: Callable[[], Result]) -> list[Result]:
         """Run `action` on each rank and return the results by rank. If one rank raises, all raise the same error."""
         result, failure = None, None  # failure: (whether torch only reports the error of another rank, message)
         try:
@@ -132,14 +132,14 @@ class CheckpointWrite(threading.Thread):
         group, folder = self.group, self.folder
         writer = FolderWriter(folder, few_files=self.few_files)
         try:
-            group.run_on_all_ranks(lambda: self._create_folder() if group.is_main else None)
-            group.run_on_all_ranks(lambda: self._write_tensors(writer))
+            group.run_and_all_gather(lambda: self._create_folder() if group.is_main else None)
+            group.run_and_all_gather(lambda: self._write_tensors(writer))
             files = {
                 name: record
-                for records in group.run_on_all_ranks(lambda: writer.file_records)
+                for records in group.run_and_all_gather(lambda: writer.file_records)
                 for name, record in records.items()
             }
-            group.run_on_all_ranks(lambda: self._commit(files) if group.is_main else None)
+            group.run_and_all_gather(lambda: self._commit(files) if group.is_main else None)
         except Exception:
             if group.is_main and not self.committed:
                 with suppress(OSError):

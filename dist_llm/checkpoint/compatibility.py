@@ -18,7 +18,7 @@ from dist_llm.config.compare import (
     find_other_differences,
     find_resume_differences,
 )
-from dist_llm.config.load import parse_saved
+from dist_llm.config.load import parse_saved_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.upcycle import find_upcycling_problem
@@ -36,7 +36,7 @@ def read_config(folder: CheckpointFolder | Path) -> Config:
         text = CheckpointFolder(folder).read(name).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder}/{name}: is damaged: {error}; use another checkpoint") from None
-    return parse_saved(text, f"{folder}/{name}")
+    return parse_saved_config(text, f"{folder}/{name}")
 
 
 def compare_for_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:

@@ -54,7 +54,7 @@ NAME_PATTERN = re.compile(r"step_\d{8,}")
 class CheckpointStore:
     """The checkpoints in one directory, given by a path or a URL.
 
-    All ranks must call `latest_verified`, `save`, `poll` and `finish` together.
+    All ranks must call `find_latest_verified`, `save`, `poll` and `finish` together.
     """
 
     def __init__(self, directory: CheckpointFolder | Path | str, config: CheckpointConfig | None = None) -> None:
@@ -71,7 +71,7 @@ class CheckpointStore:
         """Return the directories with the name of a checkpoint. Other directories are never removed."""
         return [self.directory / name for name in self.directory.list_names() if NAME_PATTERN.fullmatch(name)]
 
-    def peek_latest(self) -> CheckpointFolder | None:
+    def find_latest_unverified(self) -> CheckpointFolder | None:
         """Return the latest checkpoint whose small files are undamaged; None if there is none. No communication."""
         for folder in reversed(self.list_committed()):
             with suppress(DamagedError):
@@ -79,16 +79,16 @@ class CheckpointStore:
                 return folder
         return None
 
-    def latest_verified(self) -> CheckpointFolder | None:
+    def find_latest_verified(self) -> CheckpointFolder | None:
         """Return the latest undamaged checkpoint; None if there is no checkpoint.
 
         The ranks share the work of hashing all files. Raises CheckpointError on all ranks if all checkpoints are
         damaged or a file cannot be read.
         """
         group = self._get_group()
-        committed = group.run_on_all_ranks(lambda: self.list_committed() if group.is_main else [])[0]
+        committed = group.run_and_all_gather(lambda: self.list_committed() if group.is_main else [])[0]
         for folder in reversed(committed):
-            problems = group.run_on_all_ranks(partial(_find_damage, folder, group.rank, group.world_size))
+            problems = group.run_and_all_gather(partial(_find_damage, folder, group.rank, group.world_size))
             if not (problem := next(filter(None, problems), "")):
                 return folder
             log.warning("%s; skipping it; an older checkpoint is used if there is one", problem)

@@ -88,7 +88,7 @@ class AccelerateEngine(DataParallelEngine):
         local_grads = [to_local(grad) for grad in grads]
         norm = gradient_clipping.compute_global_norm(local_grads).to(self.device)
         if any(map(is_sharded, grads)):
-            norm = self.all_reduce_over_data(norm.square()).sqrt()
+            norm = self.all_reduce_over_dp_and_cp(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()
             return norm

@@ -58,7 +58,7 @@ class Engine(Protocol):
         """Return the parameters on this rank, with their names in the full model."""
         ...
 
-    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
         """Return the sum of `value` over the ranks whose losses cover different tokens, on every rank."""
         ...
 

@@ -67,7 +67,7 @@ class DataParallelEngine:
         """The coordinates (pp, dp_replicate, dp_shard, cp) of this rank in the corresponding native mesh."""
         return 0, 0, dist.get_rank(), 0
 
-    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
         total = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
         dist.all_reduce(total)
         return total

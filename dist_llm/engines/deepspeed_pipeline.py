@@ -48,8 +48,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
     def coordinates(self) -> tuple[int, ...]:
         return dist.get_rank() // self.dp_rank_and_size[1], 0, self.dp_rank_and_size[0], 0
 
-    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
-        return super().all_reduce_over_data(value * self.is_last_stage)  # only the last stage has losses
+    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
+        return super().all_reduce_over_dp_and_cp(value * self.is_last_stage)  # only the last stage has losses
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
         """Build the pipeline stage of this rank."""

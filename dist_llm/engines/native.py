@@ -116,7 +116,7 @@ class NativeEngine:
             groups.append((self.mesh.get_group("tp"), replicas))
         return [(group, tensors) for group, tensors in groups if tensors]
 
-    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
         has_losses = self.pipeline is None or self.pipeline.has_last_stage
         if isinstance(value, Tensor):
             total = value * has_losses

@@ -114,8 +114,8 @@ def _score_corpus(
         batch = engine.to_local_batch(dp_batch)
         losses.append(engine.score(batch).sum())
         num_valid_tokens += batch.num_valid_tokens
-    loss_sum = float(engine.all_reduce_over_data(torch.stack(losses).double().sum()))
-    return loss_sum, int(engine.all_reduce_over_data(num_valid_tokens))
+    loss_sum = float(engine.all_reduce_over_dp_and_cp(torch.stack(losses).double().sum()))
+    return loss_sum, int(engine.all_reduce_over_dp_and_cp(num_valid_tokens))
 
 
 def iter_heldout_batches(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import compute_component_lengths
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     """
     path = store.fetch_verified_checkpoint(checkpoint, world.rank, world.world_size)
     is_trained = store.read_progress(CheckpointFolder(path)).tokens > 0  # else the model was imported
-    config, seq_len_origin = _resolve_seq_len(load_saved(path), options.seq_len, is_trained)
+    config, seq_len_origin = _resolve_seq_len(load_saved_config(path), options.seq_len, is_trained)
     corpus_origin = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
     corpora = _open_corpora(config, data, split, corpus_origin)
     _check_tokenizer(path, config, corpora.values(), corpus_origin)

@@ -56,7 +56,7 @@ def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple
     The gradients of the engine are cleared.
     """
     batches = [engine.to_local_batch(batch) for batch in batches]
-    num_valid_tokens = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
+    num_valid_tokens = engine.all_reduce_over_dp_and_cp(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, num_valid_tokens, step)
     gradients = {}
     for name, parameter in engine.named_parameters():

@@ -17,7 +17,7 @@ from dist_llm.checkpoint.compatibility import compare_for_init, compare_paramete
 from dist_llm.checkpoint.init_from import init_from_checkpoint
 from dist_llm.checkpoint.probe import PROBE_FILE, TOLERANCES, compare_probes, parse_probe
 from dist_llm.config.compare import PARAMETER_KEYS
-from dist_llm.config.load import parse_saved
+from dist_llm.config.load import parse_saved_config
 from dist_llm.config.schema import Config
 from dist_llm.config.upcycle import keeps_function
 from dist_llm.engines.base import Engine
@@ -128,7 +128,7 @@ class EarlierSteps:
                     losses[row["step"]] = loss
             if not losses:
                 return EarlierSteps({})
-            saved_config = parse_saved((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
+            saved_config = parse_saved_config((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
         except (OSError, UnicodeDecodeError, UserError) as error:
             log.info("the losses of repeated steps are not compared with the earlier ones: %s", error)
             return EarlierSteps({})

@@ -77,7 +77,7 @@ def train(config: Config, world: World) -> int:
     vocabulary = read_vocabulary(config, corpus_dir)
     run_dir = Path(config.run.dir)
     store = CheckpointStore(config.checkpoint.dir or run_dir / "checkpoints", config.checkpoint)
-    latest = store.peek_latest()
+    latest = store.find_latest_unverified()
     initial_weights: Path | None = None
     if latest is not None:
         compare_for_resume(latest, config)
@@ -94,7 +94,7 @@ def train(config: Config, world: World) -> int:
         watchdog = Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, even_if_single=config.engine != NATIVE_ENGINE):
             watchdog.register()
-            verified = store.latest_verified()
+            verified = store.find_latest_verified()
             if verified is not None:
                 log_harmless_differences(compare_for_resume(verified, config))  # `latest` may have been damaged
             if world.is_main:
@@ -211,7 +211,7 @@ class RunContext:
         self.watchdog.heartbeat("the rewind", LONG_ACTIVITY_TIMEOUT_FACTOR)
         trainer.loader.close()
         self.store.finish()
-        checkpoint = self.store.latest_verified()
+        checkpoint = self.store.find_latest_verified()
         assert checkpoint is not None, "the run has no checkpoint to rewind to, although it saves before its first step"
         progress, loader, guard_state = read_progress(checkpoint), trainer.loader, trainer.progress.guard
         num_steps = request.step - progress.step

@@ -48,15 +48,15 @@ def train_step(
     loss with label smoothing or z-loss.
     """
     batches = [engine.to_local_batch(batch) for batch in batches]
-    num_valid_tokens = engine.all_reduce_over_data(sum(batch.num_valid_tokens for batch in batches))
+    num_valid_tokens = engine.all_reduce_over_dp_and_cp(sum(batch.num_valid_tokens for batch in batches))
     losses = engine.accumulate(batches, num_valid_tokens, step)
     loss_and_tokens_by_source = None
     if num_sources > 1:
-        loss_and_tokens_by_source = engine.all_reduce_over_data(_sum_by_source(batches, losses, num_sources))
+        loss_and_tokens_by_source = engine.all_reduce_over_dp_and_cp(_sum_by_source(batches, losses, num_sources))
     loss_terms = _pop_loss_terms(engine, len(batches), losses)
     if with_loss_terms:
-        loss_terms = engine.all_reduce_over_data(loss_terms) / num_valid_tokens.clamp(min=1)
-    loss = engine.all_reduce_over_data(losses.sum())
+        loss_terms = engine.all_reduce_over_dp_and_cp(loss_terms) / num_valid_tokens.clamp(min=1)
+    loss = engine.all_reduce_over_dp_and_cp(losses.sum())
     norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
     return StepReport(
         loss,

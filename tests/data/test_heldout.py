@@ -106,7 +106,7 @@ class TargetSumEngine:
 
     dp_rank_and_size = (0, 1)
 
-    def all_reduce_over_data(self, value):
+    def all_reduce_over_dp_and_cp(self, value):
         return torch.as_tensor(value)
 
     def to_local_batch(self, batch):

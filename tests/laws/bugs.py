@@ -174,8 +174,8 @@ def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
     def skip_all_reduce(self: NativeEngine, value: Any) -> torch.Tensor:
         return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else original(self, value)
 
-    original = NativeEngine.all_reduce_over_data
-    with patch.object(NativeEngine, "all_reduce_over_data", skip_all_reduce):
+    original = NativeEngine.all_reduce_over_dp_and_cp
+    with patch.object(NativeEngine, "all_reduce_over_dp_and_cp", skip_all_reduce):
         yield
 
 
@@ -187,7 +187,7 @@ def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
         self: NativeEngine, batches: Any, num_valid_tokens: torch.Tensor, step: int
     ) -> torch.Tensor:
         losses = [
-            original(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
+            original(self, [batch], self.all_reduce_over_dp_and_cp(batch.num_valid_tokens) * len(batches), step)
             for batch in batches
         ]
         return torch.stack(losses).sum()

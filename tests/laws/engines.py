@@ -124,7 +124,7 @@ def run_steps(
             if step in (steps[0], steps[-1]):
                 trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = make_batches(config, engine, step=HELDOUT_STEP)
-        trace.heldout_loss = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
+        trace.heldout_loss = engine.all_reduce_over_dp_and_cp(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
             save_checkpoint(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return trace

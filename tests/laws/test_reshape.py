@@ -78,7 +78,7 @@ def run_steps(
     engine = NativeEngine(config, torch.device("cpu"))
     checkpoints = CheckpointStore(directory) if directory else None
     if checkpoints and steps.start:
-        newest = checkpoints.latest_verified()
+        newest = checkpoints.find_latest_verified()
         assert newest is not None
         initial_buffers = [(buffer, buffer.clone()) for _, buffer in engine.named_buffers()]
         store.load_checkpoint(newest, engine.state)
