@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.config.load import load_saved_config
 from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import Config
@@ -61,7 +62,7 @@ def load_model(
     The model is on `device` or, with `offload`, partly in host memory and on the disk. Raises DataError or ConfigError
     if the checkpoint cannot generate text.
     """
-    path = store.fetch_verified_checkpoint(checkpoint)
+    path = fetch_verified_checkpoint(checkpoint)
     config = load_saved_config(path)
     if not (path / TOKENIZER_FILE).exists():
         raise DataError(
@@ -77,7 +78,7 @@ def load_model(
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
-    store.load_checkpoint(path, TorchState(model), with_moments=False)
+    load_checkpoint(path, TorchState(model), with_moments=False)
     return model.eval(), Tokenizer.load(path), config
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.compatibility import read_config
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint, resolve_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import fetch_verified_checkpoint, resolve_checkpoint
 from dist_llm.commands.conversion import check_probe, console, read_probe, read_small_files, write_checkpoint
 from dist_llm.commands.convert_torch import flatten_weights
 from dist_llm.config.compare import find_function_differences

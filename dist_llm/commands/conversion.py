@@ -13,9 +13,9 @@ from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.load_checkpoint import PROGRESS_FILE
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE, Probe, compare_probes, parse_probe
-from dist_llm.checkpoint.store import PROGRESS_FILE
 from dist_llm.config.load import dump_config, parse_saved_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config

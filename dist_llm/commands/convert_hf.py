@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE
-from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
     build_checkpoint_files,
     check_probe,

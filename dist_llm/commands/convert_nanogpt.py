@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import read_progress
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
     build_checkpoint_files,
     check_probe,

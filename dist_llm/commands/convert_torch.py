@@ -7,9 +7,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE, parse_probe
-from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
     CONFIG_FILE,
     check_probe,

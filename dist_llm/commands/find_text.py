@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from dist_llm.checkpoint.store import checkpoints_of_run
+from dist_llm.checkpoint.find_checkpoint import checkpoints_of_run
 from dist_llm.commands.run_data import console, open_run
 from dist_llm.data.corpus import Corpus, DocumentLocation
 from dist_llm.data.data_history import DataHistory, Segment, open_segment

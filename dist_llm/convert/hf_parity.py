@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.config.load import load_saved_config
 from dist_llm.convert.hf_moe_codecs import get_moe
 from dist_llm.errors import CheckpointError
@@ -33,7 +33,7 @@ def compare_logits(checkpoint: Path, hf_folder: Path, dtype: torch.dtype = torch
         raise CheckpointError("--check needs `transformers`: pip install transformers") from None
     config = load_saved_config(checkpoint)
     native_model = build_model(config.model).eval()
-    store.load_checkpoint(checkpoint, TorchState(native_model), with_moments=False)
+    load_checkpoint(checkpoint, TorchState(native_model), with_moments=False)
     native_model.to(dtype).float()
     hf_classes = {"encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
     hf_class = getattr(transformers, hf_classes.get(config.model.architecture, "AutoModelForCausalLM"))

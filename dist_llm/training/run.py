@@ -19,7 +19,9 @@ import torch
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.checkpoint.compatibility import compare_for_init, compare_for_resume, log_harmless_differences
-from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, fetch_verified_checkpoint, read_progress
+from dist_llm.checkpoint.find_checkpoint import checkpoints_of_run, fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import read_progress
+from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.engine_names import NATIVE_ENGINE
 from dist_llm.config.load import dump_config

@@ -36,7 +36,7 @@ def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[s
     Return (the merged section, violations).
     """
     from dist_llm.checkpoint.compatibility import read_config  # imports torch, so only if needed
-    from dist_llm.checkpoint.store import resolve_checkpoint
+    from dist_llm.checkpoint.find_checkpoint import resolve_checkpoint
 
     checkpoint, own_keys = section[MODEL_FROM], {name: value for name, value in section.items() if name != MODEL_FROM}
     # After an error, a placeholder model lets `read_config` check the other sections.

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
 from dist_llm.checkpoint.manifest import MANIFEST_FILE, MARKER_FILE, read_manifest, verify_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
@@ -82,7 +82,7 @@ def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path:
         file.write_bytes(content)
         assert CheckpointStore(copy).find_latest_verified() == CheckpointFolder(copy / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.fetch_verified_checkpoint(copy / "step_00000002")
+            fetch_verified_checkpoint(copy / "step_00000002")
 
 
 def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_damaged_later_checkpoint_does_not_replace_a_new_one(two_copies: Path,
     save_checkpoint(checkpoints, build_engine(), Progress(3), FILES)
     assert checkpoints.find_latest_verified() == CheckpointFolder(two_copies / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
-        store.fetch_verified_checkpoint(make_run(two_copies, tmp_path))
+        fetch_verified_checkpoint(make_run(two_copies, tmp_path))
 
 
 def make_run(checkpoints: Path, directory: Path) -> Path:

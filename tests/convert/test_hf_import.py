@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import TorchState
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.checkpoint.manifest import verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.compare import get_function_keys
@@ -404,7 +404,7 @@ def load_native_model(path: Path) -> tuple[Any, Config]:
     assert not violations
     assert config is not None
     model = build_model(config.model).eval()
-    store.load_checkpoint(path, TorchState(model), with_moments=False)
+    load_checkpoint(path, TorchState(model), with_moments=False)
     return model, config
 
 

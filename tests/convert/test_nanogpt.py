@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.config.load import load_saved_config
 from dist_llm.convert.nanogpt import build_nanogpt
 from dist_llm.convert.weights import load_torch
@@ -172,7 +172,7 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
 
     config = load_saved_config(tmp_path / "native")
     native = build_model(config.model).eval()
-    store.load_checkpoint(tmp_path / "native", TorchState(native), with_moments=False)
+    load_checkpoint(tmp_path / "native", TorchState(native), with_moments=False)
     ids = torch.randint(257, (3, 16))
     with torch.no_grad():
         torch.testing.assert_close(native(ids), nanogpt_model(ids), rtol=1e-5, atol=1e-5)

@@ -10,10 +10,10 @@ import torch
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import read_config
+from dist_llm.checkpoint.load_checkpoint import read_progress
 from dist_llm.checkpoint.manifest import read_manifest, verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import parse_probe
-from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
 from dist_llm.convert import hf_import
