@@ -144,7 +144,13 @@ def iter_heldout_batches(
         else:
             valid_ids = np.where(is_window, window_ids, 0)  # window 0 fills the rest; its targets are ignored below
             starts, with_documents = valid_ids * lengths.stride_tokens, objective.layout.has_document_mask
-            windows = read_windows(corpus, starts, lengths.window_tokens, setup.score_prompts, with_documents)
+            windows = read_windows(
+                corpus,
+                starts,
+                lengths.window_tokens,
+                score_prompts=setup.score_prompts,
+                document_mask=with_documents,
+            )
             batch = objective(windows, valid_ids, [component_index] * len(valid_ids))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE_INDEX)
             yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))

@@ -266,7 +266,14 @@ def _build_history(
     skipped_ranges = (guard_state or progress.guard).skipped_ranges
     segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *skipped_ranges))})
     may_change = config.data.on_change == "new_segment"
-    return extend_history(saved_history, segment, progress.step, progress.samples, progress.tokens, may_change)
+    return extend_history(
+        saved_history,
+        segment,
+        step=progress.step,
+        samples=progress.samples,
+        tokens=progress.tokens,
+        new_segment=may_change,
+    )
 
 
 def build_run_files(config: Config, corpus_dir: Path, start: CheckpointFolder | Path | None = None) -> dict[str, bytes]:
