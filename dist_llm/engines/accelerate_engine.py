@@ -79,7 +79,7 @@ class AccelerateEngine(DataParallelEngine):
             with nullcontext() if is_last else self.accelerator.no_sync(self.prepared):
                 self.seed_dropout(step, index)
                 losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
-                self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size[1])
+                self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size.size)
             losses.append(losses_B.detach())
         return torch.cat(losses)
 

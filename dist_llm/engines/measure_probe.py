@@ -37,10 +37,11 @@ def measure_probe(engine: Engine, config: Config) -> Probe:
         if config.engine == "native" and parallel.pp == parallel.tp == parallel.cp == 1:
             logits = _probe_logits(engine, batch)
     precision = "fp8" if config.fp8 else config.precision
-    return Probe(loss_sum / (count_probe_tokens(model) * engine.dp_rank_and_size[1]), logits, precision)
+    return Probe(loss_sum / (count_probe_tokens(model) * engine.dp_rank_and_size.size), logits, precision)
 
 
 def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
+    """Return the logits of the probe: a few ids at the last position of the first row."""
     (model,) = engine.model_parts
     batch = batch.to(engine.device)
     arguments = {**batch.forward_arguments(), "targets_BS": None}

@@ -12,6 +12,7 @@ from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
+from dist_llm.engines.base import DataParallelRank
 from dist_llm.engines.gradient_norm import compute_grad_norm
 from dist_llm.engines.optimizer_step import clip_and_unscale_, step_and_zero_grad
 from dist_llm.engines.router_balance import RouterBalancer, count_experts
@@ -76,10 +77,10 @@ class NativeEngine:
         return build_optimizer(config, self.named_parameters(), specs, to_local, local_with_offset, orthogonalize_fn)
 
     @property
-    def dp_rank_and_size(self) -> tuple[int, int]:
+    def dp_rank_and_size(self) -> DataParallelRank:
         parallel = self.config.parallel
         rank = coordinate(self.mesh, "dp_replicate") * parallel.dp_shard + coordinate(self.mesh, "dp_shard")
-        return rank, parallel.dp_replicate * parallel.dp_shard
+        return DataParallelRank(rank, parallel.dp_replicate * parallel.dp_shard)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank, the shards, with their names in the full model.
