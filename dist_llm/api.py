@@ -20,7 +20,7 @@ from dist_llm.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from dist_llm.config.schema import Config
-    from dist_llm.data.shard import Manifest, Split
+    from dist_llm.data.shard import CorpusManifest, Split
     from dist_llm.generation import LoadedModel
     from dist_llm.training.evaluate import Evaluation
 
@@ -29,7 +29,7 @@ __all__ = ["UserError", "evaluate", "generate", "load_model", "prepare", "read_c
 
 def prepare(
     source: str | Path | Sequence[str | Path], out: str | Path, tokenizer: str | Path, **options: Any
-) -> Manifest:
+) -> CorpusManifest:
     """Tokenize raw text into the corpus `out` and return its manifest.
 
     `options` are the fields of `dist_llm.text.options.PrepareOptions`; the options of `dist-llm prepare` have the same

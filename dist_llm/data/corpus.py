@@ -19,7 +19,7 @@ from dist_llm.config.data_sections import CACHE, DataConfig
 from dist_llm.data.mapped_shard import MappedShard, Tokens, convert_read_errors
 from dist_llm.data.mirror import fetch_offsets, fetch_shard, localize_corpus
 from dist_llm.data.order import Ints
-from dist_llm.data.shard import Manifest, Split
+from dist_llm.data.shard import CorpusManifest, Split
 from dist_llm.errors import DataError
 from dist_llm.io.urls import is_remote
 
@@ -48,7 +48,7 @@ class Corpus:
 
     def __init__(self, directory: Path, split: Split = "train", verify: str = "size", cache: str = CACHE) -> None:
         self.directory, self.split, self.cache = directory, split, cache
-        self.manifest = Manifest.load(directory)
+        self.manifest = CorpusManifest.load(directory)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = self.manifest.shards[split]
         # For each shard, the position in the corpus after its last token.
