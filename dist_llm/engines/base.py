@@ -58,7 +58,7 @@ class Engine(Protocol):
         """Return the parameters on this rank, with their names in the full model."""
         ...
 
-    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_data(self, value: Tensor | float) -> Tensor:
         """Return the sum of `value` over the ranks whose losses cover different tokens, on every rank."""
         ...
 
@@ -73,10 +73,10 @@ class Engine(Protocol):
         """
         ...
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
-        """Accumulate the gradient of sum(losses) / num_valid_tokens over the microbatches.
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
+        """Accumulate the gradient of sum(losses) / denominator over the microbatches. The denominator is above 0.
 
-        Return the losses of this rank / num_valid_tokens per sequence, [B], detached. Gradients must be clear before
+        Return the losses of this rank / denominator per sequence, [B], detached. Gradients must be clear before
         the call. `step` seeds dropout.
         """
         ...

@@ -31,6 +31,7 @@ from dist_llm.parallel.mesh import (
     all_reduce_over_axes_,
     build_expert_mesh,
     build_mesh,
+    number_to_tensor,
 )
 from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.parallel.pipeline_parallel import Pipeline
@@ -116,13 +117,9 @@ class NativeEngine:
             groups.append((self.mesh.get_group("tp"), replicas))
         return [(group, tensors) for group, tensors in groups if tensors]
 
-    def all_reduce_over_data(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_data(self, value: Tensor | float) -> Tensor:
         has_losses = self.pipeline is None or self.pipeline.has_last_stage
-        if isinstance(value, Tensor):
-            total = value * has_losses
-        else:
-            # torch.full fills on the device. A copy of a host tensor would synchronize.
-            total = torch.full((), value * has_losses, device=self.device)
+        total = (value if isinstance(value, Tensor) else number_to_tensor(value, self.device)) * has_losses
         return total if self.mesh is None else all_reduce_over_axes_(total, self.mesh, ("pp", *DATA_AXES))
 
     def all_gather_ints(self, value: int) -> list[int]:
@@ -131,21 +128,21 @@ class NativeEngine:
     def to_local_batch(self, batch: Batch) -> Batch:
         return shard_sequences(batch, coordinate(self.mesh, "cp"), self.config.parallel.cp).to(self.device)
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         for model_part in self.model_parts:
             model_part.train()
         scale = self.loss_scale.value if self.loss_scale else 1.0
         self.router_balancer.start_step(scale)
         if not self.activation_budget_applied:
             self._fit_activation_budget(batches[0], step)
-        num_valid_tokens = num_valid_tokens.clamp(min=1) / scale
+        denominator = denominator / scale
         self._num_microbatches = len(batches)
         if self.pipeline is None:
-            losses = self._accumulate_in_sequence(batches, num_valid_tokens, step)
+            losses = self._accumulate_in_sequence(batches, denominator, step)
         else:
             self._seed_dropout(step, 0)
             with self._autocast():
-                losses = self.pipeline.accumulate(batches, num_valid_tokens)
+                losses = self.pipeline.accumulate(batches, denominator)
         if self.mesh is not None and self.mesh["tp"].size() > 1:
             for model_part in self.model_parts:
                 all_reduce_replicated_grads(model_part, self.mesh["tp"], self.device)
@@ -172,7 +169,7 @@ class NativeEngine:
             fit_activation_budget(self.model_parts, forward, peak_in_flight, self.mesh, gib, selective)
         self.activation_budget_applied = True
 
-    def _accumulate_in_sequence(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+    def _accumulate_in_sequence(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         """Run forward and backward of one microbatch after the other.
 
         `prepare_microbatch` sets whether the gradients of a microbatch are reduced.
@@ -183,7 +180,7 @@ class NativeEngine:
             prepare_microbatch(model, is_last=index == len(batches) - 1, parallel=self.config.parallel)
             self._seed_dropout(step, index)
             with self._autocast():
-                losses_B = self._forward(batch) / num_valid_tokens
+                losses_B = self._forward(batch) / denominator
             losses_B.sum().backward()
             losses.append(losses_B.detach())
             del losses_B  # frees the graph before the next forward

@@ -74,6 +74,14 @@ def all_reduce_over_axes_(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) 
     return value
 
 
+def number_to_tensor(number: float, device: torch.device) -> Tensor:
+    """Return a number as a tensor, [], in int64 or fp64.
+
+    torch.full fills on the device. A copy of a host tensor would synchronize.
+    """
+    return torch.full((), number, dtype=torch.int64 if isinstance(number, int) else torch.float64, device=device)
+
+
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Concatenate the tensors [n, ...] of the p ranks of a group to [n p, ...], on all ranks of the group."""
     tensor = tensor.contiguous()

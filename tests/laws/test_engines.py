@@ -276,7 +276,7 @@ def test_a_step_that_is_not_finite_is_skipped(engine: str) -> None:
     )
     for steps in by_rank:
         assert not math.isfinite(steps.grad_norms.pop(1))
-        del steps.losses[1], steps.num_valid_tokens[1]
+        del steps.losses[1], steps.loss_denominators[1]
     weights = [
         {
             name.removeprefix("model."): shards[0][1]
@@ -288,7 +288,7 @@ def test_a_step_that_is_not_finite_is_skipped(engine: str) -> None:
     # Engines do not expose gradients, so the weights fill that field in both traces.
     expected_trace = Trace(
         losses=expected.losses,
-        num_valid_tokens=expected.num_valid_tokens,
+        loss_denominators=expected.loss_denominators,
         grad_norms=expected.grad_norms,
         gradients=weights,
         parameters=weights,
