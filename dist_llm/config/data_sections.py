@@ -12,6 +12,7 @@ from dist_llm.config.section import (
     NonNegative,
     Positive,
     PositiveFloat,
+    RenamedKey,
     Section,
     key,
 )
@@ -40,7 +41,7 @@ class StageConfig(Section):
 class UnresolvedDataConfig(Section):
     """The keys of `data` as a user writes them."""
 
-    RENAMED_KEYS: ClassVar = {"score_prompts": ("prompt_loss_weight", lambda value: float(value is True))}
+    RENAMED_KEYS: ClassVar = {"score_prompts": RenamedKey("prompt_loss_weight", bool, float)}
 
     path: str = key(
         "corpus directory made by `dist-llm prepare` or `dist-llm adopt`, or its URL; empty: use sources", ""

@@ -7,7 +7,7 @@ no effect.
 
 from collections.abc import Callable, Iterator, Mapping
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
@@ -54,13 +54,20 @@ def key(description: str, default: Any = ...) -> Any:
     return Field(default, description=description)
 
 
+class RenamedKey(NamedTuple):
+    """The new name of a key, the type of its values under the old name, and the function from old to new values."""
+
+    name: str
+    old_type: type
+    convert: Callable[[Any], Any]
+
+
 class Section(BaseModel):
     """Base of all sections: frozen and strict; refuses unknown keys, inf and nan."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    # Keys of earlier versions: {old name: (new name, function from the old value to the new)}.
-    RENAMED_KEYS: ClassVar[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {}
+    RENAMED_KEYS: ClassVar[Mapping[str, "RenamedKey"]] = {}  # by the name in earlier versions
 
 
 def select_by_name(default: str) -> Discriminator:
@@ -121,12 +128,22 @@ def update_outdated_keys(section: type[BaseModel], raw: Any) -> Any:
 
 
 def _rename_keys(section: type[BaseModel], raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rename the keys of earlier versions. An old key next to the new one stays, and is refused as unknown."""
-    renamed = dict(raw)
-    for old_name, (new_name, convert) in getattr(section, "RENAMED_KEYS", {}).items():
-        if old_name in raw and new_name not in raw:
-            renamed[new_name] = convert(renamed.pop(old_name))
-    return renamed
+    """Rename the keys of earlier versions and convert their values."""
+    new_raw = dict(raw)
+    for old_name, renamed_key in _find_renamed_keys(section, raw):
+        new_raw[renamed_key.name] = renamed_key.convert(new_raw.pop(old_name))
+    return new_raw
+
+
+def _find_renamed_keys(section: type[BaseModel], raw: Any) -> Iterator[tuple[str, RenamedKey]]:
+    """Yield (old name, renamed key) for the keys of earlier versions in a raw section.
+
+    An old key next to the new one, or with a value of another type, is left out: it is refused as an unknown key.
+    """
+    if isinstance(raw, Mapping) and issubclass(section, Section):
+        for old_name, renamed_key in section.RENAMED_KEYS.items():
+            if isinstance(raw.get(old_name), renamed_key.old_type) and renamed_key.name not in raw:
+                yield old_name, renamed_key
 
 
 def _drop_in_value(annotation: Any, raw: Any) -> Any:
@@ -157,12 +174,11 @@ def _is_default(section: type[Section], name: str, value: Any) -> bool:
 
 def list_outdated_keys(section: type[BaseModel], raw: Any, prefix: str = "") -> Iterator[str]:
     """Yield a message for each renamed key, and each 0 or -1 that version 0.1.0 used instead of null or off."""
-    for old_name, (new_name, convert) in getattr(section, "RENAMED_KEYS", {}).items():
-        if isinstance(raw, Mapping) and old_name in raw and new_name not in raw:
-            yield (
-                f"{prefix}{old_name}: the key is still accepted, but a later version will refuse it; write "
-                f"{new_name}: {convert(raw[old_name])}"
-            )
+    for old_name, renamed_key in _find_renamed_keys(section, raw):
+        yield (
+            f"{prefix}{old_name}: the key is still accepted, but a later version will refuse it; write "
+            f"{renamed_key.name}: {renamed_key.convert(raw[old_name])}"
+        )
     for name, value in raw.items() if isinstance(raw, Mapping) else ():
         field, key_name = section.model_fields.get(name), f"{prefix}{name}"
         if field is None:
