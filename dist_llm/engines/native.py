@@ -26,12 +26,16 @@ from dist_llm.parallel.context_parallel import shard_sequences
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalizer
 from dist_llm.parallel.fsdp import prepare_microbatch, reshard
 from dist_llm.parallel.mesh import (
-    DATA_AXES,
+    BATCH_AXES,
+    LOSS_AXES,
+    STAGE_AXES,
+    TOKEN_AXES,
     all_gather_ints,
     all_reduce_over_axes_,
     build_expert_mesh,
     build_mesh,
     number_to_tensor,
+    rank_and_size,
 )
 from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.parallel.pipeline_parallel import Pipeline
@@ -64,7 +68,7 @@ class NativeEngine:
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.optimizer = self._build_optimizer()
         # Dropout must be equal on tensor-parallel ranks whose activations are equal, and must differ otherwise.
-        axes = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
+        axes = ("pp", *(STAGE_AXES if config.parallel.sequence_parallel else TOKEN_AXES))
         self.dropout_coordinates = tuple(coordinate(self.mesh, axis) for axis in axes)
 
     def _build_optimizer(self) -> optim.Optimizer:
@@ -78,9 +82,7 @@ class NativeEngine:
 
     @property
     def dp_rank_and_size(self) -> tuple[int, int]:
-        parallel = self.config.parallel
-        rank = coordinate(self.mesh, "dp_replicate") * parallel.dp_shard + coordinate(self.mesh, "dp_shard")
-        return rank, parallel.dp_replicate * parallel.dp_shard
+        return rank_and_size(self.mesh, BATCH_AXES)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank, the shards, with their names in the full model.
@@ -120,7 +122,7 @@ class NativeEngine:
     def all_reduce_over_data(self, value: Tensor | float) -> Tensor:
         has_losses = self.pipeline is None or self.pipeline.has_last_stage
         total = (value if isinstance(value, Tensor) else number_to_tensor(value, self.device)) * has_losses
-        return total if self.mesh is None else all_reduce_over_axes_(total, self.mesh, ("pp", *DATA_AXES))
+        return total if self.mesh is None else all_reduce_over_axes_(total, self.mesh, LOSS_AXES)
 
     def all_gather_ints(self, value: int) -> list[int]:
         return [value] if self.mesh is None else all_gather_ints(value, self.device)
