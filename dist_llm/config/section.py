@@ -5,7 +5,7 @@ of a union is a member, and its `name` is its tag. A key of an unselected member
 no effect.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
@@ -70,13 +70,18 @@ class Section(BaseModel):
     RENAMED_KEYS: ClassVar[Mapping[str, "RenamedKey"]] = {}  # by the name in earlier versions
 
 
-def select_by_name(default: str) -> Discriminator:
-    """Return the discriminator of a union: the key `name`, else `default`; `mixture` if that key is set."""
+def select_by_name(default: str, known_names: Sequence[str] = (), other_tag: str | None = None) -> Discriminator:
+    """Return the discriminator of a union: the key `name`, else `default`; `mixture` if that key is set.
+
+    With `other_tag`, that member has all names that are not in `known_names`.
+    """
 
     def select(value: Any) -> str:
         if isinstance(value, Mapping):
-            return _tag_of(value, default)
-        return str(getattr(value, "name", MIXTURE if hasattr(value, MIXTURE) else default))
+            tag = _tag_of(value, default)
+        else:
+            tag = str(getattr(value, "name", MIXTURE if hasattr(value, MIXTURE) else default))
+        return tag if other_tag is None or tag in known_names else other_tag
 
     return Discriminator(select)
 

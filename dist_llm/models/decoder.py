@@ -249,7 +249,7 @@ class Decoder(nn.Module):
     def _iter_blocks(self) -> Iterator[tuple[int, Block]]:
         return ((int(name), cast(Block, block)) for name, block in self.blocks.items())
 
-    def _apply_head(self, x_BSD: Tensor, targets_BS: Tensor | None, loss_weights_BS: Tensor | None) -> Tensor:
+    def _apply_head(self, x_BSD: Tensor, targets_BS: Tensor | None, loss_weights_BS: Tensor | None = None) -> Tensor:
         assert self.head is not None
         tied_VD = self.embed.tokens.weight if self.embed is not None and self.config.tie_embeddings else None
         return self.head(x_BSD, tied_VD, targets_BS, loss_weights_BS)
