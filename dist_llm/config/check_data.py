@@ -32,6 +32,13 @@ def check_data(config: UnresolvedConfig) -> Iterator[Violation]:
             )
     if any(after[0] < before[1] for before, after in pairwise(data.skip)):
         yield Violation(("data.skip",), "ranges must ascend and not overlap")
+    noncausal_objectives = {spec.name for spec in config.objective.components} - {"causal"}
+    if 0 < data.prompt_loss_weight < 1 and noncausal_objectives:
+        yield Violation(
+            ("data.prompt_loss_weight", "objective.name"),
+            f"{' and '.join(sorted(noncausal_objectives))} cannot weight the losses of prompts; set "
+            "prompt_loss_weight to 0 or 1, or the objective to causal",
+        )
     fixed_length_objectives = {spec.name for spec in config.objective.components} - set(ANY_LENGTH_OBJECTIVES)
     if data.windows != "stream" and fixed_length_objectives:
         yield Violation(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dist_llm.config.derive import resolve_d_ff
-from dist_llm.config.feedforward_sections import MoEConfig
+from dist_llm.config.feedforward_sections import MoEConfig, RegisteredConfig
 from dist_llm.config.load import Violation
 from dist_llm.config.schema import UnresolvedConfig
 
@@ -26,6 +26,11 @@ def check_fp8_sizes(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations for weight matrices of a block whose shards the float8 kernels do not support."""
     model, tp = config.model, config.parallel.tp
     if not config.fp8 or isinstance(model.feedforward, MoEConfig):  # check_moe refuses experts in float8
+        return
+    if isinstance(model.feedforward, RegisteredConfig):
+        yield Violation(
+            ("fp8", "model.feedforward.name"), "true with a feed-forward layer of another package; set fp8 to false"
+        )
         return
     head_dim = model.head_dim or model.d_model // model.n_heads
     dimensions: tuple[tuple[tuple[str, ...], int, int], ...] = (  # (keys, full size, number of shards)

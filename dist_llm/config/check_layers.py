@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dist_llm.config.derive import count_rotated_dims, format_divisors, iter_layer_models, resolve_d_ff
-from dist_llm.config.feedforward_sections import MoEConfig
+from dist_llm.config.feedforward_sections import DenseConfig, MoEConfig
 from dist_llm.config.load import Violation
-from dist_llm.config.mixer_names import check_mixer, check_mixer_layout
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, UnresolvedModelConfig
+from dist_llm.config.registered_layers import check_registered_layers, check_registered_layout
 from dist_llm.config.rope_sections import DynamicScaling, Llama3Scaling, LongropeScaling
 from dist_llm.config.schema import UnresolvedConfig
 
@@ -88,7 +88,7 @@ def _key_of_kind(model: UnresolvedModelConfig, kind: str | None, key: str) -> st
 def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of the heads, the rotation and the window of a layer."""
     model = config.model
-    yield from check_mixer(model)
+    yield from check_registered_layers(model)
     if model.mixer != ATTENTION:
         return
     if not model.head_dim and model.d_model % model.n_heads:
@@ -112,13 +112,13 @@ def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
 
 
 def check_layer_layout(config: UnresolvedConfig) -> Iterator[Violation]:
-    """Yield violations of the sizes of a layer that are sharded over tp, and of its mixer under the layout."""
+    """Yield violations of the sizes of a layer that are sharded over tp, and of registered classes under the layout."""
     model, tp = config.model, config.parallel.tp
     sizes: list[tuple[tuple[str, ...], str, int]] = []
     moe = model.feedforward
-    if not isinstance(moe, MoEConfig):
+    if isinstance(moe, DenseConfig):
         sizes.append((("model.d_ff", "model.d_model"), "hidden units", resolve_d_ff(model)))
-    elif moe.n_shared_experts:
+    elif isinstance(moe, MoEConfig) and moe.n_shared_experts:
         keys_of_size = ("model.feedforward.d_expert", "model.feedforward.n_shared_experts")
         sizes.append((keys_of_size, "hidden units of shared experts", moe.d_expert * moe.n_shared_experts))
     if model.mixer == ATTENTION:
@@ -130,7 +130,7 @@ def check_layer_layout(config: UnresolvedConfig) -> Iterator[Violation]:
     for keys, description, size in sizes:
         if size % tp:
             yield indivisible_by_tp(keys, description, size, tp)
-    yield from check_mixer_layout(model, tp, config.parallel.cp)
+    yield from check_registered_layout(model, tp, config.parallel.cp)
 
 
 def indivisible_by_tp(keys: tuple[str, ...], description: str, size: int, tp: int) -> Violation:

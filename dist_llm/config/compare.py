@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
-from dist_llm.config.feedforward_sections import MoEConfig
+from dist_llm.config.feedforward_sections import DenseConfig, MoEConfig
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
@@ -169,8 +169,9 @@ def _get_layer_keys(layer: ModelConfig) -> dict[str, Any]:
         fields[name] = layer.bias or fields[name]
     if layer.mixer != ATTENTION:
         fields |= dict.fromkeys(ATTENTION_KEYS)
-    if isinstance(layer.feedforward, MoEConfig):
+    if not isinstance(layer.feedforward, DenseConfig):
         fields["d_ff"] = None
+    if isinstance(layer.feedforward, MoEConfig):
         fields["feedforward"] = layer.feedforward.model_dump(exclude=set(MOE_TRAINING_KEYS))
     return fields
 

@@ -1,6 +1,6 @@
 """The config section `data`, as a user writes it and with derived sizes, and the entries of its lists."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from dist_llm.config.section import (
     NonNegative,
     Positive,
     PositiveFloat,
+    RenamedKey,
     Section,
     key,
 )
@@ -40,6 +41,8 @@ class StageConfig(Section):
 class UnresolvedDataConfig(Section):
     """The keys of `data` as a user writes them."""
 
+    RENAMED_KEYS: ClassVar = {"score_prompts": RenamedKey("prompt_loss_weight", bool, float)}
+
     path: str = key(
         "corpus directory made by `dist-llm prepare` or `dist-llm adopt`, or its URL; empty: use sources", ""
     )
@@ -63,8 +66,10 @@ class UnresolvedDataConfig(Section):
         "per window, each masked from the others",
         "stream",
     )
-    score_prompts: bool = key(
-        "also compute the loss on prompts, in a corpus that was prepared with --prompt-key", False
+    prompt_loss_weight: Annotated[float, Field(ge=0.0, le=1.0)] = key(
+        "weight of the losses of prompt tokens, in a corpus that was prepared with --prompt-key; 0: no loss, 1: as all "
+        "other tokens",
+        0.0,
     )
     document_mask: bool = key("restrict attention to tokens of the same document; positions restart in each", False)
     verify: Literal["size", "hash"] = key(

@@ -1,8 +1,8 @@
 """The config section `model.feedforward`: the kind of the feed-forward layer."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag
+from pydantic import ConfigDict, Field, Tag
 
 from dist_llm.config.section import (
     Count,
@@ -61,6 +61,21 @@ class MoEConfig(Section):
     selection_bias_rate: NonNegative = key("change of the selection bias per optimizer step", 0.001)
 
 
+class RegisteredConfig(Section):
+    """A feed-forward layer that an installed package registers. It has the further keys `Options` of its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = key("name under which the package registers the layer")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys, before they are parsed."""
+        return self.model_extra or {}
+
+
+BUILT_IN_FEEDFORWARDS = ("dense", "moe")
 FeedForwardConfig = Annotated[
-    Annotated[DenseConfig, Tag("dense")] | Annotated[MoEConfig, Tag("moe")], select_by_name("dense")
+    Annotated[DenseConfig, Tag("dense")] | Annotated[MoEConfig, Tag("moe")] | Annotated[RegisteredConfig, Tag("NAME")],
+    select_by_name("dense", known_names=BUILT_IN_FEEDFORWARDS, other_tag="NAME"),
 ]

@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from dist_llm.config.describe import MODEL_FROM, describe_keys, type_name
 from dist_llm.config.key_suggestions import suggest_keys
 from dist_llm.config.schema import Config, UnresolvedConfig
-from dist_llm.config.section import MIXTURE, drop_unused_defaults, find_tags_with_key, list_outdated_values, strip_tags
+from dist_llm.config.section import MIXTURE, find_tags_with_key, list_outdated_keys, strip_tags, update_outdated_keys
 from dist_llm.config.shipped import find_config
 from dist_llm.config.yaml_parser import parse_yaml
 from dist_llm.errors import CheckpointError, ConfigError
@@ -63,7 +63,7 @@ def load_config(
     `read_model` takes (model section, init_allow), where the section has `from: CHECKPOINT`. It returns (the section
     merged onto the model section of the checkpoint, violations).
 
-    With `log_outdated`, a 0 or -1 of version 0.1.0 that is null or off now is logged.
+    With `log_outdated`, renamed keys are logged, and each 0 or -1 of version 0.1.0 that is null or off now.
     """
     raw = {}
     if isinstance(source, Path):
@@ -72,7 +72,7 @@ def load_config(
         raw = _add_base(deepcopy(dict(source)), Path(), "the config", ())
     for override in overrides:
         _apply_override(raw, override)
-    for message in list_outdated_values(UnresolvedConfig, raw) if log_outdated else ():
+    for message in list_outdated_keys(UnresolvedConfig, raw) if log_outdated else ():
         log.warning(message)
     violations: list[Violation] = []
     if isinstance(model := raw.get("model"), dict) and MODEL_FROM in model:
@@ -92,7 +92,7 @@ def _drop_model_from(model: dict[str, Any], allowed_keys: object) -> tuple[dict[
 
 def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[UnresolvedConfig | None, list[Violation]]:
     """Return the config with the valid keys of `raw`, and `violations` followed by the violations of invalid keys."""
-    raw = drop_unused_defaults(UnresolvedConfig, raw)
+    raw = update_outdated_keys(UnresolvedConfig, raw)
     while True:
         try:
             return UnresolvedConfig.model_validate(raw), violations
@@ -114,7 +114,7 @@ def load_saved_config(directory: Path) -> Config:
     raw = _read(path, ())
     raise_violations(_validate(raw, [])[1])
     try:
-        return Config.model_validate(drop_unused_defaults(Config, raw))
+        return Config.model_validate(update_outdated_keys(Config, raw))
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         raise ConfigError(f"{path}: {key} is not resolved; use the config.yaml of a run or checkpoint") from None
@@ -122,7 +122,7 @@ def load_saved_config(directory: Path) -> Config:
 
 def parse_saved_config(text: str, file_name: str) -> Config:
     """Parse a config that `dump_config` wrote. Raises CheckpointError, which names the file, if it is not valid."""
-    raw = drop_unused_defaults(UnresolvedConfig, parse_yaml(text, file_name))
+    raw = update_outdated_keys(UnresolvedConfig, parse_yaml(text, file_name))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

@@ -68,7 +68,9 @@ class LayerKeys(Section):
     n_kv_heads: DerivedWidth = key("number of key-value heads (grouped-query attention); null: n_heads", None)
     head_dim: DerivedWidth = key("size of a head; null: d_model / n_heads", None)
     feedforward: FeedForwardConfig = key(
-        "kind of the feed-forward layer: dense, or moe, a mixture of experts", DenseConfig()
+        "kind of the feed-forward layer: dense; moe, a mixture of experts; or the NAME of one that an installed "
+        "package registers (examples/custom_feedforward)",
+        DenseConfig(),
     )
     d_ff: DerivedWidth = key(
         "hidden size of the feed-forward layer; null: 4 d_model, or for gated activations 8/3 d_model rounded up to "

@@ -5,9 +5,9 @@ of a union is a member, and its `name` is its tag. A key of an unselected member
 no effect.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
@@ -54,19 +54,34 @@ def key(description: str, default: Any = ...) -> Any:
     return Field(default, description=description)
 
 
+class RenamedKey(NamedTuple):
+    """The new name of a key, the type of its values under the old name, and the function from old to new values."""
+
+    name: str
+    old_type: type
+    convert: Callable[[Any], Any]
+
+
 class Section(BaseModel):
     """Base of all sections: frozen and strict; refuses unknown keys, inf and nan."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
+    RENAMED_KEYS: ClassVar[Mapping[str, "RenamedKey"]] = {}  # by the name in earlier versions
 
-def select_by_name(default: str) -> Discriminator:
-    """Return the discriminator of a union: the key `name`, else `default`; `mixture` if that key is set."""
+
+def select_by_name(default: str, known_names: Sequence[str] = (), other_tag: str | None = None) -> Discriminator:
+    """Return the discriminator of a union: the key `name`, else `default`; `mixture` if that key is set.
+
+    With `other_tag`, that member has all names that are not in `known_names`.
+    """
 
     def select(value: Any) -> str:
         if isinstance(value, Mapping):
-            return _tag_of(value, default)
-        return str(getattr(value, "name", MIXTURE if hasattr(value, MIXTURE) else default))
+            tag = _tag_of(value, default)
+        else:
+            tag = str(getattr(value, "name", MIXTURE if hasattr(value, MIXTURE) else default))
+        return tag if other_tag is None or tag in known_names else other_tag
 
     return Discriminator(select)
 
@@ -102,18 +117,38 @@ def find_tags_with_key(annotation: Any, name: str) -> list[str]:
     return [tag for tag, member in get_union_members(annotation).items() if name in member.model_fields]
 
 
-def drop_unused_defaults(section: type[BaseModel], raw: Any) -> Any:
-    """Return a raw section without the default values of keys that only unselected members of a union have.
+def update_outdated_keys(section: type[BaseModel], raw: Any) -> Any:
+    """Return a raw section with its renamed keys, and without default values of unselected members of a union.
 
     Version 0.1.0 saved the keys of all members and accepted any value for them. If a union has several default values
     of unselected members, version 0.1.0 saved it. Then all keys of unselected members are removed.
     """
     if not isinstance(raw, Mapping):
         return raw
+    raw = _rename_keys(section, raw)
     return {
         name: _drop_in_value(section.model_fields[name].annotation, value) if name in section.model_fields else value
         for name, value in raw.items()
     }
+
+
+def _rename_keys(section: type[BaseModel], raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rename the keys of earlier versions and convert their values."""
+    new_raw = dict(raw)
+    for old_name, renamed_key in _find_renamed_keys(section, raw):
+        new_raw[renamed_key.name] = renamed_key.convert(new_raw.pop(old_name))
+    return new_raw
+
+
+def _find_renamed_keys(section: type[BaseModel], raw: Any) -> Iterator[tuple[str, RenamedKey]]:
+    """Yield (old name, renamed key) for the keys of earlier versions in a raw section.
+
+    An old key next to the new one, or with a value of another type, is left out: it is refused as an unknown key.
+    """
+    if isinstance(raw, Mapping) and issubclass(section, Section):
+        for old_name, renamed_key in section.RENAMED_KEYS.items():
+            if isinstance(raw.get(old_name), renamed_key.old_type) and renamed_key.name not in raw:
+                yield old_name, renamed_key
 
 
 def _drop_in_value(annotation: Any, raw: Any) -> Any:
@@ -121,7 +156,7 @@ def _drop_in_value(annotation: Any, raw: Any) -> Any:
     if get_origin(annotation) is tuple and isinstance(raw, list | tuple):
         return [_drop_in_value(get_args(annotation)[0], entry) for entry in raw]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return drop_unused_defaults(annotation, raw)
+        return update_outdated_keys(annotation, raw)
     members = get_union_members(annotation)
     if not members or not isinstance(raw, Mapping):
         return raw
@@ -132,7 +167,7 @@ def _drop_in_value(annotation: Any, raw: Any) -> Any:
     tags_of_unused_key = {name: tags for name, tags in tags_of_key.items() if tags}
     defaults = {name for name, tags in tags_of_unused_key.items() if _is_default(members[tags[0]], name, raw[name])}
     dropped = tags_of_unused_key.keys() if len(defaults) > 1 else defaults
-    return drop_unused_defaults(member, {name: value for name, value in raw.items() if name not in dropped})
+    return update_outdated_keys(member, {name: value for name, value in raw.items() if name not in dropped})
 
 
 def _is_default(section: type[Section], name: str, value: Any) -> bool:
@@ -142,8 +177,13 @@ def _is_default(section: type[Section], name: str, value: Any) -> bool:
     return default == value and isinstance(default, bool) == isinstance(value, bool)
 
 
-def list_outdated_values(section: type[BaseModel], raw: Any, prefix: str = "") -> Iterator[str]:
-    """Yield a message for each 0 or -1 in a raw section that version 0.1.0 used instead of null or off."""
+def list_outdated_keys(section: type[BaseModel], raw: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a message for each renamed key, and each 0 or -1 that version 0.1.0 used instead of null or off."""
+    for old_name, renamed_key in _find_renamed_keys(section, raw):
+        yield (
+            f"{prefix}{old_name}: the key is still accepted, but a later version will refuse it; write "
+            f"{renamed_key.name}: {renamed_key.convert(raw[old_name])}"
+        )
     for name, value in raw.items() if isinstance(raw, Mapping) else ():
         field, key_name = section.model_fields.get(name), f"{prefix}{name}"
         if field is None:
@@ -156,7 +196,7 @@ def list_outdated_values(section: type[BaseModel], raw: Any, prefix: str = "") -
                     f"write {new_value}"
                 )
         for entry_name, entry, annotation in _iter_entries(field.annotation, value):
-            yield from list_outdated_values(annotation, entry, f"{key_name}.{entry_name}")
+            yield from list_outdated_keys(annotation, entry, f"{key_name}.{entry_name}")
 
 
 def _iter_entries(annotation: Any, raw: Any) -> Iterator[tuple[str, Any, type[BaseModel]]]:

@@ -39,7 +39,7 @@ def keeps_function(saved: ModelConfig, current: ModelConfig) -> bool:
         moe = current_layer.feedforward
         if saved_layer.feedforward == moe:
             continue
-        if isinstance(saved_layer.feedforward, MoEConfig) or isinstance(moe, DenseConfig):
+        if not (isinstance(saved_layer.feedforward, DenseConfig) and isinstance(moe, MoEConfig)):
             return False
         if not moe.normalize_weights or moe.weight_scale != 1:
             return False

@@ -48,5 +48,5 @@ def compute_probe_layerwise(weights: Weights, config: ModelConfig, dtype: str = 
     model.head.register_forward_pre_hook(lambda _module, inputs: head_inputs.append(inputs))
     batch = build_probe_batch(config)
     loss = float(model(batch.inputs_BS, **batch.forward_arguments()).double().sum()) / count_probe_tokens(config)
-    x_BSD, tied_VD, _ = head_inputs[0]
+    x_BSD, tied_VD, *_ = head_inputs[0]
     return Probe(loss, select_logits(model.head(x_BSD[:1, -1:], tied_VD, None)[0, -1]), "fp32", dtype)

@@ -165,13 +165,15 @@ class Corpus:
             self._raise_bad_offsets(index)
         return starts
 
-    def compute_loss_mask(self, starts: Ints, window_tokens: int) -> npt.NDArray[np.bool_]:
-        """Return [len(starts), window_tokens]: True for the tokens of these windows that are not in a prompt."""
-        masks = np.ones((len(starts), window_tokens), bool)
-        for mask, start in zip(masks, starts.tolist(), strict=True):
+    def compute_loss_weights(
+        self, starts: Ints, window_tokens: int, prompt_loss_weight: float
+    ) -> npt.NDArray[np.float64]:
+        """Return [len(starts), window_tokens]: `prompt_loss_weight` for the tokens of prompts, 1 for all others."""
+        weights = np.ones((len(starts), window_tokens))
+        for row, start in zip(weights, starts.tolist(), strict=True):
             for document in self.iter_documents(start, window_tokens):
-                mask[max(document.start - start, 0) : max(document.completion - start, 0)] = False
-        return masks
+                row[max(document.start - start, 0) : max(document.completion - start, 0)] = prompt_loss_weight
+        return weights
 
     def compute_document_ids(self, starts: Ints, window_tokens: int) -> Ints:
         """Return [len(starts), window_tokens]: the document of each token, counted from 0 within its window."""

@@ -15,7 +15,7 @@ from dist_llm.config.data_sections import DataConfig
 from dist_llm.config.schema import Config
 from dist_llm.data.order import Ints
 from dist_llm.data.plan import SamplePlan
-from dist_llm.data.streams import masks_prompts
+from dist_llm.data.streams import has_prompt_weights
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import Objective, Windows, build_objective
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
@@ -35,8 +35,8 @@ def build_loader(
     config: Config, plan: SamplePlan, vocabulary: ObjectiveVocabulary, dp_rank: int, dp_size: int, *, pin: bool
 ) -> "Loader":
     """Build the loader of the training samples of a resolved config. With `pin`, batches are in page-locked memory."""
-    mask_prompts = masks_prompts(config.data, [source.corpus for source in plan.sources])
-    return Loader(plan, build_objective(config, vocabulary, mask_prompts), config.data, dp_rank, dp_size, pin=pin)
+    weights_prompts = has_prompt_weights(config.data, [source.corpus for source in plan.sources])
+    return Loader(plan, build_objective(config, vocabulary, weights_prompts), config.data, dp_rank, dp_size, pin=pin)
 
 
 class Loader:

@@ -65,22 +65,25 @@ class PackedWindows:
         has_document = [any(document.start <= start < document.end for start, _ in spans) for spans in windows]
         return np.flatnonzero(has_document) + first_window
 
-    def read(self, windows: Ints, score_prompts: bool) -> list[TokenWindow]:
+    def read(self, windows: Ints, prompt_loss_weight: float) -> list[TokenWindow]:
         """Read the windows with these indices. Raises DataError as `Corpus.read` does.
 
-        With `score_prompts` false, prompt tokens have no loss.
+        The losses of prompt tokens get the weight `prompt_loss_weight`.
         """
-        return [self._read_window(self.get_spans(window), score_prompts) for window in windows.tolist()]
+        return [self._read_window(self.get_spans(window), prompt_loss_weight) for window in windows.tolist()]
 
-    def _read_window(self, spans: Spans, score_prompts: bool) -> TokenWindow:
+    def _read_window(self, spans: Spans, prompt_loss_weight: float) -> TokenWindow:
         tokens = [self.corpus.read(np.array([start]), length)[0] for start, length in spans]
         segment_ids = np.repeat(np.arange(len(spans)), [length for _, length in spans])
-        loss_mask = None
-        if self.corpus.manifest.prompts and not score_prompts:
-            loss_mask = np.concatenate(
-                [self.corpus.compute_loss_mask(np.array([start]), length)[0] for start, length in spans]
+        weights = None
+        if self.corpus.manifest.prompts and prompt_loss_weight != 1:
+            weights = np.concatenate(
+                [
+                    self.corpus.compute_loss_weights(np.array([start]), length, prompt_loss_weight)[0]
+                    for start, length in spans
+                ]
             )
-        return TokenWindow(np.concatenate(tokens), segment_ids, loss_mask)
+        return TokenWindow(np.concatenate(tokens), segment_ids, weights)
 
     def _build_windows(self, shard: int, first_document: int) -> list[Spans]:
         """Build the windows of the group of documents that begins with document `first_document` of a shard.

@@ -29,15 +29,19 @@ class WindowStream:
     order: Order  # sample number -> first token of its window or, with `packed_windows`, index of its window
     window_tokens: int
     packed_windows: PackedWindows | None = None
-    score_prompts: bool = True
+    prompt_loss_weight: float = 1.0
     document_mask: bool = False  # whether windows of kind "stream" include document ids
 
     def read(self, offsets: Ints) -> Tokens | list[TokenWindow]:
         """Return the windows at these offsets: ids [len(offsets), window_tokens], or TokenWindow objects."""
         if self.packed_windows is not None:
-            return self.packed_windows.read(offsets, self.score_prompts)
+            return self.packed_windows.read(offsets, self.prompt_loss_weight)
         return read_windows(
-            self.corpus, offsets, self.window_tokens, score_prompts=self.score_prompts, document_mask=self.document_mask
+            self.corpus,
+            offsets,
+            self.window_tokens,
+            prompt_loss_weight=self.prompt_loss_weight,
+            document_mask=self.document_mask,
         )
 
     @property
@@ -78,23 +82,23 @@ class DataSource:
 
 
 def read_windows(
-    corpus: Corpus, starts: Ints, window_tokens: int, *, score_prompts: bool, document_mask: bool = False
+    corpus: Corpus, starts: Ints, window_tokens: int, *, prompt_loss_weight: float, document_mask: bool = False
 ) -> Tokens | list[TokenWindow]:
     """Read windows of consecutive tokens.
 
-    Return ids [len(starts), window_tokens]; or TokenWindow objects, if prompts have no loss (they have a loss mask) or
-    with `document_mask` (they have document ids).
+    Return ids [len(starts), window_tokens]; or TokenWindow objects, if the loss weight of prompts is not 1 (they have
+    loss weights) or with `document_mask` (they have document ids).
     """
     tokens = corpus.read(starts, window_tokens)
-    has_loss_mask = corpus.manifest.prompts and not score_prompts
-    if not has_loss_mask and not document_mask:
+    has_loss_weights = corpus.manifest.prompts and prompt_loss_weight != 1
+    if not has_loss_weights and not document_mask:
         return tokens
     none = [None] * len(tokens)
-    loss_masks = corpus.compute_loss_mask(starts, window_tokens) if has_loss_mask else none
+    loss_weights = corpus.compute_loss_weights(starts, window_tokens, prompt_loss_weight) if has_loss_weights else none
     document_ids = corpus.compute_document_ids(starts, window_tokens) if document_mask else none
     return [
-        TokenWindow(window, loss_mask_W=loss_mask, document_ids_W=ids)
-        for window, loss_mask, ids in zip(tokens, loss_masks, document_ids, strict=True)
+        TokenWindow(window, loss_weights_W=weights, document_ids_W=ids)
+        for window, weights, ids in zip(tokens, loss_weights, document_ids, strict=True)
     ]
 
 
@@ -127,10 +131,10 @@ def open_sources(config: Config) -> list[DataSource]:
     noncausal_objectives = {component.name for component in config.objective.components} - {"causal"}
     sources = []
     for name, corpus in corpora.items():
-        if noncausal_objectives and masks_prompts(data, [corpus]):
+        if noncausal_objectives and has_prompt_weights(data, [corpus]):
             raise DataError(
-                f"{corpus.directory}: has prompts, which {' and '.join(sorted(noncausal_objectives))} cannot leave "
-                "unscored; set data.score_prompts to true, or objective.name to causal"
+                f"{corpus.directory}: has prompts, and {' and '.join(sorted(noncausal_objectives))} cannot weight "
+                "their losses; set data.prompt_loss_weight to 1, or objective.name to causal"
             )
         if data.document_mask or data.windows != "stream":
             corpus.check_document_bounds()
@@ -157,7 +161,7 @@ def _build_stream(data: DataConfig, corpus: Corpus, seed: int, lengths: Sequence
             corpus,
             build_order(data, corpus, seed, lengths),
             lengths.window_tokens,
-            score_prompts=data.score_prompts,
+            prompt_loss_weight=data.prompt_loss_weight,
             document_mask=data.document_mask,
         )
     packed_windows = PackedWindows(corpus, lengths, is_packed=data.windows == "packed")
@@ -170,7 +174,7 @@ def _build_stream(data: DataConfig, corpus: Corpus, seed: int, lengths: Sequence
         if data.order == "random"
         else ShuffledOrder(seed, packed_windows.num_windows, stride=1)
     )
-    return WindowStream(corpus, order, lengths.window_tokens, packed_windows, data.score_prompts)
+    return WindowStream(corpus, order, lengths.window_tokens, packed_windows, data.prompt_loss_weight)
 
 
 def build_order(data: DataConfig, corpus: Corpus, seed: int, lengths: SequenceLengths) -> Order:
@@ -199,9 +203,9 @@ def compute_weights(data: DataConfig, sources: Sequence[DataSource]) -> list[flo
     return list(weights.values())
 
 
-def masks_prompts(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
-    """Return whether some tokens have no loss because they are in prompts."""
-    return not data.score_prompts and any(corpus.manifest.prompts for corpus in corpora)
+def has_prompt_weights(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
+    """Return whether the losses of some tokens are weighted, by less than 1, because they are in prompts."""
+    return data.prompt_loss_weight != 1 and any(corpus.manifest.prompts for corpus in corpora)
 
 
 def compute_quotas(weights: Sequence[float]) -> tuple[int, ...]:

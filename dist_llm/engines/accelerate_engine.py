@@ -71,14 +71,14 @@ class AccelerateEngine(DataParallelEngine):
     def state(self) -> CheckpointState:
         return TorchState(self.model, self.optimizer.optimizer)
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         self.prepared.train()
-        num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
+        losses = []
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.prepared):
                 self.seed_dropout(step, index)
-                losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
+                losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / denominator
                 self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size.size)
             losses.append(losses_B.detach())
         return torch.cat(losses)
@@ -88,7 +88,7 @@ class AccelerateEngine(DataParallelEngine):
         local_grads = [to_local(grad) for grad in grads]
         norm = gradient_clipping.compute_global_norm(local_grads).to(self.device)
         if any(map(is_sharded, grads)):
-            norm = self.all_reduce_over_dp_and_cp(norm.square()).sqrt()
+            norm = self.all_reduce_over_loss_axes(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()
             return norm

@@ -65,7 +65,7 @@ class Engine(Protocol):
         """Return the parameters on this rank, with their names in the full model."""
         ...
 
-    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_loss_axes(self, value: Tensor | float) -> Tensor:
         """Return the sum of `value`, on every rank, over the ranks that compute losses of different tokens.
 
         These are the data-parallel and context-parallel ranks, of the last pipeline stage only.
@@ -83,10 +83,10 @@ class Engine(Protocol):
         """
         ...
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
-        """Accumulate the gradient of sum(losses) / num_valid_tokens over the microbatches.
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
+        """Accumulate the gradient of sum(losses) / denominator over the microbatches. The denominator is above 0.
 
-        Return the losses of this rank / num_valid_tokens per sequence, [B], detached. Gradients must be clear before
+        Return the losses of this rank / denominator per sequence, [B], detached. Gradients must be clear before
         the call. `step` seeds dropout.
         """
         ...

@@ -17,7 +17,7 @@ from dist_llm.models.decoder import Decoder
 from dist_llm.models.router_stats import RouterStats
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.loss_scale import LossScale
-from dist_llm.parallel.mesh import all_gather_ints
+from dist_llm.parallel.mesh import all_gather_ints, number_to_tensor
 from dist_llm.parallel.replica_check import ReplicaGroups
 from dist_llm.sharded import is_sharded
 
@@ -68,8 +68,8 @@ class DataParallelEngine:
         """The coordinates (pp, dp_replicate, dp_shard, cp) of this rank in the corresponding native mesh."""
         return 0, 0, dist.get_rank(), 0
 
-    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
-        total = value.clone() if isinstance(value, Tensor) else torch.full((), value, device=self.device)
+    def all_reduce_over_loss_axes(self, value: Tensor | float) -> Tensor:
+        total = value.clone() if isinstance(value, Tensor) else number_to_tensor(value, self.device)
         dist.all_reduce(total)
         return total
 

@@ -86,13 +86,13 @@ class DeepSpeedEngine(DataParallelEngine):
             self.deepspeed.optimizer, dict(self.model.named_parameters()), self.stage, *self.dp_rank_and_size
         )
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         self.deepspeed.train()
-        num_valid_tokens, losses = num_valid_tokens.clamp(min=1), []
+        losses = []
         for index, batch in enumerate(batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             self.seed_dropout(step, index)
-            losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens
+            losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / denominator
             self.deepspeed.backward(losses_B.sum() * self.dp_rank_and_size.size, scale_wrt_gas=False)
             losses.append(losses_B.detach().float())
         return torch.cat(losses)

@@ -31,7 +31,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         self.num_stages = config.parallel.pp
         self.stage_index = dist.get_rank() // (dist.get_world_size() // self.num_stages)
         self.is_last_stage = self.stage_index == self.num_stages - 1
-        self.num_valid_tokens, self.loss_factor = torch.ones((), device=device), 1.0
+        self.denominator, self.loss_factor = torch.ones((), device=device), 1.0
         self.losses: list[Tensor] = []
         super().__init__(config, device)
         postpone_optimizer_step(self.deepspeed)  # `update` runs the step, once it knows the learning rate
@@ -50,8 +50,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
     def coordinates(self) -> tuple[int, ...]:
         return self.stage_index, 0, self.dp_rank_and_size.rank, 0
 
-    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
-        return super().all_reduce_over_dp_and_cp(value * self.is_last_stage)  # only the last stage has losses
+    def all_reduce_over_loss_axes(self, value: Tensor | float) -> Tensor:
+        return super().all_reduce_over_loss_axes(value * self.is_last_stage)  # only the last stage has losses
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
         """Build the pipeline stage of this rank."""
@@ -73,13 +73,13 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         )
         return super().initialize(deepspeed, module, optimizer, settings)
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         self.seed_dropout(step, 0)
         # DeepSpeed averages over microbatches and data ranks; `loss_factor` undoes this.
-        self.num_valid_tokens, self.losses = num_valid_tokens.clamp(min=1), []
+        self.denominator, self.losses = denominator, []
         self.loss_factor = float(len(batches) * self.dp_rank_and_size.size)
         self.deepspeed.reset_activation_shape()
-        self.deepspeed.train_batch(_iter_inputs_and_targets(batches))
+        self.deepspeed.train_batch(_iter_inputs_and_labels(batches))
         num_rows = sum(len(batch.inputs_BS) for batch in batches)
         return torch.cat(self.losses) if self.is_last_stage else torch.zeros(num_rows, device=self.device)
 
@@ -88,21 +88,26 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        self.num_valid_tokens, self.loss_factor, self.losses = torch.ones((), device=self.device), 1.0, []
+        self.denominator, self.loss_factor, self.losses = torch.ones((), device=self.device), 1.0, []
         self.deepspeed.reset_activation_shape()
         self.deepspeed.eval_batch(
-            _iter_inputs_and_targets([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1
+            _iter_inputs_and_labels([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1
         )
         return torch.cat(self.losses) if self.is_last_stage else torch.zeros(len(batch.inputs_BS), device=self.device)
 
-    def _compute_loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    def _compute_loss(self, logits_BSV: Tensor, labels: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """Compute the loss of one microbatch on the last stage. DeepSpeed calls this function."""
         assert self.model.head is not None
         loss, terms = self.model.head.select_loss()
-        losses_B = loss(logits_BSV, targets_BS, terms) / self.num_valid_tokens
+        targets_BS, loss_weights_BS = labels if isinstance(labels, tuple) else (labels, None)
+        losses_B = loss(logits_BSV, targets_BS, terms, loss_weights_BS) / self.denominator
         self.losses.append(losses_B.detach().float())
         return losses_B.sum() * self.loss_factor
 
 
-def _iter_inputs_and_targets(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-    return ((batch.inputs_BS, batch.targets_BS) for batch in batches)
+def _iter_inputs_and_labels(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Any]]:
+    """Yield (inputs, targets) of each batch. With loss weights, a pair (targets, loss weights) takes the targets'
+    place."""
+    for batch in batches:
+        weights_BS = batch.loss_weights_BS
+        yield batch.inputs_BS, batch.targets_BS if weights_BS is None else (batch.targets_BS, weights_BS)

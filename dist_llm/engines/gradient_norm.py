@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_llm.models.decoder import Decoder
 from dist_llm.optim import gradient_clipping
-from dist_llm.parallel.mesh import SHARD_AXES, all_reduce_over_axes_
+from dist_llm.parallel.mesh import PARAMETER_AXES, all_reduce_over_axes_
 from dist_llm.sharded import coordinate, is_replicated_over, to_local
 
 
@@ -28,7 +28,7 @@ def compute_grad_norm(model_parts: Sequence[Decoder], mesh: DeviceMesh | None, d
     norm = gradient_clipping.compute_global_norm(grads).to(device)
     if mesh is None:
         return norm
-    square_sum = all_reduce_over_axes_(norm.square(), mesh, ("pp", *SHARD_AXES, "tp"))
+    square_sum = all_reduce_over_axes_(norm.square(), mesh, PARAMETER_AXES)
     num_replicas = mesh["dp_replicate"].size()
     if mesh.size() > num_replicas:
         # Some networks sum in a different order on each replica. The mean is equal on all replicas.

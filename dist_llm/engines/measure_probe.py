@@ -32,7 +32,7 @@ def measure_probe(engine: Engine, config: Config) -> Probe:
     # The shape of the batch differs from training, so compiled blocks would be recompiled.
     with _plain_cross_entropy(engine), torch.compiler.set_stance("force_eager"):
         losses_B = engine.score(engine.to_local_batch(batch))
-        loss_sum = float(engine.all_reduce_over_dp_and_cp(losses_B.double().sum()))
+        loss_sum = float(engine.all_reduce_over_loss_axes(losses_B.double().sum()))
         logits = None
         if config.engine == "native" and parallel.pp == parallel.tp == parallel.cp == 1:
             logits = _probe_logits(engine, batch)

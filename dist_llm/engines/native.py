@@ -27,11 +27,16 @@ from dist_llm.parallel.context_parallel import shard_sequences
 from dist_llm.parallel.distributed_muon import DistributedOrthogonalizer
 from dist_llm.parallel.fsdp import prepare_microbatch, reshard
 from dist_llm.parallel.mesh import (
-    DATA_AXES,
+    BATCH_AXES,
+    LOSS_AXES,
+    STAGE_AXES,
+    TOKEN_AXES,
     all_gather_ints,
     all_reduce_over_axes_,
     build_expert_mesh,
     build_mesh,
+    number_to_tensor,
+    rank_and_size,
 )
 from dist_llm.parallel.parallelize import build_model_parts
 from dist_llm.parallel.pipeline_parallel import Pipeline
@@ -64,7 +69,7 @@ class NativeEngine:
         self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.optimizer = self._build_optimizer()
         # Dropout must be equal on tensor-parallel ranks whose activations are equal, and must differ otherwise.
-        axes = ("pp", "dp_replicate", "dp_shard", "cp", *(("tp",) if config.parallel.sequence_parallel else ()))
+        axes = ("pp", *(STAGE_AXES if config.parallel.sequence_parallel else TOKEN_AXES))
         self.dropout_coordinates = tuple(coordinate(self.mesh, axis) for axis in axes)
 
     def _build_optimizer(self) -> optim.Optimizer:
@@ -78,9 +83,7 @@ class NativeEngine:
 
     @property
     def dp_rank_and_size(self) -> DataParallelRank:
-        parallel = self.config.parallel
-        rank = coordinate(self.mesh, "dp_replicate") * parallel.dp_shard + coordinate(self.mesh, "dp_shard")
-        return DataParallelRank(rank, parallel.dp_replicate * parallel.dp_shard)
+        return DataParallelRank(*rank_and_size(self.mesh, BATCH_AXES))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank, the shards, with their names in the full model.
@@ -117,14 +120,10 @@ class NativeEngine:
             groups.append((self.mesh.get_group("tp"), replicas))
         return [(group, tensors) for group, tensors in groups if tensors]
 
-    def all_reduce_over_dp_and_cp(self, value: Tensor | int) -> Tensor:
+    def all_reduce_over_loss_axes(self, value: Tensor | float) -> Tensor:
         has_losses = self.pipeline is None or self.pipeline.has_last_stage
-        if isinstance(value, Tensor):
-            total = value * has_losses
-        else:
-            # torch.full fills on the device. A copy of a host tensor would synchronize.
-            total = torch.full((), value * has_losses, device=self.device)
-        return total if self.mesh is None else all_reduce_over_axes_(total, self.mesh, ("pp", *DATA_AXES))
+        total = (value if isinstance(value, Tensor) else number_to_tensor(value, self.device)) * has_losses
+        return total if self.mesh is None else all_reduce_over_axes_(total, self.mesh, LOSS_AXES)
 
     def all_gather_ints(self, value: int) -> list[int]:
         return [value] if self.mesh is None else all_gather_ints(value, self.device)
@@ -132,21 +131,21 @@ class NativeEngine:
     def to_local_batch(self, batch: Batch) -> Batch:
         return shard_sequences(batch, coordinate(self.mesh, "cp"), self.config.parallel.cp).to(self.device)
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         for model_part in self.model_parts:
             model_part.train()
         scale = self.loss_scale.value if self.loss_scale else 1.0
         self.router_balancer.start_step(scale)
         if not self.activation_budget_applied:
             self._fit_activation_budget(batches[0], step)
-        num_valid_tokens = num_valid_tokens.clamp(min=1) / scale
+        denominator = denominator / scale
         self._num_microbatches = len(batches)
         if self.pipeline is None:
-            losses = self._accumulate_in_sequence(batches, num_valid_tokens, step)
+            losses = self._accumulate_in_sequence(batches, denominator, step)
         else:
             self._seed_dropout(step, 0)
             with self._autocast():
-                losses = self.pipeline.accumulate(batches, num_valid_tokens)
+                losses = self.pipeline.accumulate(batches, denominator)
         if self.mesh is not None and self.mesh["tp"].size() > 1:
             for model_part in self.model_parts:
                 all_reduce_replicated_grads(model_part, self.mesh["tp"], self.device)
@@ -173,7 +172,7 @@ class NativeEngine:
             fit_activation_budget(self.model_parts, forward, peak_in_flight, self.mesh, gib, selective)
         self.activation_budget_applied = True
 
-    def _accumulate_in_sequence(self, batches: Sequence[Batch], num_valid_tokens: Tensor, step: int) -> Tensor:
+    def _accumulate_in_sequence(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         """Run forward and backward of one microbatch after the other.
 
         `prepare_microbatch` sets whether the gradients of a microbatch are reduced.
@@ -184,7 +183,7 @@ class NativeEngine:
             prepare_microbatch(model, is_last=index == len(batches) - 1, parallel=self.config.parallel)
             self._seed_dropout(step, index)
             with self._autocast():
-                losses_B = self._forward(batch) / num_valid_tokens
+                losses_B = self._forward(batch) / denominator
             losses_B.sum().backward()
             losses.append(losses_B.detach())
             del losses_B  # frees the graph before the next forward

@@ -11,7 +11,7 @@ from dist_llm.config.schema import Config
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.moe import MoE
 from dist_llm.models.router_stats import NUM_LOSS_STATS, RouterStats
-from dist_llm.parallel.mesh import DATA_AXES, all_reduce_over_axes_
+from dist_llm.parallel.mesh import ROUTER_AXES, all_reduce_over_axes_
 
 
 class RouterBalancer:
@@ -55,7 +55,7 @@ class RouterBalancer:
             ]
         )
         if self.mesh is not None:
-            sums = all_reduce_over_axes_(sums, self.mesh, ("pp", *DATA_AXES, "tp"))
+            sums = all_reduce_over_axes_(sums, self.mesh, ROUTER_AXES)
         by_layer = zip(self.packed_sizes, sums.split(list(self.packed_sizes.values())), strict=True)
         stats = {layer: RouterStats.unpack(packed).average(self.global_batch) for layer, packed in by_layer}
         if is_applied:

@@ -53,10 +53,17 @@ class CrossEntropy:
         """Whether the loss has neither label smoothing nor z-loss, as in evaluation."""
         return not self.label_smoothing and not self.z_loss
 
-    def __call__(self, logits_BSV: Tensor, targets_BS: Tensor, terms: LossTerms | None = None) -> Tensor:
+    def __call__(
+        self,
+        logits_BSV: Tensor,
+        targets_BS: Tensor,
+        terms: LossTerms | None = None,
+        loss_weights_BS: Tensor | None = None,
+    ) -> Tensor:
         """Logits [..., S, V] and targets [..., S] -> losses [...], summed over the targets that are not IGNORE_INDEX.
 
-        The terms of the losses are added to `terms`.
+        The loss of each target is multiplied by its weight in `loss_weights_BS`. The terms of the losses are added to
+        `terms`.
         """
         logits_NV = logits_BSV.flatten(0, -2)
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
@@ -69,8 +76,10 @@ class CrossEntropy:
             log_z_N = torch.logsumexp(logits_NV, dim=-1)
             z_loss_N = self.z_loss * log_z_N.square() * (targets_N != IGNORE_INDEX)
             loss_N = loss_N + z_loss_N
+        weights_N = 1.0 if loss_weights_BS is None else loss_weights_BS.flatten()
+        loss_N, z_loss_N = loss_N * weights_N, z_loss_N * weights_N
         if terms is not None:
             with torch.no_grad():
-                cross_entropy = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="sum")
-                terms.add(torch.stack((cross_entropy, z_loss_N.sum())))
+                cross_entropy_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE_INDEX, reduction="none")
+                terms.add(torch.stack(((cross_entropy_N * weights_N).sum(), z_loss_N.sum())))
         return loss_N.view(targets_BS.shape).sum(-1)

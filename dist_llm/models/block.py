@@ -9,17 +9,16 @@ from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.parametrization import resolve_residual_scale
+from dist_llm.config.registered_layers import load_layer_class
 from dist_llm.models.attention import Attention, CrossAttention
 from dist_llm.models.autocast import cast_to_autocast_dtype
 from dist_llm.models.cost import Cost
-from dist_llm.models.feedforward import FeedForward
+from dist_llm.models.feedforward import DenseFeedForward, FeedForward
 from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.mixer import get_mixer_class
 from dist_llm.models.moe import MoE
 from dist_llm.models.norm import build_norm
 from dist_llm.param_spec import ParamSpec, norm_specs
-
-FEEDFORWARD_CLASSES: dict[str, type[FeedForward | MoE]] = {"dense": FeedForward, "moe": MoE}
 
 
 class Block(nn.Module):
@@ -42,7 +41,7 @@ class Block(nn.Module):
         self.norm_cross = build_norm(config) if has_cross_attention else None
         self.cross = CrossAttention(config, layer) if has_cross_attention else None
         self.norm_feedforward = build_norm(config) if config.parallel_residual != "one_norm" else None
-        self.feedforward = FEEDFORWARD_CLASSES[config.feedforward.name](config, layer)
+        self.feedforward = get_feedforward_class(config.feedforward.name)(config, layer)
         is_sandwich = config.norm_order == "sandwich"
         self.norm_attention_out = build_norm(config) if is_sandwich else None
         self.norm_feedforward_out = build_norm(config) if is_sandwich else None
@@ -51,7 +50,8 @@ class Block(nn.Module):
     @staticmethod
     def cost(config: ModelConfig) -> Cost:
         """Return the cost of the mixer and the feed-forward layer; cross-attention depends on the encoder input."""
-        return get_mixer_class(config.mixer).cost(config) + FEEDFORWARD_CLASSES[config.feedforward.name].cost(config)
+        feedforward_class = get_feedforward_class(config.feedforward.name)
+        return get_mixer_class(config.mixer).cost(config) + feedforward_class.cost(config)
 
     def param_specs(self) -> dict[str, ParamSpec]:
         """Describe the parameters of the norms. The sublayers describe their own."""
@@ -115,3 +115,12 @@ class Block(nn.Module):
         assert self.norm_feedforward is not None
         x_BSD = apply_sublayer(x_BSD, self.norm_feedforward, feed_forward, self.norm_feedforward_out)
         return x_BSD, router_stats
+
+
+def get_feedforward_class(name: str) -> type[FeedForward | MoE]:
+    """Return the class of a feed-forward layer. Raises ConfigError if no installed package registers it."""
+    built_in: dict[str, type[FeedForward | MoE]] = {"dense": DenseFeedForward, "moe": MoE}
+    if name in built_in:
+        return built_in[name]
+    feedforward: type[FeedForward] = load_layer_class("dist_llm.feedforwards", name)
+    return feedforward

@@ -97,8 +97,14 @@ class Head(nn.Module):
         )
         return specs if self.bias is None else specs | {"bias": ParamSpec(("vocab",), ZEROS, decay=False)}
 
-    def forward(self, x_BSD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
-        """[B, S, D] -> logits [B, S, V] or, with targets, losses summed per sequence, [B].
+    def forward(
+        self,
+        x_BSD: Tensor,
+        tied_VD: Tensor | None,
+        targets_BS: Tensor | None,
+        loss_weights_BS: Tensor | None = None,
+    ) -> Tensor:
+        """[B, S, D] -> logits [B, S, V] or, with targets, weighted losses summed per sequence, [B].
 
         `tied_VD` is the token embedding if the head is tied to it. The padding rows of the head give no logits.
         """
@@ -107,8 +113,9 @@ class Head(nn.Module):
         if targets_BS is not None:
             vocab_shard = VocabShard(self.vocab_size, first_token=0, num_tokens=self.vocab_size)
             loss, terms = self.select_loss()
+            x_BSD = self.compute_pre_logits(x_BSD)
             return linear_cross_entropy(
-                self.compute_pre_logits(x_BSD), weight_VD, self.bias, targets_BS, loss, self.softcap, vocab_shard, terms
+                x_BSD, weight_VD, self.bias, targets_BS, loss, self.softcap, vocab_shard, terms, loss_weights_BS
             )
         bias_V = None if self.bias is None else self.bias[: self.vocab_size]
         return apply_softcap(
@@ -208,12 +215,14 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         positions_BS: Tensor | None = None,
         sample_hash_B: Tensor | None = None,
+        loss_weights_BS: Tensor | None = None,
     ) -> Tensor:
         """Token ids [B, S] -> logits [B, S, V] or, with targets, losses summed per sequence, [B].
 
         With a cache, the tokens follow the cached tokens. Positions default to 0, 1, 2, ..., counted from the first
         cached token. In a pipeline, stages after the first take activations [B, S, D], and stages before the last
-        return them. `sample_hash_B` provides the random bits of stochastic depth.
+        return them. `sample_hash_B` provides the random bits of stochastic depth. `loss_weights_BS` are factors of the
+        losses of the targets.
         """
         num_cached = cache.length if cache else 0
         if positions_BS is None:
@@ -235,15 +244,15 @@ class Decoder(nn.Module):
                 self.router_log.add(layer, router_stats)
         if cache is not None:
             cache.length += shape_BS[1]
-        return x_BSD if self.head is None else self._apply_head(x_BSD, targets_BS)
+        return x_BSD if self.head is None else self._apply_head(x_BSD, targets_BS, loss_weights_BS)
 
     def _iter_blocks(self) -> Iterator[tuple[int, Block]]:
         return ((int(name), cast(Block, block)) for name, block in self.blocks.items())
 
-    def _apply_head(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor:
+    def _apply_head(self, x_BSD: Tensor, targets_BS: Tensor | None, loss_weights_BS: Tensor | None = None) -> Tensor:
         assert self.head is not None
         tied_VD = self.embed.tokens.weight if self.embed is not None and self.config.tie_embeddings else None
-        return self.head(x_BSD, tied_VD, targets_BS)
+        return self.head(x_BSD, tied_VD, targets_BS, loss_weights_BS)
 
     def _rotary_cos_sin(self, positions_BS: Tensor) -> dict[int, RotaryCosSin | None]:
         """Return the rotation of each layer; None for a layer without rotary positions. Equal layers share it."""

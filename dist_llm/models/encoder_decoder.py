@@ -74,6 +74,7 @@ class EncoderDecoder(Decoder):
         cache: KVCache | None = None,
         positions_BS: Tensor | None = None,
         sample_hash_B: Tensor | None = None,
+        loss_weights_BS: Tensor | None = None,
         encoder_input: EncoderInput | None = None,
         tokens_BS: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -111,7 +112,7 @@ class EncoderDecoder(Decoder):
             assert memory_BTD is not None
             assert x_BSD is not None
             return memory_BTD, x_BSD
-        return self._apply_head(x_BSD, targets_BS)
+        return self._apply_head(x_BSD, targets_BS, loss_weights_BS)
 
     def _encode(self, inputs: Tensor, encoder_input: EncoderInput, sample_hash_B: Tensor | None) -> Tensor:
         """Run the encoder blocks of this stage. Return the activations of the encoder, [B, T, D]."""

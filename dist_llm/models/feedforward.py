@@ -1,15 +1,18 @@
-"""The position-wise feed-forward layer."""
+"""The position-wise feed-forward layers: their base class, and the dense layer."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.config.derive import is_gated
+from dist_llm.config.feedforward_sections import RegisteredConfig
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.cost import Cost
 from dist_llm.models.init import block_matrix_init
+from dist_llm.models.sublayer import Sublayer
 from dist_llm.param_spec import ParamSpec, linear_specs
 
 CLAMP_LIMIT, SIGMOID_SLOPE = 7.0, 1.702  # of gpt-oss
@@ -40,15 +43,34 @@ def apply_gate(activation: str, gate: Tensor, up: Tensor) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-class FeedForward(nn.Module):
+class FeedForward(Sublayer):
+    """The base class of feed-forward layers, which compute each token on its own.
+
+    Another package can register its own as an entry point of the group `dist_llm.feedforwards`; a config selects it
+    with `model.feedforward.name` (examples/custom_feedforward).
+    """
+
+    supports_context_parallel = True
+
+    @property
+    def options(self) -> Any:
+        """The parsed keys of model.feedforward, besides its name."""
+        assert isinstance(self.config.feedforward, RegisteredConfig)
+        return self.parse_options(self.config.feedforward.options)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        raise NotImplementedError
+
+
+class DenseFeedForward(FeedForward):
     """down(f(up(x))), or down(f(gate(x)) * up(x)) for gated activations (Shazeer 2020).
 
     swiglu_clamped also limits up(x), and adds 1 to it.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
+        super().__init__(config, layer)
         self.activation = ACTIVATIONS[config.activation]
         bias = config.bias or config.feedforward_bias
         self.gate = nn.Linear(config.d_model, config.d_ff, bias=bias) if is_gated(config) else None

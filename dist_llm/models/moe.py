@@ -19,7 +19,7 @@ from dist_llm.config.derive import is_gated
 from dist_llm.config.feedforward_sections import MoEConfig
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.models.cost import Cost
-from dist_llm.models.feedforward import ACTIVATIONS, FeedForward, apply_gate
+from dist_llm.models.feedforward import ACTIVATIONS, DenseFeedForward, apply_gate
 from dist_llm.models.grouped_linear import GroupedLinear
 from dist_llm.models.init import block_matrix_init, matrix_init
 from dist_llm.models.router_stats import RouterStats
@@ -121,7 +121,7 @@ class MoE(nn.Module):
         self.shared = None
         if moe.n_shared_experts:
             shared_config = config.model_copy(update={"d_ff": moe.d_expert * moe.n_shared_experts})
-            self.shared = FeedForward(shared_config, layer)
+            self.shared = DenseFeedForward(shared_config, layer)
         self.register_buffer("previous_load", None)
         self.register_buffer("selection_bias", None)
         self.dispatcher = LocalTokenDispatcher()

@@ -19,8 +19,9 @@ from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 class Batch:
     """The inputs and targets of B sequences of S tokens.
 
-    A target of IGNORE_INDEX has no loss; `num_valid_tokens` counts the other targets. Ids may have the narrow dtype of
-    the corpus (uint16 or uint32) until `to` converts them to int64.
+    A target of IGNORE_INDEX has no loss; `num_valid_tokens` counts the other targets. The losses of targets are
+    multiplied by `loss_weights_BS`, and their weighted mean is the loss. Ids may have the narrow dtype of the corpus
+    (uint16 or uint32) until `to` converts them to int64.
     """
 
     inputs_BS: Tensor
@@ -32,11 +33,23 @@ class Batch:
     sample_hash_B: Tensor | None = None  # hash of (seed, sample id): the random bits of stochastic depth
     sample_ids_B: Tensor | None = None  # sample id of each row, for the sample audit; stays on the host
     source_ids_B: Tensor | None = None  # index of the corpus of each row, if there are several corpora
+    loss_weights_BS: Tensor | None = None  # factor of the loss of each target; 0 where the target has no loss
+    loss_weight_sum: float | None = None  # sum of `loss_weights_BS`, known on the host; None: all weights are 1
 
     @staticmethod
     def build(inputs_BS: Tensor, targets_BS: Tensor, mask: AttentionMask) -> "Batch":
         """Build a batch. Count its valid tokens now, on the host, so that training needs no device sync for it."""
         return Batch(inputs_BS, targets_BS, mask, count_valid_tokens(targets_BS))
+
+    @property
+    def loss_denominator(self) -> float:
+        """The number by which the sum of the losses is divided: of valid tokens, or the sum of their weights."""
+        return self.num_valid_tokens if self.loss_weight_sum is None else self.loss_weight_sum
+
+    def with_loss_weights(self, loss_weights_BS: Tensor) -> "Batch":
+        """Return a copy with the weights of targets with a loss. They must be on the host, where they are summed."""
+        weights_BS = loss_weights_BS * (self.targets_BS != IGNORE_INDEX)
+        return replace(self, loss_weights_BS=weights_BS, loss_weight_sum=float(weights_BS.double().sum()))
 
     def forward_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments for the forward of a model."""
@@ -45,6 +58,7 @@ class Batch:
             "mask": self.mask,
             "positions_BS": self.positions_BS,
             "sample_hash_B": self.sample_hash_B,
+            "loss_weights_BS": self.loss_weights_BS,
         }
         return arguments if self.encoder_input is None else arguments | {"encoder_input": self.encoder_input}
 
@@ -56,7 +70,12 @@ class Batch:
         leaves = [torch.cat(values) if isinstance(values[0], Tensor) else values[0] for values in values_of_field]
         tree_spec = flattened[0][1]
         full_batch = Batch(**pytree.tree_unflatten(leaves, tree_spec))
-        return replace(full_batch, num_valid_tokens=sum(batch.num_valid_tokens for batch in batches))
+        weight_sums = [batch.loss_weight_sum for batch in batches if batch.loss_weight_sum is not None]
+        return replace(
+            full_batch,
+            num_valid_tokens=sum(batch.num_valid_tokens for batch in batches),
+            loss_weight_sum=sum(weight_sums) if weight_sums else None,
+        )
 
     def pin_memory(self) -> "Batch":
         """Copy to page-locked memory, so that `to` does not block."""

@@ -111,8 +111,8 @@ class Objective:
                 return make_fim_example(window, rng, spec, self.vocabulary)
 
 
-def build_objective(config: Config, vocabulary: ObjectiveVocabulary, mask_prompts: bool = False) -> Objective:
-    """Build the objective of a resolved config. `mask_prompts`: windows have loss masks that leave out prompts."""
+def build_objective(config: Config, vocabulary: ObjectiveVocabulary, weights_prompts: bool = False) -> Objective:
+    """Build the objective of a resolved config. `weights_prompts`: the losses of prompts have another weight than 1."""
     specs, lengths_of_specs = config.objective.components, compute_component_lengths(config)
     is_encoder_decoder = config.model.architecture == "encoder_decoder"
     is_prefix_bidirectional = any(isinstance(spec, PrefixSpec | SpanSpec) and spec.see_prefix for spec in specs)
@@ -125,7 +125,9 @@ def build_objective(config: Config, vocabulary: ObjectiveVocabulary, mask_prompt
         or (config.data.windows == "document" and config.model.architecture == "encoder"),
         has_encoder_padding=is_encoder_decoder and any(spec.name == "prefix" for spec in specs),
         has_sample_hashes=config.model.stochastic_depth > 0,
-        uses_token_windows=mask_prompts or config.data.windows != "stream",
+        # With weight 0, prompts have no targets.
+        has_loss_weights=weights_prompts and config.data.prompt_loss_weight > 0,
+        uses_token_windows=weights_prompts or config.data.windows != "stream",
     )
     encoder_len = config.data.seq_len if is_encoder_decoder else 0
     components = tuple(zip(specs, lengths_of_specs, strict=True))

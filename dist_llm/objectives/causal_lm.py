@@ -14,9 +14,7 @@ def make_causal_example(window: TokenWindow) -> Example:
     """
     tokens, document_ids = window.tokens_W.astype(np.int64), window.get_document_ids()
     inputs, targets = tokens[:-1], tokens[1:]
-    if window.loss_mask_W is not None:
-        targets = np.where(window.loss_mask_W[1:], targets, IGNORE_INDEX)
-    if window.segment_ids_W is None:
-        return Example(inputs, targets, document_ids[:-1])
-    is_same_segment = document_ids[1:] == document_ids[:-1]
-    return Example(inputs[is_same_segment], targets[is_same_segment], document_ids[:-1][is_same_segment])
+    weights = np.ones(len(targets)) if window.loss_weights_W is None else window.loss_weights_W[1:]
+    targets = np.where(weights > 0, targets, IGNORE_INDEX)
+    is_kept = slice(None) if window.segment_ids_W is None else document_ids[1:] == document_ids[:-1]
+    return Example(inputs[is_kept], targets[is_kept], document_ids[:-1][is_kept], loss_weights_S=weights[is_kept])

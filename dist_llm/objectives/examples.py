@@ -5,7 +5,7 @@ Shape suffixes: B samples, W tokens of a window, S inputs of an example, T token
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from dist_llm.objectives.batch import Batch
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Values = TypeVar("Values", Ints, Floats)
 PADDING_DOCUMENT = -1  # document id of padding in an encoder input
 
 
@@ -30,7 +32,7 @@ class TokenWindow:
 
     tokens_W: npt.NDArray[Any]
     segment_ids_W: Ints | None = None  # packed segment of each token; None: the window is consecutive text
-    loss_mask_W: npt.NDArray[np.bool_] | None = None  # True: the token has a loss; None: all tokens have
+    loss_weights_W: Floats | None = None  # factor of the loss of each token as a target; None: 1
     document_ids_W: Ints | None = None  # document of each token of consecutive text; None: no mask needs it
 
     def get_document_ids(self) -> Ints:
@@ -49,6 +51,7 @@ class Example:
     prefix_len: int = 0  # number of leading inputs that attend to each other in both directions
     encoder_T: Ints | None = None  # input of the encoder; None: there is no encoder
     encoder_documents_T: Ints | None = None  # document id of each token of the encoder
+    loss_weights_S: Floats | None = None  # factor of the loss of each target; None: 1
 
     def pad(self, inputs_len: int, encoder_len: int, filler: int) -> "Example":
         """Append `filler` tokens, which have no loss, up to the lengths that all examples share."""
@@ -60,6 +63,7 @@ class Example:
             self,
             inputs_S=pad_to(self.inputs_S, inputs_len, filler),
             targets_S=pad_to(self.targets_S, inputs_len, IGNORE_INDEX),
+            loss_weights_S=_pad_optional(self.loss_weights_S, inputs_len, 0),
             documents_S=pad_to(self.documents_S, inputs_len, padding_document),
             encoder_T=_pad_optional(self.encoder_T, encoder_len, filler),
             encoder_documents_T=_pad_optional(self.encoder_documents_T, encoder_len, PADDING_DOCUMENT),
@@ -75,15 +79,16 @@ class BatchLayout:
     has_document_mask: bool  # tokens attend only to tokens of their own document
     has_encoder_padding: bool  # encoder inputs may be padded
     has_sample_hashes: bool = False  # stochastic depth needs a hash of each sample
-    uses_token_windows: bool = False  # windows are TokenWindow objects: they vary in length, or have a loss mask
+    has_loss_weights: bool = False  # the losses of targets have different weights
+    uses_token_windows: bool = False  # windows are TokenWindow objects: they vary in length, or have loss weights
 
 
-def pad_to(values: Ints, length: int, filler: int) -> Ints:
+def pad_to(values: Values, length: int, filler: int) -> Values:
     """Append `filler` to `values` up to `length`."""
-    return np.concatenate((values, np.full(length - len(values), filler, dtype=np.int64)))
+    return np.concatenate((values, np.full(length - len(values), filler, dtype=values.dtype)))
 
 
-def _pad_optional(values: Ints | None, length: int, filler: int) -> Ints | None:
+def _pad_optional(values: Values | None, length: int, filler: int) -> Values | None:
     return None if values is None else pad_to(values, length, filler)
 
 
@@ -114,7 +119,7 @@ def collate(examples: Sequence[Example], layout: BatchLayout, sample_hash_B: Ten
         mask = replace(mask, documents_BT=torch.from_numpy(documents))
         positions = torch.from_numpy(compute_document_positions(documents))
     num_valid_tokens = int((targets != IGNORE_INDEX).sum())
-    return Batch(
+    batch = Batch(
         torch.from_numpy(inputs),
         torch.from_numpy(targets),
         mask,
@@ -123,6 +128,11 @@ def collate(examples: Sequence[Example], layout: BatchLayout, sample_hash_B: Ten
         encoder_input=_collate_encoder_input(examples, layout),
         sample_hash_B=sample_hash_B,
     )
+    if not layout.has_loss_weights:
+        return batch
+    ones_S = np.ones(inputs.shape[1])
+    weights = np.stack([ones_S if example.loss_weights_S is None else example.loss_weights_S for example in examples])
+    return batch.with_loss_weights(torch.from_numpy(weights).to(torch.get_default_dtype()))
 
 
 def _collate_encoder_input(examples: Sequence[Example], layout: BatchLayout) -> EncoderInput | None:

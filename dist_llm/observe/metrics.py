@@ -29,12 +29,11 @@ class StepMetrics:
     step: int
     loss: Tensor
     grad_norm: Tensor
-    num_valid_tokens: Tensor
+    loss_denominator: Tensor  # by which the sum of the losses was divided
     lr: float
     tokens: int  # tokens of the run so far, including this step
     data_wait_seconds: float
-    # [2, num_sources]: share of the loss, and number of valid tokens, per data source
-    loss_and_tokens_by_source: Tensor | None = None
+    by_source: Tensor | None = None  # [3, num_sources]: share of the loss, loss weights and valid tokens of each
     loss_terms: Mapping[str, Tensor] = field(default_factory=dict)  # terms of a regularized loss, by metric name
     router_stats: RouterStatsByLayer = field(default_factory=dict)  # of the layers with a mixture of experts
 
@@ -104,24 +103,23 @@ class MetricsRecorder:
         router_rows = self.router_metrics.summarize([metrics.router_stats for metrics in pending])
         for row, metrics, router_row in zip(rows, pending, router_rows, strict=True):
             row |= router_row
-            if metrics.loss_and_tokens_by_source is not None:
-                loss_and_tokens = metrics.loss_and_tokens_by_source.tolist()
-                row |= self._source_metrics(loss_and_tokens, float(metrics.num_valid_tokens))
+            if metrics.by_source is not None:
+                row |= self._source_metrics(metrics.by_source.tolist(), float(metrics.loss_denominator))
         self.emit(rows)
         self.restart_clock(pending[-1].tokens)
         return rows
 
-    def _source_metrics(self, loss_and_tokens: list[list[float]], num_valid_tokens: float) -> MetricsRow:
+    def _source_metrics(self, by_source: list[list[float]], loss_denominator: float) -> MetricsRow:
         """Return the metrics of each data source: its valid tokens so far, and its mean loss in this step.
 
         A source without tokens in this step has no loss.
         """
         row: MetricsRow = {}
-        for name, loss_share, num_tokens in zip(self.source_tokens, *loss_and_tokens, strict=True):
+        for name, loss_share, loss_weight, num_tokens in zip(self.source_tokens, *by_source, strict=True):
             self.source_tokens[name] += round(num_tokens)
             row[f"tokens_{name}"] = self.source_tokens[name]
-            if num_tokens:
-                row[f"loss_{name}"] = loss_share * num_valid_tokens / num_tokens
+            if loss_weight:
+                row[f"loss_{name}"] = loss_share * loss_denominator / loss_weight
         return row
 
     def emit(self, rows: Sequence[MetricsRow]) -> None:

@@ -24,7 +24,7 @@ from dist_llm.errors import ConfigError
 from dist_llm.models.decoder import Decoder
 from dist_llm.parallel.activation_checkpoint import CheckpointedForward, RecomputeMode
 from dist_llm.parallel.fsdp import reshard
-from dist_llm.parallel.mesh import DATA_AXES, all_gather_ints
+from dist_llm.parallel.mesh import STAGE_AXES, all_gather_ints
 
 log = logging.getLogger("dist_llm")
 
@@ -155,7 +155,7 @@ def _max_over_ranks(sizes: ActivationSizes, mesh: DeviceMesh | None) -> Activati
         return sizes
     block_sizes = [block[mode] for block in sizes.blocks for mode in MODES]
     flat = torch.tensor([*block_sizes, *sizes.shared], device=mesh.device_type)
-    for axis in (*DATA_AXES, "tp"):
+    for axis in STAGE_AXES:
         if mesh[axis].size() > 1:
             dist.all_reduce(flat, dist.ReduceOp.MAX, mesh.get_group(axis))
     maxima, num_block_sizes = flat.tolist(), len(block_sizes)

@@ -43,7 +43,7 @@ def shard_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
         return torch.cat((chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]), dim=1)
 
     targets_BS = select_chunks(batch.targets_BS)
-    return replace(
+    local_batch = replace(
         batch,
         inputs_BS=select_chunks(batch.inputs_BS),
         targets_BS=targets_BS,
@@ -51,6 +51,9 @@ def shard_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
         mask=batch.mask.with_query_positions(select_chunks(indices_BS), S),
         num_valid_tokens=count_valid_tokens(targets_BS),
     )
+    if batch.loss_weights_BS is None:
+        return local_batch
+    return local_batch.with_loss_weights(select_chunks(batch.loss_weights_BS))
 
 
 class AllGatherAttention(nn.Module):

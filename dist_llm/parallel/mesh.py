@@ -1,7 +1,8 @@
 """The device mesh of all ranks, and the collectives over its axes.
 
 "Axis" means a dimension of the mesh, as in the config rules. All axes of config/derive.py:AXES exist; an unused axis
-has size 1. Two meshes are derived from the mesh of all ranks:
+has size 1. The constants `..._AXES` say along which axes ranks differ, for each purpose. Two meshes are derived from
+the mesh of all ranks:
 
 - `get_fsdp_mesh`: replicas and shards of the weights, for FSDP (fsdp.py).
 - `get_stage_group`: the ranks of one pipeline stage, for Muon (distributed_muon.py).
@@ -12,7 +13,7 @@ As in torch, a function whose name ends in `_` changes its argument. The other f
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +27,13 @@ from dist_llm.config.derive import AXES
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.parallel import p2p_collectives
 
-DATA_AXES = ("dp_replicate", "dp_shard", "cp")  # the axes along which ranks hold different tokens
-SHARD_AXES = ("dp_shard", "cp")  # the axes along which FSDP shards a parameter
+BATCH_AXES = ("dp_replicate", "dp_shard")  # ranks read different samples
+TOKEN_AXES = (*BATCH_AXES, "cp")  # ranks hold different tokens
+LOSS_AXES = ("pp", *TOKEN_AXES)  # the loss is a sum over these ranks, of which those without the last stage have none
+ROUTER_AXES = (*LOSS_AXES, "tp")  # ranks route different tokens, or hold different layers
+FSDP_AXES = ("dp_shard", "cp")  # FSDP shards parameters over these ranks
+PARAMETER_AXES = ("pp", *FSDP_AXES, "tp")  # ranks hold different parameters, or different shards of them
+STAGE_AXES = (*TOKEN_AXES, "tp")  # ranks hold the same layers
 EXPERT_SHARD_AXIS = "expert_shard"  # the axis of the expert mesh along which FSDP shards the experts of a rank
 
 
@@ -55,12 +61,23 @@ def get_fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """
     if mesh["cp"].size() == 1:
         return mesh["dp_replicate", "dp_shard"]
-    flatten_mesh(mesh[SHARD_AXES], "dp_shard_cp")
+    flatten_mesh(mesh[FSDP_AXES], "dp_shard_cp")
     with warnings.catch_warnings():
         # FSDP requires that both axes come from one root mesh. To slice a flattened axis from the root mesh is the only
         # way to get there, but torch warns about it.
         warnings.filterwarnings("ignore", "Slicing a flattened dim from root mesh")
         return mesh["dp_replicate", "dp_shard_cp"]
+
+
+def rank_and_size(mesh: DeviceMesh | None, axes: Sequence[str]) -> tuple[int, int]:
+    """Return (the rank of this process among the ranks along `axes`, their number). The last axis varies fastest."""
+    rank, size = 0, 1
+    if mesh is None:
+        return rank, size
+    for axis in axes:
+        axis_size = mesh[axis].size()
+        rank, size = rank * axis_size + mesh.get_local_rank(axis), size * axis_size
+    return rank, size
 
 
 def all_reduce_over_axes_(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) -> Tensor:
@@ -72,6 +89,14 @@ def all_reduce_over_axes_(value: Tensor, mesh: DeviceMesh, axes: Iterable[str]) 
         if mesh[axis].size() > 1:
             dist.all_reduce(value, group=mesh.get_group(axis))
     return value
+
+
+def number_to_tensor(number: float, device: torch.device) -> Tensor:
+    """Return a number as a tensor, [], in int64 or fp64.
+
+    torch.full fills on the device. A copy of a host tensor would synchronize.
+    """
+    return torch.full((), number, dtype=torch.int64 if isinstance(number, int) else torch.float64, device=device)
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -149,4 +174,4 @@ def get_stage_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Return the process group of the ranks that hold the same layers."""
     if mesh["pp"].size() == 1:
         return dist.group.WORLD  # type: ignore[return-value]
-    return flatten_mesh(mesh[AXES[1:]], "stage").get_group()
+    return flatten_mesh(mesh[STAGE_AXES], "stage").get_group()

@@ -16,7 +16,7 @@ from dist_llm.parallel.context_parallel import apply_context_parallel
 from dist_llm.parallel.expert_parallel import apply_expert_parallel
 from dist_llm.parallel.fp8 import check_float8_support, use_float8_linears
 from dist_llm.parallel.fsdp import apply_fsdp
-from dist_llm.parallel.mesh import DATA_AXES
+from dist_llm.parallel.mesh import STAGE_AXES, TOKEN_AXES
 from dist_llm.parallel.pipeline_parallel import count_stages, split_layers, stages_of_rank
 from dist_llm.parallel.tp_plan import apply_tensor_parallel
 from dist_llm.sharded import local_with_offset
@@ -69,7 +69,7 @@ def parallelize_model(
     if parallel.recompute != "none" or parallel.activations_gib:
         checkpoint_blocks(model, parallel.recompute, config.compile)
     # Experts are not split over tp, so their gradients are summed over tp too.
-    summed_axes = DATA_AXES if expert_mesh is None else (*DATA_AXES, "tp")
+    summed_axes = TOKEN_AXES if expert_mesh is None else STAGE_AXES
     if mesh is not None and any(mesh[axis].size() > 1 for axis in summed_axes):
         apply_fsdp(model, config, mesh, expert_mesh)
 

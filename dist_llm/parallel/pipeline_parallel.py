@@ -89,7 +89,7 @@ class Pipeline:
             PipelineStage(model_part, stage, self.num_stages, device, group=self.group)
             for stage, model_part in self.model_parts.items()
         ]
-        self.num_valid_tokens, self.losses = torch.ones((), device=device), list[Tensor]()
+        self.denominator, self.losses = torch.ones((), device=device), list[Tensor]()
         self.schedule = SCHEDULES[self.schedule_name](
             stages if self.schedule_name in TWO_STAGE_SCHEDULES else stages[0],
             samples_per_rank // config.data.micro_batch,
@@ -103,12 +103,12 @@ class Pipeline:
                 model_parts, mesh, sorted({self.rank_of_stage(stage) for stage in embedding_stages})
             )
 
-    def accumulate(self, batches: Sequence[Batch], num_valid_tokens: Tensor) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch], denominator: Tensor) -> Tensor:
         """Run forward and backward of all microbatches.
 
-        Return the loss of each sequence divided by `num_valid_tokens`, [B]; zeros on ranks without the last stage.
+        Return the loss of each sequence divided by `denominator`, [B]; zeros on ranks without the last stage.
         """
-        self.num_valid_tokens, self.losses = num_valid_tokens, []
+        self.denominator, self.losses = denominator, []
         full_batch = Batch.concatenate(batches)
         microbatch_losses: list[Tensor] = []
         self.schedule.step(
@@ -127,7 +127,7 @@ class Pipeline:
 
         Every schedule runs the forward passes of the microbatches in order.
         """
-        losses_B = losses_B / self.num_valid_tokens
+        losses_B = losses_B / self.denominator
         self.losses.append(losses_B.detach())
         return losses_B.sum()
 

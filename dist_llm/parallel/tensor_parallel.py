@@ -249,7 +249,13 @@ class VocabParallelHead(Head):
         self.terms = head.terms
         self.region = region
 
-    def forward(self, x_BTD: Tensor, tied_VD: Tensor | None, targets_BS: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        tied_VD: Tensor | None,
+        targets_BS: Tensor | None,
+        loss_weights_BS: Tensor | None = None,
+    ) -> Tensor:
         """Return the losses, [B], or without targets all logits, [B, S, V]; the same on every rank."""
         x_BSD = self.region.all_gather_sequence(self.compute_pre_logits(x_BTD))
         weight_VD = tied_VD if self.out is None else self.out.weight
@@ -258,7 +264,9 @@ class VocabParallelHead(Head):
         if targets_BS is not None:
             vocab_shard = self._build_vocab_shard(weight_WD)
             loss, terms = self.select_loss()
-            return linear_cross_entropy(x_BSD, weight_WD, bias_W, targets_BS, loss, self.softcap, vocab_shard, terms)
+            return linear_cross_entropy(
+                x_BSD, weight_WD, bias_W, targets_BS, loss, self.softcap, vocab_shard, terms, loss_weights_BS
+            )
         logits_BSW = apply_softcap(F.linear(x_BSD, weight_WD, bias_W), self.softcap)
         logits_BSV = DTensor.from_local(logits_BSW, self.region.mesh, (Shard(2),), run_check=False).full_tensor()
         return logits_BSV[..., : self.vocab_size]

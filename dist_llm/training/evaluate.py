@@ -5,7 +5,7 @@ at intervals; `dist-llm evaluate` evaluates a checkpoint.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from dist_llm.objectives.build_objective import Objective
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation: the mean `loss` over `tokens` valid targets, in nats per token.
+    """The result of an evaluation: the (weighted) mean `loss` over `tokens` valid targets, in nats per token.
 
     `bits_per_byte` is None unless the objective predicts each token from the tokens before it. `breakdown` has the loss
     of each data source by name, and of each component of the objective, if there are several.
@@ -41,6 +41,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class LossSum:
+    """The sum of the losses of some targets, the number by which it is divided, and the number of targets."""
+
+    loss: float
+    denominator: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class EvaluationSetup:
     """The held-out corpora by source name, and the settings that all evaluations of a run share."""
 
@@ -48,7 +57,7 @@ class EvaluationSetup:
     objective: Objective
     micro_batch: int
     max_windows: int | None = None  # windows of each corpus and component of the objective; None: all
-    score_prompts: bool = False
+    prompt_loss_weight: float = 0.0
 
     def check(self) -> None:
         """Raise DataError if a corpus has too few tokens to score."""
@@ -75,47 +84,52 @@ def evaluate(engine: Engine, setup: EvaluationSetup, heartbeat: Callable[[], Non
     byte divide by the bytes of the text only: the loss includes predicted separators, which have no bytes.
     """
     component_names = [f"{index}_{spec.name}" for index, (spec, _) in enumerate(setup.objective.components)]
-    # (source name, component name) -> (sum of losses, number of valid tokens)
-    sums = {
+    sums = {  # by (source name, component name)
         (source, name): _score_corpus(engine, setup, corpus, component_index, heartbeat)
         for source, corpus in setup.corpora.items()
         for component_index, name in enumerate(component_names)
     }
-    loss = sum(loss_sum for loss_sum, _ in sums.values())
-    tokens = sum(num_tokens for _, num_tokens in sums.values())
     breakdown: dict[str, float] = {}
     for source in setup.corpora if len(setup.corpora) > 1 else ():
-        breakdown[source] = _mean_loss([values for (name, _), values in sums.items() if name == source])
+        breakdown[source] = _mean_loss([part for (name, _), part in sums.items() if name == source])
     for component in component_names if len(component_names) > 1 else ():
-        breakdown[component] = _mean_loss([values for (_, name), values in sums.items() if name == component])
+        breakdown[component] = _mean_loss([part for (_, name), part in sums.items() if name == component])
     text_bytes = 0.0
-    for (source, _), (_, num_tokens) in sums.items():
+    for (source, _), part in sums.items():
         corpus = setup.corpora[source]
-        text_bytes += num_tokens * corpus.manifest.count_text_bytes(corpus.split) / corpus.num_tokens
+        text_bytes += part.num_tokens * corpus.manifest.count_text_bytes(corpus.split) / corpus.num_tokens
     predicts_all_text = all(spec.name == "causal" for spec, _ in setup.objective.components)
-    predicts_all_text &= setup.score_prompts or not any(corpus.manifest.prompts for corpus in setup.corpora.values())
-    bits = loss / math.log(2) / text_bytes if predicts_all_text and text_bytes else None
-    return Evaluation(loss / max(tokens, 1), int(tokens), bits, breakdown)
+    has_prompts = any(corpus.manifest.prompts for corpus in setup.corpora.values())
+    predicts_all_text &= setup.prompt_loss_weight == 1 or not has_prompts
+    bits = None
+    if predicts_all_text and text_bytes:
+        bits = sum(part.loss for part in sums.values()) / math.log(2) / text_bytes
+    num_tokens = sum(part.num_tokens for part in sums.values())
+    return Evaluation(_mean_loss(list(sums.values())), num_tokens, bits, breakdown)
 
 
-def _mean_loss(sums: list[tuple[float, int]]) -> float:
-    """Return the mean loss over all tokens of the (sum of losses, number of tokens) pairs."""
-    return sum(loss for loss, _ in sums) / max(sum(num_tokens for _, num_tokens in sums), 1)
+def _mean_loss(sums: Sequence[LossSum]) -> float:
+    """Return the weighted mean of the losses of all targets."""
+    return sum(part.loss for part in sums) / (sum(part.denominator for part in sums) or 1)
 
 
 def _score_corpus(
     engine: Engine, setup: EvaluationSetup, corpus: Corpus, component_index: int, heartbeat: Callable[[], None]
-) -> tuple[float, int]:
-    """Return (sum of losses, number of valid tokens) of one component on one corpus, over all ranks."""
+) -> LossSum:
+    """Score one corpus with one component of the objective, over all ranks."""
     losses: list[Tensor] = []
-    num_valid_tokens = 0
+    num_valid_tokens, denominator = 0, 0.0
     for dp_batch in iter_heldout_batches(setup, corpus, component_index, *engine.dp_rank_and_size):
         heartbeat()
         batch = engine.to_local_batch(dp_batch)
         losses.append(engine.score(batch).sum())
         num_valid_tokens += batch.num_valid_tokens
-    loss_sum = float(engine.all_reduce_over_dp_and_cp(torch.stack(losses).double().sum()))
-    return loss_sum, int(engine.all_reduce_over_dp_and_cp(num_valid_tokens))
+        denominator += batch.loss_denominator
+    return LossSum(
+        loss=float(engine.all_reduce_over_loss_axes(torch.stack(losses).double().sum())),
+        denominator=float(engine.all_reduce_over_loss_axes(denominator)),
+        num_tokens=int(engine.all_reduce_over_loss_axes(num_valid_tokens)),
+    )
 
 
 def iter_heldout_batches(
@@ -148,12 +162,13 @@ def iter_heldout_batches(
                 corpus,
                 starts,
                 lengths.window_tokens,
-                score_prompts=setup.score_prompts,
+                prompt_loss_weight=setup.prompt_loss_weight,
                 document_mask=with_documents,
             )
             batch = objective(windows, valid_ids, [component_index] * len(valid_ids))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE_INDEX)
-            yield replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))
+            batch = replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))
+            yield batch if batch.loss_weights_BS is None else batch.with_loss_weights(batch.loss_weights_BS)
 
 
 def _build_causal_batch(corpus: Corpus, stride: int, window_ids: np.ndarray, is_window: np.ndarray) -> Batch:

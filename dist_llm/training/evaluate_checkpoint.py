@@ -13,7 +13,7 @@ from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import compute_component_lengths
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.shard import Split
-from dist_llm.data.streams import masks_prompts, open_corpora
+from dist_llm.data.streams import has_prompt_weights, open_corpora
 from dist_llm.data.tokenizer_file import is_same_tokenizer
 from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import ConfigError, DataError
@@ -53,12 +53,12 @@ def evaluate_checkpoint(
     _check_tokenizer(path, config, corpora.values(), corpus_origin)
     if not (path / TOKENIZER_FILE).exists() and world.is_main:
         print(f"{path} has no tokenizer: using the tokenizer of the corpus")
-    mask_prompts = masks_prompts(config.data, corpora.values())
+    weights_prompts = has_prompt_weights(config.data, corpora.values())
     vocabulary = read_vocabulary(config, path if (path / TOKENIZER_FILE).exists() else _first_directory(corpora))
-    objective = build_objective(config, vocabulary, mask_prompts)
-    score_prompts = config.data.score_prompts
+    objective = build_objective(config, vocabulary, weights_prompts)
+    prompt_loss_weight = config.data.prompt_loss_weight
     setup = EvaluationSetup(
-        corpora, objective, options.micro_batch or config.data.micro_batch, score_prompts=score_prompts
+        corpora, objective, options.micro_batch or config.data.micro_batch, prompt_loss_weight=prompt_loss_weight
     )
     setup.check()
     # Models trained in float8 are scored in bf16 on all devices, as in `generate`.

@@ -12,6 +12,7 @@ from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
 from dist_llm.sharded import to_local
+from dist_llm.training.step import compute_loss_denominator, replace_zero
 
 # Relative tolerance of a gradient by precision. The two computations sum in different orders.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
@@ -56,8 +57,7 @@ def _compute_gradients(engine: Engine, batches: list[Batch], step: int) -> tuple
     The gradients of the engine are cleared.
     """
     batches = [engine.to_local_batch(batch) for batch in batches]
-    num_valid_tokens = engine.all_reduce_over_dp_and_cp(sum(batch.num_valid_tokens for batch in batches))
-    losses = engine.accumulate(batches, num_valid_tokens, step)
+    losses = engine.accumulate(batches, replace_zero(compute_loss_denominator(engine, batches)), step)
     gradients = {}
     for name, parameter in engine.named_parameters():
         if parameter.grad is not None:

@@ -32,7 +32,9 @@ log = logging.getLogger("dist_llm")
 NUM_COMPARED_STEPS = 10  # repeated steps whose losses are compared; later steps amplify rounding
 # Sections of the config, and keys of its section `data`, that determine the losses of the next steps.
 LOSS_SECTIONS = ("model", "objective", "loss", "optim", "schedule", "precision", "fp8")
-LOSS_DATA_KEYS = ("seq_len", "global_batch", "order", "windows", "score_prompts", "document_mask", "skip", "stages")
+LOSS_DATA_KEYS = (
+    *("seq_len", "global_batch", "order", "windows", "prompt_loss_weight", "document_mask", "skip", "stages"),
+)
 
 
 def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progress:

@@ -1,7 +1,8 @@
 """Take one optimizer step on a global batch.
 
-Losses are sums. They are divided once, by the number of valid tokens (targets that count) of the global batch. So the
-gradient does not depend on how the tokens are split into ranks and microbatches.
+Losses are sums over targets. They are divided once, by the number of valid tokens (targets that count) of the global
+batch, or by the sum of their weights. This denominator is known before the forward pass. So the gradient does not
+depend on how the tokens are split into ranks and microbatches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,10 @@ from dist_llm.objectives.batch import Batch
 class StepReport:
     """The results of a step over all ranks. Tensors stay on the device until they are logged."""
 
-    loss: Tensor  # mean over valid tokens, in nats
+    loss: Tensor  # (weighted) mean over valid tokens, in nats
     grad_norm: Tensor  # before clipping
-    num_valid_tokens: Tensor  # of the global batch
-    # [2, num_sources]: share of the loss, and number of valid tokens, per data source
-    loss_and_tokens_by_source: Tensor | None = None
+    loss_denominator: Tensor  # number of valid tokens of the global batch, or the sum of their weights
+    by_source: Tensor | None = None  # [3, num_sources], see `_sum_by_source`
     # Of each layer with a mixture of experts: counts of the global batch, and means over its sequences.
     router_stats: Mapping[int, RouterStats] = field(default_factory=dict)
     loss_terms: Tensor | None = None  # [2]: mean cross-entropy and mean z-loss over valid tokens
@@ -48,24 +48,34 @@ def train_step(
     loss with label smoothing or z-loss.
     """
     batches = [engine.to_local_batch(batch) for batch in batches]
-    num_valid_tokens = engine.all_reduce_over_dp_and_cp(sum(batch.num_valid_tokens for batch in batches))
-    losses = engine.accumulate(batches, num_valid_tokens, step)
-    loss_and_tokens_by_source = None
+    denominator = compute_loss_denominator(engine, batches)
+    losses = engine.accumulate(batches, replace_zero(denominator), step)
+    by_source = None
     if num_sources > 1:
-        loss_and_tokens_by_source = engine.all_reduce_over_dp_and_cp(_sum_by_source(batches, losses, num_sources))
+        by_source = engine.all_reduce_over_loss_axes(_sum_by_source(batches, losses, num_sources))
     loss_terms = _pop_loss_terms(engine, len(batches), losses)
     if with_loss_terms:
-        loss_terms = engine.all_reduce_over_dp_and_cp(loss_terms) / num_valid_tokens.clamp(min=1)
-    loss = engine.all_reduce_over_dp_and_cp(losses.sum())
+        loss_terms = engine.all_reduce_over_loss_axes(loss_terms) / replace_zero(denominator)
+    loss = engine.all_reduce_over_loss_axes(losses.sum())
     norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
     return StepReport(
         loss,
         norm,
-        num_valid_tokens,
-        loss_and_tokens_by_source,
+        denominator,
+        by_source,
         engine.router_stats,
         loss_terms if with_loss_terms else None,
     )
+
+
+def compute_loss_denominator(engine: Engine, batches: Sequence[Batch]) -> Tensor:
+    """Return the sum of the weights of all targets of the global batch, [], which is their number without weights."""
+    return engine.all_reduce_over_loss_axes(sum(batch.loss_denominator for batch in batches))
+
+
+def replace_zero(denominator: Tensor) -> Tensor:
+    """Return a denominator by which the losses can be divided. It is 1 if no target of the global batch counts."""
+    return torch.where(denominator > 0, denominator, 1)
 
 
 def _pop_loss_terms(engine: Engine, num_microbatches: int, losses: Tensor) -> Tensor:
@@ -82,11 +92,18 @@ def _pop_loss_terms(engine: Engine, num_microbatches: int, losses: Tensor) -> Te
 
 
 def _sum_by_source(batches: Sequence[Batch], losses: Tensor, num_sources: int) -> Tensor:
-    """Sum the losses and the valid tokens of this rank by data source, [2, num_sources]."""
+    """Sum by data source, over this rank: the losses, the loss weights and the valid tokens, [3, num_sources].
+
+    The losses are divided by the denominator of the global batch already.
+    """
     source_ids = torch.cat([batch.source_ids_B for batch in batches if batch.source_ids_B is not None])
-    counts = torch.cat([(batch.targets_BS != IGNORE_INDEX).sum(-1) for batch in batches])
-    values = torch.stack((losses, counts.to(losses)))  # [2, sequences]
-    return values.new_zeros(2, num_sources).index_add_(1, source_ids, values)
+    counts_B = [(batch.targets_BS != IGNORE_INDEX).sum(-1) for batch in batches]
+    weights_B = [
+        counts if batch.loss_weights_BS is None else batch.loss_weights_BS.sum(-1)
+        for batch, counts in zip(batches, counts_B, strict=True)
+    ]
+    values = torch.stack((losses, torch.cat(weights_B).to(losses), torch.cat(counts_B).to(losses)))  # [3, sequences]
+    return values.new_zeros(3, num_sources).index_add_(1, source_ids, values)
 
 
 def name_loss_terms(report: StepReport, config: LossConfig) -> dict[str, Tensor]:

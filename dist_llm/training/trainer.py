@@ -177,11 +177,11 @@ class Trainer:
             step=progress.step,
             loss=report.loss,
             grad_norm=report.grad_norm,
-            num_valid_tokens=report.num_valid_tokens,
+            loss_denominator=report.loss_denominator,
             lr=lr,
             tokens=progress.tokens,
             data_wait_seconds=data_wait_seconds,
-            loss_and_tokens_by_source=report.loss_and_tokens_by_source,
+            by_source=report.by_source,
             loss_terms=name_loss_terms(report, config.loss),
             router_stats=report.router_stats,
         )
@@ -279,7 +279,7 @@ class Trainer:
             objective,
             data.micro_batch,
             max_windows=self.config.eval.windows,
-            score_prompts=data.score_prompts,
+            prompt_loss_weight=data.prompt_loss_weight,
         )
 
     def _build_recorder(self) -> MetricsRecorder:

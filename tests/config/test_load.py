@@ -291,6 +291,23 @@ def test_a_saved_config_with_outdated_zeros_is_read_without_messages(write_confi
     assert caplog.messages == []
 
 
+@pytest.mark.parametrize(("score_prompts", "weight"), [("true", 1.0), ("false", 0.0)])
+def test_a_renamed_key_is_accepted_with_a_message(score_prompts, weight, load_minimal, caplog):
+    config, violations = load_minimal(f"data.score_prompts={score_prompts}", log_outdated=True)
+    assert violations == []
+    assert config.data.prompt_loss_weight == weight
+    assert caplog.messages == [
+        "data.score_prompts: the key is still accepted, but a later version will refuse it; write prompt_loss_weight: "
+        f"{weight}"
+    ]
+
+
+def test_a_renamed_key_with_a_bad_value_or_next_to_the_new_key_is_refused(load_minimal):
+    for overrides in (["data.score_prompts=2"], ["data.score_prompts=true", "data.prompt_loss_weight=0.5"]):
+        (violation,) = load_minimal(*overrides)[1]
+        assert violation.startswith("data.score_prompts: ")
+
+
 def test_later_overrides_win(load_minimal):
     config, _ = load_minimal("run.steps=1", "run.steps=2")
     assert config.run.steps == 2

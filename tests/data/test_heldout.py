@@ -107,7 +107,7 @@ class TargetSumEngine:
 
     dp_rank_and_size = DataParallelRank(rank=0, size=1)
 
-    def all_reduce_over_dp_and_cp(self, value):
+    def all_reduce_over_loss_axes(self, value):
         return torch.as_tensor(value)
 
     def to_local_batch(self, batch):

@@ -19,7 +19,7 @@ from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.data.packed_windows import PackedWindows, pack_best_fit
 from dist_llm.data.shard import CorpusManifest, ShardWriter
-from dist_llm.data.streams import masks_prompts
+from dist_llm.data.streams import has_prompt_weights
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.build_model import build_model
 from dist_llm.objectives.build_objective import build_objective
@@ -154,7 +154,7 @@ PROMPT_LENGTHS = (1, 0, 5, 3, 12, 4, 1, 9, 0, 7, 0, 2)
 def test_prompts_are_inputs_without_a_loss(windows, tmp_path):
     corpus = write_corpus(tmp_path, prompts=PROMPT_LENGTHS)
     batch = load_epoch(corpus, windows=windows)
-    scored_prompts_batch = load_epoch(corpus, windows=windows, score_prompts=True)
+    scored_prompts_batch = load_epoch(corpus, windows=windows, prompt_loss_weight=1)
     assert np.array_equal(batch.inputs_BS, scored_prompts_batch.inputs_BS)
     is_valid_BS = batch.targets_BS != IGNORE_INDEX
     assert np.array_equal(batch.targets_BS[is_valid_BS], scored_prompts_batch.targets_BS[is_valid_BS])
@@ -162,31 +162,48 @@ def test_prompts_are_inputs_without_a_loss(windows, tmp_path):
     for document, prompt_len in zip(read_documents(corpus), PROMPT_LENGTHS, strict=True):
         completion_tokens += document[max(prompt_len, 1) :]
     if windows == "stream":  # a stream also predicts the first token of a document without a prompt
-        loss_mask = corpus.compute_loss_mask(np.array([0]), corpus.num_tokens)[0]
-        assert loss_mask.tolist() == [
-            position >= prompt_len
+        weights = corpus.compute_loss_weights(np.array([0]), corpus.num_tokens, prompt_loss_weight=0)[0]
+        assert weights.tolist() == [
+            float(position >= prompt_len)
             for size, prompt_len in zip(DOCUMENT_SIZES, PROMPT_LENGTHS, strict=True)
             for position in range(size)
         ]
         end = (corpus.num_tokens - 1) // SEQ_LEN * SEQ_LEN + 1  # the tail makes no window
-        assert batch.num_valid_tokens == loss_mask[1:end].sum()
+        assert batch.num_valid_tokens == weights[1:end].sum()
     else:
         assert sorted(batch.targets_BS[is_valid_BS].tolist()) == sorted(completion_tokens)
 
 
-@pytest.mark.parametrize("score_prompts", [False, True])
-def test_evaluation_scores_prompts_if_training_does(score_prompts, tmp_path):
+@pytest.mark.parametrize("windows", ["stream", "document", "packed"])
+def test_losses_of_prompts_are_weighted(windows, tmp_path):
+    corpus = write_corpus(tmp_path, prompts=PROMPT_LENGTHS)
+    without_prompts = load_epoch(corpus, windows=windows)
+    with_prompts = load_epoch(corpus, windows=windows, prompt_loss_weight=1)
+    batch = load_epoch(corpus, windows=windows, prompt_loss_weight=0.25)
+    is_valid_BS = with_prompts.targets_BS != IGNORE_INDEX
+    is_completion_BS = without_prompts.targets_BS != IGNORE_INDEX
+    assert is_valid_BS.sum() > is_completion_BS.sum() > 0
+    expected_BS = torch.where(is_completion_BS, 1.0, 0.25) * is_valid_BS
+    assert torch.equal(batch.loss_weights_BS, expected_BS)
+    assert batch.targets_BS.tolist() == with_prompts.targets_BS.tolist()
+    assert batch.loss_denominator == expected_BS.sum()
+    assert batch.num_valid_tokens == is_valid_BS.sum()
+
+
+@pytest.mark.parametrize("prompt_loss_weight", [0.0, 0.5, 1.0])
+def test_evaluation_weights_prompts_as_training_does(prompt_loss_weight, tmp_path):
     """This holds also if training uses windows of varying lengths."""
     corpus = write_corpus(tmp_path, prompts=PROMPT_LENGTHS)
-    config = make_config(corpus=corpus, windows="document", score_prompts=score_prompts)
-    objective = build_objective(config, ObjectiveVocabulary(100, EOT), masks_prompts(config.data, [corpus]))
-    heldout = EvaluationSetup({"": corpus}, objective, micro_batch=4, score_prompts=score_prompts)
-    batches = iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1)
+    config = make_config(corpus=corpus, windows="document", prompt_loss_weight=prompt_loss_weight)
+    objective = build_objective(config, ObjectiveVocabulary(100, EOT), has_prompt_weights(config.data, [corpus]))
+    heldout = EvaluationSetup({"": corpus}, objective, micro_batch=4, prompt_loss_weight=prompt_loss_weight)
+    batches = list(iter_heldout_batches(heldout, corpus, component_index=0, dp_rank=0, dp_size=1))
     num_scored = sum(batch.num_valid_tokens for batch in batches)
     num_read = (corpus.num_tokens - 1) // SEQ_LEN * SEQ_LEN
-    num_prompt_tokens = (~corpus.compute_loss_mask(np.array([0]), corpus.num_tokens)[0])[1 : num_read + 1].sum()
-    assert num_prompt_tokens > 0
-    assert num_scored == (num_read if score_prompts else num_read - num_prompt_tokens)
+    weights = corpus.compute_loss_weights(np.array([0]), corpus.num_tokens, prompt_loss_weight)[0][1 : num_read + 1]
+    assert (weights < 1).any() == (prompt_loss_weight < 1)
+    assert num_scored == (weights > 0).sum()
+    assert sum(batch.loss_denominator for batch in batches) == weights.sum()
 
 
 def test_padding_is_not_a_target_and_not_attended_to(tmp_path):

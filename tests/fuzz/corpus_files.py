@@ -48,13 +48,13 @@ def read_corpus(directory: Path) -> None:
         starts = np.arange(0, corpus.count_windows(16, 8) * 8, 8)
         corpus.read(starts, 16)
         corpus.compute_document_ids(starts, 16)
-        corpus.compute_loss_mask(starts, 16)
+        corpus.compute_loss_weights(starts, 16, prompt_loss_weight=0)
         list(corpus.iter_documents(0, corpus.num_tokens))
         for is_packed in (False, True):
             windows = PackedWindows(
                 corpus, SequenceLengths(window_tokens=17, stride_tokens=16, input_tokens=16), is_packed
             )
-            windows.read(np.arange(windows.num_windows), score_prompts=False)
+            windows.read(np.arange(windows.num_windows), prompt_loss_weight=0)
 
 
 def write_megatron(directory: Path) -> None:

@@ -92,7 +92,7 @@ def take_step(*, ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
         with MatmulDtypes() as matmul_dtypes:
             report = train_step(engine, batches, lr=1e-3)
         engine.score(engine.to_local_batch(batches[0]))
-        devices = {value.device.type for value in (report.loss, report.grad_norm, report.num_valid_tokens)}
+        devices = {value.device.type for value in (report.loss, report.grad_norm, report.loss_denominator)}
         return {"devices": sorted(devices), "products": sorted(matmul_dtypes.dtypes)}
 
 

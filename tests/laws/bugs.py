@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from dist_llm import sharded
+from dist_llm.engines import native
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention, banded_attention, decoder
 from dist_llm.models.attention_mask import AttentionMask
@@ -174,8 +175,8 @@ def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
     def skip_all_reduce(self: NativeEngine, value: Any) -> torch.Tensor:
         return torch.as_tensor(value) * self.dp_rank_and_size.size if isinstance(value, int) else original(self, value)
 
-    original = NativeEngine.all_reduce_over_dp_and_cp
-    with patch.object(NativeEngine, "all_reduce_over_dp_and_cp", skip_all_reduce):
+    original = NativeEngine.all_reduce_over_loss_axes
+    with patch.object(NativeEngine, "all_reduce_over_loss_axes", skip_all_reduce):
         yield
 
 
@@ -184,10 +185,10 @@ def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
     """Each microbatch is divided by its own number of valid tokens."""
 
     def normalize_each_microbatch(
-        self: NativeEngine, batches: Any, num_valid_tokens: torch.Tensor, step: int
+        self: NativeEngine, batches: Any, denominator: torch.Tensor, step: int
     ) -> torch.Tensor:
         losses = [
-            original(self, [batch], self.all_reduce_over_dp_and_cp(batch.num_valid_tokens) * len(batches), step)
+            original(self, [batch], self.all_reduce_over_loss_axes(batch.num_valid_tokens) * len(batches), step)
             for batch in batches
         ]
         return torch.stack(losses).sum()
@@ -204,7 +205,7 @@ def loss_is_divided_twice() -> Iterator[Any]:
     with patch.object(
         NativeEngine,
         "accumulate",
-        lambda self, batches, num_valid_tokens, step: original(self, batches, num_valid_tokens**2, step),
+        lambda self, batches, denominator, step: original(self, batches, denominator**2, step),
     ):
         yield
 
@@ -222,13 +223,46 @@ def loss_is_averaged_over_padding() -> Iterator[Any]:
 
 
 @register_bug
+def loss_is_divided_by_the_number_of_weighted_targets() -> Iterator[Any]:
+    """The losses of targets are weighted, but the denominator counts each target as 1."""
+    with patch.object(Batch, "loss_denominator", property(lambda self: self.num_valid_tokens)):
+        yield
+
+
+@register_bug
+def context_ranks_read_the_loss_weights_of_other_tokens() -> Iterator[Any]:
+    """Each context-parallel rank takes the loss weights of its tokens from the end of the sequence."""
+
+    def flip_weights(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
+        weights_BS = batch.loss_weights_BS
+        flipped = replace(batch, loss_weights_BS=None if weights_BS is None else weights_BS.flip(1))
+        return original(flipped, cp_rank, cp_size)
+
+    original = context_parallel.shard_sequences
+    with patch.object(native, "shard_sequences", flip_weights):
+        yield
+
+
+@register_bug
+def the_head_of_a_stage_ignores_loss_weights() -> Iterator[Any]:
+    """A pipeline does not pass the loss weights to its stages."""
+    original = pipeline_parallel._stage_arguments
+
+    def drop_weights(batch: Batch) -> dict[str, Any]:
+        return original(batch) | {"loss_weights_BS": None}
+
+    with patch.object(pipeline_parallel, "_stage_arguments", drop_weights):
+        yield
+
+
+@register_bug
 def only_the_last_microbatch_is_accumulated() -> Iterator[Any]:
     """All other microbatches of a step are dropped."""
     original = NativeEngine.accumulate
     with patch.object(
         NativeEngine,
         "accumulate",
-        lambda self, batches, num_valid_tokens, step: original(self, batches[-1:], num_valid_tokens, step),
+        lambda self, batches, denominator, step: original(self, batches[-1:], denominator, step),
     ):
         yield
 

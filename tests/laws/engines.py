@@ -80,7 +80,7 @@ class EngineTrace:
     """
 
     losses: list[float] = field(default_factory=list)
-    num_valid_tokens: list[int] = field(default_factory=list)
+    loss_denominators: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     learning_rates: list[list[float]] = field(default_factory=list)  # by parameter group, without lr_mult
     states: list[ShardsByName] = field(default_factory=list)
@@ -118,14 +118,14 @@ def run_steps(
                 should_apply=partial(guard.should_apply, step) if skip_nonfinite else None,
             )
             trace.losses.append(report.loss.item())
-            trace.num_valid_tokens.append(int(report.num_valid_tokens))
+            trace.loss_denominators.append(report.loss_denominator.item())
             trace.grad_norms.append(report.grad_norm.item())
             groups = engine.optimizer.param_groups  # type: ignore[attr-defined]
             trace.learning_rates.append([group["lr"] / group["lr_mult"] for group in groups])
             if step in (steps[0], steps[-1]):
                 trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = make_batches(config, engine, step=HELDOUT_STEP)
-        trace.heldout_loss = engine.all_reduce_over_dp_and_cp(engine.score(engine.to_local_batch(batch)).sum()).item()
+        trace.heldout_loss = engine.all_reduce_over_loss_axes(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
             save_checkpoint(CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return trace
@@ -182,9 +182,9 @@ def merge_engine_traces(by_rank: list[EngineTrace], expected: Trace) -> Trace:
     """
     rank_0 = by_rank[0]
     for rank, rank_trace in enumerate(by_rank[1:], 1):
-        for name in ("losses", "num_valid_tokens", "grad_norms"):
+        for name in ("losses", "loss_denominators", "grad_norms"):
             assert getattr(rank_trace, name) == getattr(rank_0, name), f"{name} of rank {rank} differ from rank 0"
-    trace = Trace(rank_0.losses, rank_0.num_valid_tokens, rank_0.grad_norms)
+    trace = Trace(rank_0.losses, rank_0.loss_denominators, rank_0.grad_norms)
     shapes = {f"model.{name}": tuple(value.shape) for name, value in expected.parameters[0].items()}
     for index in range(len(rank_0.states)):
         full_tensors = merge_shards([rank_trace.states[index] for rank_trace in by_rank], shapes)
@@ -220,9 +220,9 @@ def patch_accumulate(
 def losses_are_averaged_over_ranks(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The loss is not multiplied by the number of ranks, although the engine averages gradients."""
 
-    def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
+    def accumulate(self: Any, batches: Any, denominator: Tensor, step: int) -> Tensor:
         ranks = torch.distributed.get_world_size()
-        return original(self, batches, num_valid_tokens * ranks, step) * ranks
+        return original(self, batches, denominator * ranks, step) * ranks
 
     return accumulate
 
@@ -231,12 +231,10 @@ def losses_are_averaged_over_ranks(original: Callable[..., Tensor]) -> Callable[
 def only_the_last_microbatch_is_accumulated(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The losses of the other microbatches are computed without gradients, so that the reported loss is right."""
 
-    def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
+    def accumulate(self: Any, batches: Any, denominator: Tensor, step: int) -> Tensor:
         with torch.no_grad():
-            scores = [
-                self.model(batch.inputs_BS, **batch.forward_arguments()) / num_valid_tokens for batch in batches[:-1]
-            ]
-        return torch.cat([*scores, original(self, batches[-1:], num_valid_tokens, step)])
+            scores = [self.model(batch.inputs_BS, **batch.forward_arguments()) / denominator for batch in batches[:-1]]
+        return torch.cat([*scores, original(self, batches[-1:], denominator, step)])
 
     return accumulate
 
@@ -245,8 +243,8 @@ def only_the_last_microbatch_is_accumulated(original: Callable[..., Tensor]) -> 
 def the_second_step_is_not_finite(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The losses and gradients of step 1, counted from 0, are NaN."""
 
-    def accumulate(self: Any, batches: Any, num_valid_tokens: Tensor, step: int) -> Tensor:
-        return original(self, batches, num_valid_tokens * (torch.nan if step == 1 else 1.0), step)
+    def accumulate(self: Any, batches: Any, denominator: Tensor, step: int) -> Tensor:
+        return original(self, batches, denominator * (torch.nan if step == 1 else 1.0), step)
 
     return accumulate
 

@@ -74,13 +74,13 @@ ShardsByName = dict[str, list[tuple[tuple[int, ...], Tensor]]]
 class RankTrace:
     """What one rank records in a run.
 
-    Of each step: the loss, the number of valid tokens, the gradient norm, and the number of tokens of each expert by
+    Of each step: the loss, its denominator, the gradient norm, and the number of tokens of each expert by
     layer. Of the first and the last step: the shards of gradients and parameters on this rank, and the buffers, which
     are among the parameters.
     """
 
     losses: list[float] = field(default_factory=list)
-    num_valid_tokens: list[int] = field(default_factory=list)
+    loss_denominators: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     expert_counts: list[dict[int, list[float]]] = field(default_factory=list)
     gradients: list[ShardsByName] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Trace:
     """A trace of all ranks, with full tensors: {name: gradient} and {name: parameter} per recorded step."""
 
     losses: list[float] = field(default_factory=list)
-    num_valid_tokens: list[int] = field(default_factory=list)
+    loss_denominators: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     expert_counts: list[dict[int, list[float]]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
@@ -180,10 +180,24 @@ def make_batches(config: Config, engine: Engine, step: int) -> list[Batch]:
     if not uses_random_sequences(config):
         return [build_samples(config, step, range(start, start + micro_batch)) for start in starts]
     inputs, targets = make_random_sequences(step)
-    return [
+    batches = [
         Batch.build(inputs[start : start + micro_batch], targets[start : start + micro_batch], CAUSAL)
         for start in starts
     ]
+    if config.data.prompt_loss_weight == 0:
+        return batches
+    weights = make_prompt_weights(step, config.data.prompt_loss_weight)
+    return [
+        batch.with_loss_weights(weights[start : start + micro_batch])
+        for start, batch in zip(starts, batches, strict=True)
+    ]
+
+
+def make_prompt_weights(seed: int, prompt_loss_weight: float) -> Tensor:
+    """Return loss weights [GLOBAL_BATCH, SEQ_LEN]: each sequence begins with a prompt of random length."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt_lens = torch.randint(SEQ_LEN + 1, (GLOBAL_BATCH, 1), generator=generator)
+    return torch.where(torch.arange(SEQ_LEN) < prompt_lens, prompt_loss_weight, 1.0)
 
 
 def uses_random_sequences(config: Config) -> bool:
@@ -202,7 +216,9 @@ def build_samples(config: Config, step: int, indices: range) -> Batch:
 
     `indices` are the positions of the samples in the global batch of the step.
     """
-    objective = build_objective(config, ObjectiveVocabulary(TEXT_IDS, TEXT_IDS - 1))
+    prompt_loss_weight = config.data.prompt_loss_weight
+    vocabulary = ObjectiveVocabulary(TEXT_IDS, TEXT_IDS - 1)
+    objective = build_objective(config, vocabulary, weights_prompts=prompt_loss_weight > 0)
     samples = np.arange(step * GLOBAL_BATCH + indices.start, step * GLOBAL_BATCH + indices.stop)
     component_ids = (samples % len(objective.components)).tolist()
     windows = []
@@ -212,10 +228,18 @@ def build_samples(config: Config, step: int, indices: range) -> Batch:
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
     if objective.is_causal_only:
         return objective(windows, samples, component_ids)
-    windows_with_ids = [
-        TokenWindow(window, document_ids_W=compute_document_ids(window, TEXT_IDS - 1)) for window in windows
+    token_windows = [
+        TokenWindow(
+            window,
+            # The first third of each window is a prompt.
+            loss_weights_W=np.where(np.arange(len(window)) < len(window) // 3, prompt_loss_weight, 1.0)
+            if prompt_loss_weight
+            else None,
+            document_ids_W=compute_document_ids(window, TEXT_IDS - 1),
+        )
+        for window in windows
     ]
-    return objective(windows_with_ids, samples, component_ids)
+    return objective(token_windows, samples, component_ids)
 
 
 def compute_document_ids(window: np.ndarray, end_token: int) -> np.ndarray:
@@ -291,7 +315,7 @@ def _record_trace(config: Config, steps: int, lr_decay: float) -> RankTrace:
     for step in range(steps):
         report = train_step(engine, make_batches(config, engine, step), config.optim.lr * lr_decay**step, step)
         rank_trace.losses.append(report.loss.item())
-        rank_trace.num_valid_tokens.append(int(report.num_valid_tokens))
+        rank_trace.loss_denominators.append(report.loss_denominator.item())
         rank_trace.grad_norms.append(report.grad_norm.item())
         if engine.router_stats:
             counts = {layer: stats.counts_E.tolist() for layer, stats in engine.router_stats.items()}
@@ -323,7 +347,7 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
     """
     rank_0 = by_rank[0]
     for rank, rank_trace in enumerate(by_rank[1:], 1):
-        for name in ("losses", "num_valid_tokens", "grad_norms", "expert_counts"):
+        for name in ("losses", "loss_denominators", "grad_norms", "expert_counts"):
             assert getattr(rank_trace, name) == getattr(rank_0, name), f"{name} of rank {rank} differ from rank 0"
     shapes = {name: shape for rank_trace in by_rank for name, shape in rank_trace.shapes.items()}
     gradients = [
@@ -332,7 +356,7 @@ def merge_ranks(by_rank: Sequence[RankTrace]) -> Trace:
     parameters = [
         merge_shards(shards, shapes) for shards in zip(*(rank_trace.parameters for rank_trace in by_rank), strict=True)
     ]
-    scalars = rank_0.losses, rank_0.num_valid_tokens, rank_0.grad_norms, rank_0.expert_counts
+    scalars = rank_0.losses, rank_0.loss_denominators, rank_0.grad_norms, rank_0.expert_counts
     return Trace(*scalars, gradients, parameters)
 
 
@@ -398,8 +422,8 @@ def assert_traces_match(
     is_fp64 = next(iter(actual_trace.parameters[0].values())).dtype == torch.float64
     first_tolerance = first_tolerance or (1e-11 if is_fp64 else 1e-5)
     later_tolerance = later_tolerance or (1e-11 if is_fp64 else 1e-4)
-    assert actual_trace.num_valid_tokens == expected_trace.num_valid_tokens, (
-        f"valid tokens {actual_trace.num_valid_tokens}, one process {expected_trace.num_valid_tokens}"
+    assert actual_trace.loss_denominators == expected_trace.loss_denominators, (
+        f"loss denominators {actual_trace.loss_denominators}, one process {expected_trace.loss_denominators}"
     )
     assert actual_trace.expert_counts == expected_trace.expert_counts, "the numbers of tokens of the experts differ"
     for label, actual_values, expected_values in (

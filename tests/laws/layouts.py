@@ -213,9 +213,13 @@ class Layout:
         options = [f"{key.removeprefix('pp_')}-{value}" for key, value in self.parallel.items() if key not in AXES]
         objective = self.sections.get("objective", {})
         objectives = [objective["name"]] if "name" in objective else list(objective)
-        masks = ["documents"] if "data" in self.sections else []
+        data_options = [
+            name
+            for name, key in (("documents", "document_mask"), ("prompt_weights", "prompt_loss_weight"))
+            if key in self.sections.get("data", {})
+        ]
         microbatches = [f"micro{self.micro_batch}"] if self.micro_batch else []
-        return "_".join((*axes, *options, *microbatches, *objectives, *masks, self.model))
+        return "_".join((*axes, *options, *microbatches, *objectives, *data_options, self.model))
 
 
 def index_by_name(*layouts: Layout) -> dict[str, Layout]:
@@ -307,6 +311,8 @@ UL2 = {
     },
 }
 DOCUMENTS = {"data": {"document_mask": True}}
+# A power of two, so that the sum of the weights is the same in any order.
+PROMPT_WEIGHTS = {"data": {"prompt_loss_weight": 0.25}}
 
 
 def _with_sections(layout: Layout, **sections: Any) -> Layout:

@@ -108,12 +108,10 @@ def balance_losses_are_means_over_the_sequences_of_a_rank() -> Iterator[Any]:
 
 @register_bug
 def balance_losses_are_divided_by_the_number_of_valid_tokens() -> Iterator[Any]:
-    def accumulate_with_valid_tokens(
-        self: NativeEngine, batches: Sequence[Any], num_valid_tokens: Tensor, step: int
-    ) -> Any:
-        share = float(num_valid_tokens) / (self.config.data.global_batch * self.config.data.seq_len)
+    def accumulate_with_valid_tokens(self: NativeEngine, batches: Sequence[Any], denominator: Tensor, step: int) -> Any:
+        share = float(denominator) / (self.config.data.global_batch * self.config.data.seq_len)
         with scale_balance_losses(1 / share):
-            return accumulate(self, batches, num_valid_tokens, step)
+            return accumulate(self, batches, denominator, step)
 
     with patch.object(NativeEngine, "accumulate", accumulate_with_valid_tokens):
         yield

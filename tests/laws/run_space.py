@@ -15,7 +15,7 @@ from dist_llm.config.derive import AXES
 from dist_llm.config.schema import UnresolvedConfig
 from tests.laws.engines import ENGINE_SECTIONS, OFFLOADED_ENGINE_SECTIONS, assert_engine_matches_one_process
 from tests.laws.law import GLOBAL_BATCH, assert_config_matches_one_process, make_config, make_raw_config
-from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, UL2
+from tests.laws.layouts import ADAMW, BF16_MOMENTS, CLIPPED_SGD, DOCUMENTS, MODELS, MUON, PREFIX, PROMPT_WEIGHTS, UL2
 
 Case = dict[str, Any]
 
@@ -36,6 +36,7 @@ OBJECTIVE_SECTIONS: dict[str, dict[str, Any]] = {
     "prefix": PREFIX,
     "mixture": UL2,
     "documents": DOCUMENTS,
+    "prompt_weights": PROMPT_WEIGHTS,
 }
 LOSS_SECTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -32,15 +32,21 @@ NO_THRESHOLD = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "
 
 
 def make_engine_config(
-    *, ranks: int, engine: dict[str, Any], model: str, optim: dict[str, Any], micro_batch: int, **sections: Any
+    *,
+    ranks: int,
+    engine: dict[str, Any],
+    model: str,
+    optim: dict[str, Any],
+    micro_batch: int,
+    prompt_loss_weight: float = 0.0,
+    **sections: Any,
 ) -> Config:
     """Return the config of a run.
 
     `engine` are config sections, such as those of ENGINE_SECTIONS; {} is the native engine. `model` is a key of MODELS.
     """
-    return make_config(
-        ranks=ranks, model=MODELS[model], optim=optim, data={"micro_batch": micro_batch}, **engine, **sections
-    )
+    data = {"micro_batch": micro_batch, "prompt_loss_weight": prompt_loss_weight}
+    return make_config(ranks=ranks, model=MODELS[model], optim=optim, data=data, **engine, **sections)
 
 
 @pytest.mark.parametrize("optim", [CLIPPED_MOMENTUM_SGD, ADAMW], ids=["sgd", "adamw"])
@@ -51,6 +57,19 @@ def test_an_engine_computes_three_microbatches_on_two_ranks(engine: str, optim: 
         config=make_engine_config(ranks=2, engine=ENGINE_SECTIONS[engine], model="tied", optim=optim, micro_batch=4),
         steps=3,
     )
+
+
+@pytest.mark.parametrize("engine", ["zero2", "ddp"])
+def test_an_engine_weights_the_losses_of_prompts(engine: str) -> None:
+    config = make_engine_config(
+        ranks=2,
+        engine=ENGINE_SECTIONS[engine],
+        model="llama",
+        optim=CLIPPED_MOMENTUM_SGD,
+        micro_batch=4,
+        prompt_loss_weight=0.25,
+    )
+    assert_engine_matches_one_process(ranks=2, config=config, steps=2)
 
 
 @pytest.mark.parametrize("engine", ["zero0", pytest.param("zero1", marks=pytest.mark.slow), "zero3", "ddp"])
@@ -276,7 +295,7 @@ def test_a_step_that_is_not_finite_is_skipped(engine: str) -> None:
     )
     for steps in by_rank:
         assert not math.isfinite(steps.grad_norms.pop(1))
-        del steps.losses[1], steps.num_valid_tokens[1]
+        del steps.losses[1], steps.loss_denominators[1]
     weights = [
         {
             name.removeprefix("model."): shards[0][1]
@@ -288,7 +307,7 @@ def test_a_step_that_is_not_finite_is_skipped(engine: str) -> None:
     # Engines do not expose gradients, so the weights fill that field in both traces.
     expected_trace = Trace(
         losses=expected.losses,
-        num_valid_tokens=expected.num_valid_tokens,
+        loss_denominators=expected.loss_denominators,
         grad_norms=expected.grad_norms,
         gradients=weights,
         parameters=weights,

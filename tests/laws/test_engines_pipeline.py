@@ -25,6 +25,19 @@ def test_the_pipeline_computes_the_steps_of_one_process(
     )
 
 
+def test_the_pipeline_weights_the_losses_of_prompts() -> None:
+    config = make_engine_config(
+        ranks=2,
+        engine=PIPELINE,
+        model="llama",
+        optim=CLIPPED_MOMENTUM_SGD,
+        micro_batch=6,
+        prompt_loss_weight=0.25,
+        loss={"label_smoothing": 0.1, "z_loss": 1e-2},
+    )
+    assert_engine_matches_one_process(ranks=2, config=config, steps=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", [SGD, CLIPPED_MOMENTUM_SGD, ADAMW], ids=["sgd", "clipped", "adamw"])
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(2, 8), (4, 4)], ids=["pp 2", "pp 2 x dp 2"])

@@ -62,7 +62,7 @@ def _run_steps(config: Config, steps: Sequence[int], with_planted_bug: bool) -> 
             assert bool(guard.anomaly_by_step[step]) == (step == BAD_STEP), "a rank does not skip exactly the bad step"
             if step != BAD_STEP:
                 rank_trace.losses.append(report.loss.item())
-                rank_trace.num_valid_tokens.append(int(report.num_valid_tokens))
+                rank_trace.loss_denominators.append(report.loss_denominator.item())
                 rank_trace.grad_norms.append(report.grad_norm.item())
                 rank_trace.record(engine)
     return rank_trace

@@ -29,7 +29,7 @@ class RecordedSteps:
     """The loss and the number of valid tokens of each step, and the full weights after it."""
 
     losses: list[float] = field(default_factory=list)
-    num_valid_tokens: list[int] = field(default_factory=list)
+    loss_denominators: list[float] = field(default_factory=list)
     weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
 
@@ -54,7 +54,7 @@ def run_steps(config: Config) -> RecordedSteps:
             batches[index] = replace(batches[index], targets_BS=ignored_targets, num_valid_tokens=0)
         report = train_step(engine, batches, lr=1.0, step=step)
         recorded.losses.append(report.loss.item())
-        recorded.num_valid_tokens.append(int(report.num_valid_tokens))
+        recorded.loss_denominators.append(report.loss_denominator.item())
         assert math.isfinite(report.grad_norm.item())
         recorded.weights.append({name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()})
     return recorded
@@ -64,12 +64,12 @@ def run_steps(config: Config) -> RecordedSteps:
 def test_a_step_without_valid_tokens_changes_no_weight(layout: Layout) -> None:
     by_rank = run_on_ranks(layout.ranks, run_steps, make_layout_config(layout, optim=SGD))
     for steps in by_rank:
-        assert (steps.losses, steps.num_valid_tokens) == (by_rank[0].losses, by_rank[0].num_valid_tokens), (
+        assert (steps.losses, steps.loss_denominators) == (by_rank[0].losses, by_rank[0].loss_denominators), (
             "ranks report different results"
         )
         assert all(map(math.isfinite, steps.losses))
-        assert steps.num_valid_tokens[0] > 0
-        assert (steps.losses[1], steps.num_valid_tokens[1]) == (0.0, 0)
-        assert steps.num_valid_tokens[2] > steps.num_valid_tokens[0]
+        assert steps.loss_denominators[0] > 0
+        assert (steps.losses[1], steps.loss_denominators[1]) == (0.0, 0)
+        assert steps.loss_denominators[2] > steps.loss_denominators[0]
         for name, value in steps.weights[1].items():
             assert torch.equal(value, steps.weights[0][name]), f"{name} changed in a step without valid tokens"

@@ -7,7 +7,7 @@ import pytest
 
 from tests.laws.bugs import BUGS
 from tests.laws.law import assert_matches_one_process
-from tests.laws.layouts import CLIPPED_SGD, DOCUMENTS, PREFIX, SGD, UL2, Layout
+from tests.laws.layouts import CLIPPED_SGD, DOCUMENTS, PREFIX, PROMPT_WEIGHTS, SGD, UL2, Layout
 from tests.laws.worlds import WorldError
 
 LAYOUT_OF_BUG = {
@@ -27,6 +27,13 @@ LAYOUT_OF_BUG = {
     "loss_is_the_mean_of_microbatch_means": Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=4),
     "loss_is_divided_twice": Layout(ranks=2, parallel={"dp_shard": 2}),
     "loss_is_averaged_over_padding": Layout(ranks=2, parallel={"dp_shard": 2}),
+    "loss_is_divided_by_the_number_of_weighted_targets": Layout(
+        ranks=2, parallel={"dp_shard": 2}, sections=PROMPT_WEIGHTS
+    ),
+    "context_ranks_read_the_loss_weights_of_other_tokens": Layout(ranks=2, parallel={"cp": 2}, sections=PROMPT_WEIGHTS),
+    "the_head_of_a_stage_ignores_loss_weights": Layout(
+        ranks=2, parallel={"pp": 2}, micro_batch=6, sections=PROMPT_WEIGHTS
+    ),
     "only_the_last_microbatch_is_accumulated": Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=4),
     "all_ranks_read_the_same_samples": Layout(ranks=2, parallel={"dp_shard": 2}),
     "gradients_are_clipped_by_the_local_norm": Layout(ranks=2, parallel={"dp_shard": 2}),
@@ -120,7 +127,7 @@ OPTIMIZER_BUG_NAMES = {  # tested in test_optimizers.py and test_param_groups.py
 MESSAGES = (
     "off by",  # most bugs: a loss, norm, gradient or parameter deviates from one process
     "differ",  # a reduction over ranks is missing: values that several ranks must agree on are not equal
-    "valid tokens",  # loss_is_averaged_over_padding, all_ranks_read_the_same_samples
+    "loss denominators",  # loss_is_averaged_over_padding, all_ranks_read_the_same_samples
     # weights_stay_gathered_after_the_last_backward, if the version of torch leaves a rank without gradients:
     "gradients:",
     "parameters:",

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dist_llm.models.feedforward import FeedForward
+from dist_llm.models.feedforward import DenseFeedForward
 from dist_llm.models.kv_cache import KVCache
 from dist_llm.models.moe import MoE
 from dist_llm.models.router_stats import RouterStats
@@ -138,7 +138,7 @@ def test_without_a_loss_scale_the_balance_losses_have_no_gradient(make_layer):
 def test_identical_experts_equal_the_dense_layer(settings):
     """With normalized weights, the value and the gradient of the inputs are those of one expert."""
     config = settings(feedforward={**SMALL, "d_expert": 48}, feedforward_bias=True)
-    layer, dense = randomize_(MoE(config, layer=0).double()), FeedForward(config, layer=0).double()
+    layer, dense = randomize_(MoE(config, layer=0).double()), DenseFeedForward(config, layer=0).double()
     with torch.no_grad():
         for key, parameter in dense.named_parameters():
             parameter.copy_(0.4 * draw_normal(5, *parameter.shape))

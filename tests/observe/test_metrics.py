@@ -29,7 +29,7 @@ def make_step_metrics(step, tokens=None):
         step,
         loss=value,
         grad_norm=10 * value,
-        num_valid_tokens=torch.tensor(7),
+        loss_denominator=torch.tensor(7),
         lr=step / 100,
         tokens=tokens or 50 * step,
         data_wait_seconds=0.5,
