@@ -12,7 +12,7 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from threading import Lock
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -53,6 +53,7 @@ def adopt(options: AdoptOptions, log_stream: TextIO | None = None) -> CorpusMani
 
 
 def _check_options(options: AdoptOptions) -> None:
+    """Raise DataError for the first option that breaks a rule."""
     is_bin = options.format == "bin"
     rules = (
         (bool(options.data), "--data: give at least one file"),
@@ -86,6 +87,21 @@ def _get_file_bytes(location: str) -> int:
         ) from None
 
 
+class _AdoptedFile(NamedTuple):
+    """A token file that has been scanned."""
+
+    split: Split
+    shard: Shard  # its entry in the manifest
+    dtype: DType  # of its ids
+
+
+class _ScannedFile(NamedTuple):
+    """What one pass over a token file found."""
+
+    scan: TokenFileScan
+    sha256: str
+
+
 class _AdoptRun:
     """Scans all files once, in a pool of threads, and writes the corpus. Hashing and numpy release the GIL."""
 
@@ -112,42 +128,37 @@ class _AdoptRun:
         finally:
             pool.shutdown(cancel_futures=True)
         manifest = CorpusManifest(
-            dtype=self._get_common_dtype([(shard.file, dtype) for shard, dtype in adopted_files]),
+            dtype=self._get_common_dtype(adopted_files),
             vocab_size=self.tokenizer.vocab_size,
             tokenizer_sha256=self.tokenizer.sha256,
             source=(f"{ADOPTED}{self.options.format} files",),
             shards={
-                split: tuple(
-                    shard
-                    for (file_split, *_), (shard, _) in zip(files, adopted_files, strict=True)
-                    if file_split == split
-                )
-                for split in SPLITS
+                split: tuple(adopted.shard for adopted in adopted_files if adopted.split == split) for split in SPLITS
             },
             document_bounds=self._has_document_bounds,
         )
         manifest.save(self.directory)
         return manifest
 
-    def _get_common_dtype(self, files: list[tuple[str, DType]]) -> DType:
-        """Return the dtype of the ids of all (location, dtype). Raises DataError if two differ."""
-        (first_location, first_dtype), *other_files = files
-        for location, dtype in other_files:
-            if dtype != first_dtype:
+    def _get_common_dtype(self, files: list[_AdoptedFile]) -> DType:
+        """Return the dtype of the ids of all files. Raises DataError if two differ."""
+        first, *other_files = files
+        for other in other_files:
+            if other.dtype != first.dtype:
                 raise DataError(
-                    f"{location}: ids of {dtype}, but those of {first_location} are {first_dtype}. All files of a "
-                    "corpus need one dtype: adopt them as two corpora, or convert one kind."
+                    f"{other.shard.file}: ids of {other.dtype}, but those of {first.shard.file} are {first.dtype}. "
+                    "All files of a corpus need one dtype: adopt them as two corpora, or convert one kind."
                 )
-        return first_dtype
+        return first.dtype
 
-    def _adopt_file(self, split: Split, shard_index: int, file_argument: str) -> tuple[Shard, DType]:
-        """Scan one file and write its document offsets. Return its manifest entry and the dtype of its ids."""
+    def _adopt_file(self, split: Split, shard_index: int, file_argument: str) -> _AdoptedFile:
+        """Scan one file, and write its document offsets. `shard_index` counts the files of the split."""
         location = locate_data_file(self.options.format, file_argument)
         if not is_remote(location):
             location = os.path.abspath(as_path(location))
-            scan, sha256_digest = self._scan_file(location)
+            scan, file_sha256 = self._scan_file(location)
         else:
-            scan, sha256_digest = urls.with_retries(location, lambda: self._scan_file(location), lambda: REMOTE_HINT)
+            scan, file_sha256 = urls.with_retries(location, lambda: self._scan_file(location), lambda: REMOTE_HINT)
         starts = scan.compute_starts(self._eot_at_start)
         offsets_file = f"{split}-{shard_index:05d}.offsets"
         write_durably(self.directory / offsets_file, starts.astype("<u8").tobytes())
@@ -161,14 +172,14 @@ class _AdoptRun:
             tokens=scan.num_tokens,
             documents=len(starts),
             text_bytes=scan.text_bytes,
-            sha256=sha256_digest,
+            sha256=file_sha256,
             skip_bytes=scan.header.skip_bytes,
             offsets=offsets_file,
         )
-        return shard, scan.header.dtype
+        return _AdoptedFile(split, shard, scan.header.dtype)
 
-    def _scan_file(self, location: str) -> tuple[TokenFileScan, str]:
-        """Read a file; check and count its ids. Return (the scan, SHA-256). Raises RemoteError if a URL fails."""
+    def _scan_file(self, location: str) -> _ScannedFile:
+        """Read a file, check and count its ids, and hash it. Raises RemoteError if a URL fails."""
         blocks, digest = _iter_blocks(location), sha256()
         first_block = next(blocks, b"")
         header = read_header(self.options.format, location, first_block, self.options.dtype, _read_all)
@@ -183,10 +194,11 @@ class _AdoptRun:
                 self._bytes_read += len(block)
                 self.meter.update(self._bytes_read, self._bytes_read, self._num_documents)
         scan.check()
-        return scan, digest.hexdigest()
+        return _ScannedFile(scan, digest.hexdigest())
 
 
 def _iter_blocks(location: str) -> Iterator[bytes]:
+    """Yield the content of a file or URL in blocks."""
     if is_remote(location):
         yield from urls.iter_blocks(location)
         return

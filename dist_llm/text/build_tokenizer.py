@@ -35,7 +35,8 @@ BYTE_IDS = {bytes([byte]): byte for byte in range(256)}
 # cl100k is not one of them: `{1,3}+` has different meanings.
 TRAINABLE_PATTERNS = ("gpt2", "llama3")
 MIN_BPE_IDS = len(BYTE_IDS) + 1  # 256 bytes and <|endoftext|>
-NUM_CHECKED_TEXTS, MAX_CHECKED_CHARS = 256, 8192  # training texts on which both libraries are compared
+# Training texts on which both libraries are compared: their number, and the compared length of each.
+NUM_CHECKED_TEXTS, MAX_CHECKED_CHARS = 256, 8192
 TextFactory = Callable[[], Iterable[str]]
 
 
@@ -99,6 +100,7 @@ def _choose_pattern(spec: str, requested_pattern: str | None, default: str, allo
 
 
 def _parse_bpe_size(spec: str) -> int:
+    """Return N of `bpe:N`. Raises DataError if N is too small or no number."""
     digits = spec.removeprefix("bpe:")
     num_ids = int(digits) if digits.isdecimal() else 0
     if num_ids < MIN_BPE_IDS:
@@ -161,6 +163,7 @@ def _check_same_ids_on_texts(tokenizer: BPETokenizer, hf_tokenizer: Any, trainin
 
 
 def _load_tiktoken_encoding(name: str) -> BPETokenizer:
+    """Load an encoding of tiktoken, which the first use downloads."""
     import tiktoken
 
     try:
@@ -175,6 +178,7 @@ def _load_tiktoken_encoding(name: str) -> BPETokenizer:
 
 
 def _load_tiktoken_file(path: Path, pattern: str) -> BPETokenizer:
+    """Load a file with a base64 token and its id on each line. `<|endoftext|>` gets the next id."""
     ranks: dict[bytes, int] = {}
     for line_number, line in enumerate(_read_file(path).splitlines(), start=1):
         try:

@@ -34,12 +34,14 @@ def filter_page(text: str, removed: RemovalCounts) -> str | None:
 
 
 def _find_broken_page_rule(text: str) -> str | None:
+    """Return the first rule about full pages that a text breaks, or None."""
     if "lorem ipsum" in text.lower():
         return "lorem_ipsum"
     return "curly_bracket" if "{" in text else None
 
 
 def _remove_citations(text: str, removed: RemovalCounts) -> str:
+    """Remove citation markers such as [1], and count their bytes."""
     shorter = _CITATION.sub("", text)
     if len(shorter) < len(text):
         removed.add("c4.citation_marker", bytes=len(text) - len(shorter))  # the markers are ASCII
@@ -47,6 +49,7 @@ def _remove_citations(text: str, removed: RemovalCounts) -> str:
 
 
 def _drops_line(line: str, removed: RemovalCounts) -> bool:
+    """Return whether a line breaks a rule. If so, count its removal."""
     rule = find_broken_line_rule(line)
     if rule is not None:
         removed.add(f"c4.{rule}", lines=1, bytes=len(line.encode()))

@@ -13,8 +13,8 @@ from dist_llm.text.rows import RowTracker, TextDocument
 from dist_llm.text.tokenizer import ENDOFTEXT
 
 SAVED_COUNTERS = ("empty_documents", "documents_of", "end_token_origin", "end_token_documents")  # keys of the journal
-CHUNK_CHARS = 1 << 20
-DOCUMENT_OVERHEAD_CHARS = 64  # added to the length of each document: limits the number of tiny documents in a chunk
+CHUNK_CHARS = 1 << 20  # minimum length of a chunk, except the last one
+DOCUMENT_OVERHEAD_CHARS = 64  # added to the length of each document, to limit the number of tiny ones in a chunk
 # The minimum number of characters between resume points, counted with the overhead of each document. A resume point
 # syncs all files to the disk, which takes a tenth of the time of tokenizing this text.
 RESUME_POINT_CHARS = 8 << 20
@@ -48,6 +48,7 @@ class ChunkReader:
         self.documents_of: dict[str, int] = {}  # number of documents of each --source
 
     def iter_chunks(self) -> Iterator[Chunk]:
+        """Yield the chunks in order. An input file that ends may add a resume point to the current chunk."""
         chunk, chunk_chars, chars_since_resume_point, fingerprints = Chunk(), 0, 0, []
         for file in self.files:
             fingerprint = file.fingerprint  # computed before the read, because the file may change during the read
@@ -98,6 +99,7 @@ class ChunkReader:
         return warnings
 
     def _copy_counts(self) -> dict[str, Any]:
+        """Return the counts so far, with the keys of the journal."""
         row_counts = asdict(self.row_tracker)
         del row_counts["max_bad_rate"], row_counts["part"], row_counts["skip_unreadable"]
         return {"tally": row_counts, **{name: getattr(self, name) for name in SAVED_COUNTERS}}

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from dist_llm.errors import DataError
 from dist_llm.io.hashing import digest64
@@ -58,9 +58,16 @@ class CorpusPart:
 SINGLE_PART = CorpusPart()
 
 
-def parse_part(part: str) -> tuple[int, int]:
-    """Parse `i/n` to (i, n). Raises DataError unless 1 <= i <= n."""
+class PartNumber(NamedTuple):
+    """The value `i/n` of --part."""
+
+    number: int  # i, from 1 to n
+    num_parts: int
+
+
+def parse_part(part: str) -> PartNumber:
+    """Parse `i/n`. Raises DataError unless 1 <= i <= n."""
     match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part, re.ASCII)
     if not match or int(match[1]) > int(match[2]):
         raise DataError(f"--part {part}: expected i/n with 1 <= i <= n, as in 1/4, 2/4, 3/4 and 4/4")
-    return int(match[1]), int(match[2])
+    return PartNumber(int(match[1]), int(match[2]))

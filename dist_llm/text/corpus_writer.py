@@ -15,7 +15,7 @@ from dist_llm.text.encode import EncodedChunk
 from dist_llm.text.report import RemovalCounts, TextCount
 
 KEYS_FILE = "keys.bin"  # the deduplication keys of all written documents, to restore the index of a resumed run
-KEYS_PER_READ = 1 << 12
+KEYS_PER_READ = 1 << 12  # keys that a resumed run reads at once
 
 
 class CorpusWriter:
@@ -102,6 +102,7 @@ class CorpusWriter:
         )
 
     def _load_keys(self, index: DuplicateIndex) -> None:
+        """Add the keys of all documents that an interrupted run has written."""
         key_bytes = KEY_BYTES[str(self.dedup)]
         with (self.directory / KEYS_FILE).open("rb") as file:
             while raw := file.read(key_bytes * KEYS_PER_READ):

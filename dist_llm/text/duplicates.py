@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from dist_llm.io.hashing import digest64
 
-EXACT_BYTES = 16
-PERMUTATIONS = 128  # the standard deviation of the estimated similarity is at most 0.5 / sqrt(128) = 0.044
+EXACT_BYTES = 16  # of the hash of a text
+# Hash functions of a signature; the standard deviation of the estimated similarity is at most 0.5 / sqrt(128) = 0.044.
+PERMUTATIONS = 128
 SHINGLE_WORDS = 5
 SHINGLES_PER_BATCH = 4096  # limits the memory for a long document
 # Weights of (false positives, false negatives) when the bands are chosen. A false positive costs one comparison; a
@@ -51,6 +52,7 @@ def compute_key(kind: str, text: str) -> Key:
 
 
 def build_index(kind: str, threshold: float) -> DuplicateIndex:
+    """Build an empty index. `threshold` is the Jaccard similarity of near duplicates, from 0 to 1."""
     return ExactIndex() if kind == "exact" else NearIndex(threshold)
 
 

@@ -17,7 +17,7 @@ from itertools import cycle, repeat
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,7 @@ class DocumentEncoder:
         self._filters = FilterChain(spec.filters)
 
     def __call__(self, chunk: Chunk) -> EncodedChunk:
+        """Encode a chunk. Raises DataError, with the origin of the document, for text that cannot be encoded."""
         removed = RemovalCounts()
         ids: list[npt.NDArray[np.uint32]] = []
         texts: list[bytes] = []
@@ -132,16 +133,23 @@ def is_heldout(text: bytes, fraction: float) -> bool:
     return hash64 < fraction * 2**64
 
 
+class EncodedResult(NamedTuple):
+    """An encoded chunk, and the resume point that the chunk carried."""
+
+    chunk: EncodedChunk
+    resume_point: ResumePoint | None
+
+
 def encode_in_order(
     chunks: Iterable[Chunk], spec: DocumentEncoderSpec, workers: int
-) -> Generator[tuple[EncodedChunk, ResumePoint | None], None, None]:
-    """Encode on `workers` processes; 1: in this process. Yield each encoded chunk with its resume point.
+) -> Generator[EncodedResult, None, None]:
+    """Encode the chunks on `workers` processes, or in this process if `workers` is 1. Yield them in order.
 
     Raises DataError if a worker dies.
     """
     if workers == 1:
         encoder = spec.build_encoder()
-        yield from ((encoder(chunk), chunk.resume_point) for chunk in chunks)
+        yield from (EncodedResult(encoder(chunk), chunk.resume_point) for chunk in chunks)
         return
     with ExitStack() as stack:
         pool = [stack.enter_context(closing(_Worker(spec))) for _ in range(workers)]
@@ -156,8 +164,9 @@ def encode_in_order(
             yield _collect(*pending.popleft())
 
 
-def _collect(worker: "_Worker", resume_point: ResumePoint | None) -> tuple[EncodedChunk, ResumePoint | None]:
-    return worker.collect(), resume_point
+def _collect(worker: "_Worker", resume_point: ResumePoint | None) -> EncodedResult:
+    """Wait for the next result of a worker."""
+    return EncodedResult(worker.collect(), resume_point)
 
 
 class _Worker:
@@ -190,6 +199,7 @@ class _Worker:
         return result
 
     def close(self) -> None:
+        """End the process."""
         self._process.kill()  # a worker has no state to clean up
         self._process.join()
         self._pipe.close()
@@ -206,6 +216,7 @@ class _Worker:
 
 
 def _run_worker(pipe: "Connection[Any, Any]", spec: DocumentEncoderSpec) -> None:
+    """Encode the chunks that arrive at the pipe, until the parent kills this process."""
     # Ctrl-C signals the whole process group. Only the parent handles it and prints a message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A thread empties the pipe. Otherwise parent and worker could deadlock: both would block in a write.
@@ -224,6 +235,7 @@ def _run_worker(pipe: "Connection[Any, Any]", spec: DocumentEncoderSpec) -> None
 
 
 def _fill_inbox(pipe: "Connection[Any, Any]", inbox: "SimpleQueue[Chunk]") -> None:
+    """Move chunks from the pipe to the inbox. End the process if the parent has died."""
     try:
         while True:
             inbox.put(pipe.recv())

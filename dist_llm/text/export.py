@@ -11,7 +11,7 @@ from dist_llm.io.atomic import create_atomically, open_durably
 
 FILE_OF_SPLIT: dict[Split, str] = {"train": "train.bin", "heldout": "val.bin"}
 MAX_VOCAB_SIZE = 1 << 16  # ids are stored as uint16
-BLOCK_TOKENS = 1 << 20
+BLOCK_TOKENS = 1 << 20  # tokens written at once
 
 
 def export_bin(directory: Path, out: Path) -> dict[str, int]:
@@ -37,6 +37,7 @@ def export_bin(directory: Path, out: Path) -> dict[str, int]:
 
 
 def _write_bin(corpus: Corpus, path: Path) -> None:
+    """Write all tokens of one split as uint16."""
     with open_durably(path) as file:
         for start in range(0, corpus.num_tokens, BLOCK_TOKENS):
             ids = corpus.read(np.array([start]), min(BLOCK_TOKENS, corpus.num_tokens - start))[0]

@@ -70,6 +70,7 @@ def _check_quality(text: str, words: list[str], lines: list[str]) -> Iterator[tu
 
 
 def _check_repetition(text: str, lines: list[str]) -> Iterator[tuple[str, bool]]:
+    """Check the fractions of duplicate lines and paragraphs, and of the characters in them."""
     paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     for segment_kind, segments in (("line", lines), ("paragraph", paragraphs)):
         duplicates = _find_duplicates(segments)
@@ -79,8 +80,13 @@ def _check_repetition(text: str, lines: list[str]) -> Iterator[tuple[str, bool]]
 
 
 def _find_duplicates(segments: Sequence[str]) -> list[str]:
-    seen: set[str] = set()
-    return [segment for segment in segments if segment in seen or seen.add(segment)]  # type: ignore[func-returns-value]
+    """Return the segments that equal an earlier one."""
+    duplicates, seen = [], set[str]()
+    for segment in segments:
+        if segment in seen:
+            duplicates.append(segment)
+        seen.add(segment)
+    return duplicates
 
 
 def _check_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:

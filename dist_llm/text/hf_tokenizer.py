@@ -26,7 +26,7 @@ from dist_llm.text.tokenizer import FORMAT, TOKENIZER_FILE, Tokenizer, to_well_f
 
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 DECODER_CONTEXT_TOKENS = 8  # number of preceding ids that may affect the text of the next ids
-MAX_IDS_PER_CHAR = 8
+MAX_IDS_PER_CHAR = 8  # after this many ids, a replacement character is not the beginning of another one
 REPLACEMENT_CHAR = "\ufffd"
 
 
@@ -204,6 +204,7 @@ class HFIncrementalDecoder:
         return old_text, self._tokenizer.decode(self._ids[self._context_begin :])
 
     def _advance(self, old_text: str, new_text: str) -> str:
+        """Return the text after the context. The ids of this text become the context of later ids."""
         self._context_begin, self._context_end = self._context_end, len(self._ids)
         return new_text[len(old_text) :]
 
@@ -226,6 +227,7 @@ def load_tokenizer_json(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _build_gpt2_json(vocab: dict[str, int], merges: str) -> dict[str, Any]:
+    """Build the content of `tokenizer.json` from the content of vocab.json and merges.txt."""
     lines = [line for line in merges.split("\n") if line and not line.startswith("#version")]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": lines}
@@ -295,6 +297,7 @@ def _build_token_decoder(content: Mapping[str, Any]) -> Any:
 
 
 def _decode_sentencepiece(token: str) -> bytes:
+    """Return the bytes of a token of SentencePiece, in which <0x0A> is a byte and U+2581 is a blank."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:5])
     return token.replace("▁", " ").encode()

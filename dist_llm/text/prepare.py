@@ -99,6 +99,7 @@ def _find_finished_corpus(
 
 
 def _check_options(options: PrepareOptions) -> None:
+    """Raise DataError for the first option that breaks a rule."""
     rules = (
         (bool(options.source), "--source: give at least one"),
         (0 <= options.heldout_fraction < 1, "--heldout-fraction: must be at least 0 and below 1"),
@@ -127,14 +128,16 @@ def _check_options(options: PrepareOptions) -> None:
 
 
 def _select_part(options: PrepareOptions, num_files: int) -> CorpusPart:
+    """Return the part of the corpus that this run prepares, and how documents are assigned to parts."""
     if options.part is None:
         return SINGLE_PART
     number, num_parts = parse_part(options.part)
     if options.dedup:
-        return CorpusPart(number, num_parts, "text")
-    return CorpusPart(number, num_parts, "file" if num_files >= num_parts else "row")
+        return CorpusPart(number, num_parts, split_by="text")
+    return CorpusPart(number, num_parts, split_by="file" if num_files >= num_parts else "row")
 
 
 def _check_not_merged(out: Path) -> None:
+    """Raise DataError if `out`, the directory of the parts, is already a corpus."""
     if (out / MANIFEST_FILE).exists():
         raise DataError(f"{out}: is a complete corpus, so no part is added to it. Choose another --out, or remove it.")

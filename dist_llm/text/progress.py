@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SECONDS_PER_LINE = 10.0
+SECONDS_PER_LINE = 10.0  # pause between two lines if the output is not a terminal
 
 
 class ProgressMeter:
@@ -44,6 +44,7 @@ class ProgressMeter:
 
     @property
     def seconds(self) -> float:
+        """Seconds since the meter was created."""
         return time.monotonic() - self._start
 
     def update(self, bytes_read: int, text_bytes: int, documents: int) -> None:

@@ -13,7 +13,7 @@ from dist_llm.io.locks import lock_file
 
 @contextmanager
 def lock_output(out: Path) -> Iterator[None]:
-    """Hold `OUT.lock`. Raises DataError if another run holds it."""
+    """Lock `OUT.lock` during the `with` block. Raises DataError if another run has the lock."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:

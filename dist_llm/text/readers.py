@@ -14,7 +14,7 @@ from dist_llm.text.tables import DELIMITERS, read_table
 from dist_llm.text.walk import get_data_suffix
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20  # bytes read at once
 PARQUET_BATCH_ROWS = 256
 
 
@@ -125,6 +125,7 @@ def _join_document(fragments: list[bytes], ends_before_line_break: bool) -> byte
 
 
 def _read_table(path: Path, delimiter: str, row_format: RowFormat, row_tracker: RowTracker) -> Iterator[TextDocument]:
+    """Yield the document of each row of a CSV or TSV file."""
     with _open_decompressed(path) as (decompressed_file, disk_file):
         _check_encoding(decompressed_file.peek(4))
         yield from read_table(path, decompressed_file, disk_file, delimiter, row_format, row_tracker)

@@ -26,12 +26,14 @@ class RemovalCounts(dict[str, TextCount]):
     """The removed text by rule, in the order in which the rules are applied."""
 
     def add(self, rule: str, documents: int = 0, lines: int = 0, bytes: int = 0) -> None:
+        """Add removed text to the counts of a rule."""
         entry = self.setdefault(rule, TextCount())
         entry.documents += documents
         entry.lines += lines
         entry.bytes += bytes
 
     def merge(self, other: Mapping[str, TextCount]) -> None:
+        """Add all counts of `other`."""
         for rule, removed in other.items():
             self.add(rule, **asdict(removed))
 
@@ -48,6 +50,7 @@ class InputFileCounts(dict[str, dict[str, FileCount]]):
     """Counts of input files by outcome ("read" or "skipped: REASON") and by suffix."""
 
     def add(self, outcome: str, path: Path, bytes: int, files: int = 1) -> None:
+        """Count a file of `bytes` bytes, or `files` files. The suffix of `path` selects the count."""
         suffix = "folder" if path.is_dir() else "".join(path.suffixes[-2:]).lower() or "no suffix"
         count = self.setdefault(outcome, {}).setdefault(suffix, FileCount())
         count.files += files

@@ -84,6 +84,7 @@ def _to_unsigned_dtype(location: str, byte_offset: int, dtype: str) -> DType:
 
 
 def _parse_megatron(location: str, content: bytes) -> TokenFileHeader:
+    """Parse the index X.idx of a Megatron file. Raises DataError, with the byte offset, if it is damaged."""
     if len(content) < MEGATRON_HEADER.size or not content.startswith(MEGATRON_MAGIC):
         raise DataError(f"{location}: byte 0: not a Megatron index ({content[:9]!r}, not {MEGATRON_MAGIC!r}).")
     _, version, dtype_code, num_sequences, num_bounds = MEGATRON_HEADER.unpack_from(content)
@@ -128,6 +129,7 @@ def _parse_megatron(location: str, content: bytes) -> TokenFileHeader:
 
 
 def _parse_npy(location: str, first_bytes: bytes) -> TokenFileHeader:
+    """Parse the header of an array that numpy.save wrote."""
     file = io.BytesIO(first_bytes)
     try:
         reader_of_version: dict[Any, Any] = {
@@ -144,6 +146,7 @@ def _parse_npy(location: str, first_bytes: bytes) -> TokenFileHeader:
 
 
 def _parse_llmc(location: str, first_bytes: bytes) -> TokenFileHeader:
+    """Parse the header of a token file of llm.c."""
     if len(first_bytes) < LLMC_HEADER_BYTES:
         raise DataError(
             f"{location}: byte {len(first_bytes)}: truncated: the header alone has {LLMC_HEADER_BYTES} bytes."
