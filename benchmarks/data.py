@@ -140,8 +140,10 @@ def make_nanogpt_loader(path: Path, batch_size: int, seq_len: int) -> LoadFuncti
     def load() -> object:
         tokens = np.memmap(path, dtype="<u2", mode="r")
         starts = torch.randint(len(tokens) - seq_len, (batch_size,))
-        inputs = torch.stack([torch.from_numpy(tokens[i : i + seq_len].astype(np.int64)) for i in starts])
-        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in starts])
+        inputs = torch.stack([torch.from_numpy(tokens[start : start + seq_len].astype(np.int64)) for start in starts])
+        targets = torch.stack(
+            [torch.from_numpy(tokens[start + 1 : start + 1 + seq_len].astype(np.int64)) for start in starts]
+        )
         return inputs, targets
 
     return load

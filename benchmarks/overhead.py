@@ -144,8 +144,10 @@ class BareLoop:
         data, seq_len = self.config.data, self.config.data.seq_len
         tokens = np.memmap(Path(data.path) / "train-00000.bin", dtype="<u2", mode="r")
         starts = self.random.integers(len(tokens) - seq_len, size=data.global_batch)
-        inputs = torch.stack([torch.from_numpy(tokens[i : i + seq_len].astype(np.int64)) for i in starts])
-        targets = torch.stack([torch.from_numpy(tokens[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in starts])
+        inputs = torch.stack([torch.from_numpy(tokens[start : start + seq_len].astype(np.int64)) for start in starts])
+        targets = torch.stack(
+            [torch.from_numpy(tokens[start + 1 : start + 1 + seq_len].astype(np.int64)) for start in starts]
+        )
         if self.device.type == "cuda":
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)

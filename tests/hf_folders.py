@@ -23,7 +23,10 @@ from tokenizers import (
     trainers,
 )
 
-PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(200)]
+PROSE = [
+    f"The {number}th ship sailed to port {number * 7}; it's late, they'll wait — 漢字 {number}.\r\n"
+    for number in range(200)
+]
 CHAT_TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}</s>{% endfor %}"
 GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 3], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
 # Added tokens that are not special: a full word, a part of a word, and one with punctuation.

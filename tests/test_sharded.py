@@ -34,7 +34,7 @@ def mesh():
 )
 def test_a_dtensor_has_a_local_shard_with_offset(placements, shape, offset, replicated, mesh):
     full = torch.arange(48.0).view(6, 8)
-    local = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    local = full[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
     tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
     with CommDebugMode() as messages:
         view, start = local_with_offset(tensor)

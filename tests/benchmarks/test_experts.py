@@ -54,7 +54,9 @@ def test_the_rank_of_popular_experts_sends_more() -> None:
     """All tokens choose experts of rank 0, which returns all outputs and their gradients to the three other ranks."""
     rows = NUM_TOKENS // 4 * TOP_K
     counts = count_on_ranks(choose_first, 4)
-    assert [count["row_bytes"] for count in counts] == [NUM_LAYERS * n * rows * WIDTH * 4 for n in (6, 2, 2, 2)]
+    assert [count["row_bytes"] for count in counts] == [
+        NUM_LAYERS * num_rows * rows * WIDTH * 4 for num_rows in (6, 2, 2, 2)
+    ]
     assert {count["balanced_row_bytes"] for count in counts} == {NUM_LAYERS * 3 * rows * WIDTH * 4}
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from dist_llm.launch.watchdog import START_TIMEOUT_FACTOR
 from tests.chaos.checkpoint_monitor import CHECK_INTERVAL_SECONDS, CheckpointMonitor
@@ -48,6 +49,13 @@ class Fault:
     seconds: float  # since the start of the injector
     step: int
     recovery_seconds: float | None = None
+
+
+class RankProcess(NamedTuple):
+    """A rank of the job."""
+
+    node: int  # number of its simulated node
+    pid: int
 
 
 class FaultInjector:
@@ -113,8 +121,8 @@ class FaultInjector:
         violations = self.monitor.violations + self.job.violations
         assert not violations, "\n".join([*violations, self.job.read_log_tails()])
 
-    def choose_rank(self) -> tuple[int, int]:
-        """Wait for a rank on a random node; return the node and the process id of the rank."""
+    def choose_rank(self) -> RankProcess:
+        """Wait for a rank on a random node, and return it."""
         node, pids = self.rng.choice(NODES), list[int]()
 
         def has_rank() -> bool:
@@ -122,7 +130,7 @@ class FaultInjector:
             return bool(pids)
 
         self.wait(has_rank, f"a rank on n{node}")
-        return node, pids[0]
+        return RankProcess(node, pids[0])
 
     # The faults. Each method is named for its kind and returns a description.
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -80,13 +80,17 @@ def test_random_faults_change_no_result(
         print(f"\n{json.dumps(report)}")
 
 
+class FaultyRun(NamedTuple):
+    """A run that ended although faults were injected."""
+
+    directory: Path  # run.dir
+    report: dict[str, Any]
+
+
 def run_with_faults(
     net: Network, disk: Path, corpus: Path, directory: Path, seconds: float, seed: int, kinds: Sequence[str]
-) -> tuple[Path, dict[str, Any]]:
-    """Run a job with faults of these kinds for `seconds`, stop it by a signal, start it again and let it end.
-
-    Return the run directory and the report.
-    """
+) -> FaultyRun:
+    """Run a job with faults of these kinds for `seconds`, stop it by a signal, start it again and let it end."""
     checkpoints = disk / "checkpoints"
     overrides = (f"checkpoint.dir={checkpoints}", f"run.steps={UNLIMITED_STEPS}")
     job = Job(net, corpus, directory, *overrides, num_paced_steps=UNLIMITED_STEPS)
@@ -121,7 +125,7 @@ def run_with_faults(
     assert len(monitor.list_verified_steps()) == len(list(checkpoints.iterdir())) == CHECKPOINTS_KEPT, (
         "newest checkpoints are missing, or other files remain"
     )
-    return job.run, {
+    report = {
         "seed": seed,
         "seconds": round(elapsed_seconds, 1),
         "steps": step_at_stop,
@@ -129,6 +133,7 @@ def run_with_faults(
         "starts_of_torchrun": job.num_starts,
         "faults": summarize_by_kind(injector.faults),
     }
+    return FaultyRun(job.run, report)
 
 
 @contextmanager

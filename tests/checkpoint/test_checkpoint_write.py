@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import pytest
@@ -18,9 +18,10 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import filesystem
 
-from dist_llm.checkpoint import checkpoint_write, store
+from dist_llm.checkpoint import checkpoint_write, find_checkpoint
 from dist_llm.checkpoint.checkpoint_folder import WRITEBACK_BYTES, CheckpointFolder, FolderWriter, _HashingFileSystem
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
 from dist_llm.engines.native import NativeEngine
@@ -58,7 +59,7 @@ def copy_state(engine: NativeEngine) -> dict[str, torch.Tensor]:
 def load_state(folder: CheckpointFolder | Path) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a new engine and return its full weights and moments."""
     engine = NativeEngine(CONFIG, CPU)
-    store.load_checkpoint(folder, engine.state)
+    load_checkpoint(folder, engine.state)
     return copy_state(engine)
 
 
@@ -82,8 +83,15 @@ def write_gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate.set()
 
 
-def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[dict[str, torch.Tensor], Path]:
-    """Return (the state at the start of the save, the path of the checkpoint written after two more steps)."""
+class BackgroundSave(NamedTuple):
+    """A checkpoint that was written while training continued."""
+
+    state: dict[str, torch.Tensor]  # at the start of the save
+    path: Path
+
+
+def save_while_training(directory: Path, write_gate: threading.Event) -> BackgroundSave:
+    """Start a save, take two more steps, and only then let the background thread write."""
     engine, checkpoints = build_engine_at_step(2), CheckpointStore(directory)
     expected = copy_state(engine)
     checkpoints.save(engine.state, Progress(2), {})
@@ -94,7 +102,7 @@ def save_while_training(directory: Path, write_gate: threading.Event) -> tuple[d
     write_gate.set()
     checkpoints.finish()
     assert not are_states_equal(copy_state(engine), expected)
-    return expected, directory / "step_00000002"
+    return BackgroundSave(expected, directory / "step_00000002")
 
 
 def test_a_background_save_contains_the_values_of_its_step(tmp_path: Path, write_gate: threading.Event) -> None:
@@ -134,7 +142,7 @@ def test_a_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
 
 
 def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(find_checkpoint, "CACHE", str(tmp_path / "cache"))
     url = f"memory://{tmp_path.name}/checkpoints"
     engine, checkpoints = build_engine_at_step(1), CheckpointStore(url, CheckpointConfig(keep=2))
     for step in (1, 2, 3):
@@ -145,7 +153,7 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert newest is not None
     assert are_states_equal(load_state(newest), copy_state(engine))
 
-    result = store.fetch_verified_checkpoint(str(newest))
+    result = find_checkpoint.fetch_verified_checkpoint(str(newest))
     assert result.is_relative_to(tmp_path / "cache")
     assert are_states_equal(load_state(result), copy_state(engine))
 

@@ -1,6 +1,7 @@
 """A run that starts from other weights copies the known rows and initializes the rows of new token ids."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.laws.layouts import ADAMW, Layout
 from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
-OLD, NEW = 97, 111  # both are padded to multiples of 4: 100 and 112 rows
+OLD, NEW = 97, 111  # numbers of token ids; both are padded to multiples of 4: 100 and 112 rows
 TABLES = ("embed.tokens.weight", "head.out.weight")
 
 
@@ -28,9 +29,16 @@ def make_model_config(vocab_size: int, ranks: int = 1, **parallel: int) -> Confi
     )
 
 
+class OldCheckpoint(NamedTuple):
+    """A checkpoint to start from."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]  # weights and moments by their names in the checkpoint
+
+
 @pytest.fixture
-def old_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint of a model with OLD ids after two steps, and its tensors."""
+def old_checkpoint(tmp_path: Path) -> OldCheckpoint:
+    """A checkpoint of a model with OLD ids after two steps."""
     engine = NativeEngine(make_model_config(OLD), CPU)
     for step in range(2):
         batches = make_batches(engine.config, engine, step)
@@ -40,7 +48,7 @@ def old_checkpoint(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         train_step(engine, batches, lr=1e-3, step=step)
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(step=2), {})
     state = engine.state.weights() | engine.state.moments()
-    return path, {name: copy_full_tensor(tensor) for name, tensor in state.items()}
+    return OldCheckpoint(path, {name: copy_full_tensor(tensor) for name, tensor in state.items()})
 
 
 def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: int) -> dict[str, torch.Tensor]:
@@ -58,7 +66,7 @@ def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: in
     ids=str,
 )
 @pytest.mark.parametrize("keep_optimizer", [False, True], ids=["fresh", "keep"])
-def test_only_known_rows_are_copied(layout: Layout, keep_optimizer: bool, old_checkpoint: tuple) -> None:
+def test_only_known_rows_are_copied(layout: Layout, keep_optimizer: bool, old_checkpoint: OldCheckpoint) -> None:
     path, old = old_checkpoint
     resolved = make_model_config(NEW, layout.ranks, **layout.parallel)
     fresh = NativeEngine(make_model_config(NEW), CPU)
@@ -77,14 +85,14 @@ def test_only_known_rows_are_copied(layout: Layout, keep_optimizer: bool, old_ch
         assert torch.equal(tensor[OLD:], start), name
 
 
-def test_a_smaller_vocabulary_gets_the_first_rows(old_checkpoint: tuple) -> None:
+def test_a_smaller_vocabulary_gets_the_first_rows(old_checkpoint: OldCheckpoint) -> None:
     path, old = old_checkpoint
     actual = init_state(make_model_config(50), path, keep_optimizer=False, num_known=50)
     assert torch.equal(actual["model.embed.tokens.weight"][:50], old["model.embed.tokens.weight"][:50])
 
 
-def test_another_model_is_refused(old_checkpoint: tuple) -> None:
-    path, _ = old_checkpoint
+def test_another_model_is_refused(old_checkpoint: OldCheckpoint) -> None:
+    path = old_checkpoint.path
     engine = NativeEngine(make_config(ranks=1, model={"vocab_size": NEW, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
         init_from_checkpoint(path, engine.state, with_moments=False, num_known_ids=OLD, vocab_params=TABLES)

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -91,10 +91,15 @@ def test_a_resumed_run_equals_an_uninterrupted_run(optim: dict[str, Any], layout
             assert torch.equal(resumed[name], value), name
 
 
-def train_uninterrupted_and_resumed(
-    config: Config, directory: Path
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return (the state after four steps, the state after loading the checkpoint of step 2 and two more steps)."""
+class FinalStates(NamedTuple):
+    """Weights and moments after four steps."""
+
+    uninterrupted: dict[str, torch.Tensor]
+    resumed: dict[str, torch.Tensor]  # of a run that loaded the checkpoint of step 2
+
+
+def train_uninterrupted_and_resumed(config: Config, directory: Path) -> FinalStates:
+    """Train four steps, save after two of them, and take the last two steps again from the checkpoint."""
     engine = build_trained_engine(config)
     path = save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
     resumed_engine = NativeEngine(config, CPU)
@@ -102,7 +107,7 @@ def train_uninterrupted_and_resumed(
     for trained_engine in (engine, resumed_engine):
         for step in (2, 3):
             train_step(trained_engine, make_batches(config, trained_engine, step), lr=1e-3, step=step)
-    return copy_state(engine), copy_state(resumed_engine)
+    return FinalStates(copy_state(engine), copy_state(resumed_engine))
 
 
 def test_moments_are_converted_to_the_configured_dtype(tmp_path: Path) -> None:

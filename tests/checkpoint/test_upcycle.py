@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -45,9 +45,24 @@ def make_upcycled_config(layout: Layout, *, init_optimizer: str = "fresh", **moe
     return make_layout_config(layout, optim=ADAMW, model=model, run={"seed": 8}, **init)
 
 
+class DenseRun(NamedTuple):
+    """A checkpoint of a dense model."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    next_loss: float  # of the step after the checkpoint
+
+
+class UpcycledStart(NamedTuple):
+    """A model with experts that started from a dense checkpoint."""
+
+    weights: dict[str, Tensor]  # full tensors
+    next_loss: float  # of the first step
+
+
 @pytest.fixture(scope="module")
-def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], float]:
-    """A checkpoint of a dense model after two steps, its weights, and its loss in the next step."""
+def dense_run(tmp_path_factory: pytest.TempPathFactory) -> DenseRun:
+    """A run of a dense model, saved after two steps."""
     config = make_layout_config(ONE, optim=ADAMW, model=DENSE)
     engine = NativeEngine(config, CPU)
     for step in range(2):
@@ -56,23 +71,24 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     path = save_checkpoint(CheckpointStore(tmp_path_factory.mktemp("dense")), engine, Progress(step=2), files)
     weights = {name: copy_full_tensor(tensor) for name, tensor in engine.state.weights().items()}
     loss = train_step(engine, make_batches(config, engine, step=2), lr=1e-2, step=2).loss.item()
-    return path, weights, loss
+    return DenseRun(path, weights, loss)
 
 
-def start_and_train(config: Config, path: Path) -> tuple[dict[str, Tensor], float]:
-    """Start from the dense checkpoint on this rank; return the full weights, and the loss of the next step."""
+def start_and_train(config: Config, path: Path) -> UpcycledStart:
+    """Start from the dense checkpoint `path` on this rank, and take one step."""
     engine = NativeEngine(config, CPU)
     start_from_weights(path, engine, config)
     weights = {name: copy_full_tensor(tensor) for name, tensor in engine.state.weights().items()}
-    return weights, train_step(engine, make_batches(config, engine, step=2), lr=1e-2, step=2).loss.item()
+    loss = train_step(engine, make_batches(config, engine, step=2), lr=1e-2, step=2).loss.item()
+    return UpcycledStart(weights, loss)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_expert_is_a_copy_of_the_dense_layer(layout: Layout, dense_run: tuple[Any, ...]) -> None:
+def test_every_expert_is_a_copy_of_the_dense_layer(layout: Layout, dense_run: DenseRun) -> None:
     path, dense_weights, dense_loss = dense_run
     config = make_upcycled_config(layout)
     results = run_on_ranks(layout.ranks, start_and_train, config, path)
-    weights = {name: tensor for rank_weights, _ in results for name, tensor in rank_weights.items()}
+    weights = {name: tensor for result in results for name, tensor in result.weights.items()}
     fresh_engine = NativeEngine(make_upcycled_config(ONE), CPU)
     initial_weights = {name: copy_full_tensor(tensor) for name, tensor in fresh_engine.state.weights().items()}
     assert weights.keys() == initial_weights.keys()
@@ -84,11 +100,11 @@ def test_every_expert_is_a_copy_of_the_dense_layer(layout: Layout, dense_run: tu
             assert torch.equal(tensor, initial_weights[name]), f"{name} has not its initial value"
         else:
             assert torch.equal(tensor, dense_weights[name]), name
-    assert all(loss == pytest.approx(dense_loss, rel=1e-6) for _, loss in results)
+    assert all(result.next_loss == pytest.approx(dense_loss, rel=1e-6) for result in results)
 
 
-def test_the_probe_confirms_the_function(dense_run: tuple[Any, ...], caplog: pytest.LogCaptureFixture) -> None:
-    path, *_ = dense_run
+def test_the_probe_confirms_the_function(dense_run: DenseRun, caplog: pytest.LogCaptureFixture) -> None:
+    path = dense_run.path
     with caplog.at_level(logging.INFO, "dist_llm"):
         start_and_train(make_upcycled_config(ONE), path)
     assert "of experts that are copies of a dense layer: model.blocks.0.feedforward.experts.down.bias" in caplog.text
@@ -96,21 +112,20 @@ def test_the_probe_confirms_the_function(dense_run: tuple[Any, ...], caplog: pyt
 
 
 def test_another_scale_of_the_weights_changes_the_function(
-    dense_run: tuple[Any, ...], caplog: pytest.LogCaptureFixture
+    dense_run: DenseRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The negative control of the equal losses. Such a run starts, but its probe is not compared."""
-    path, _, dense_loss = dense_run
     for change in ({"weight_scale": 1.5}, {"normalize_weights": False}):
         caplog.clear()
         with caplog.at_level(logging.INFO, "dist_llm"):
-            _, loss = start_and_train(make_upcycled_config(ONE, **change), path)
+            loss = start_and_train(make_upcycled_config(ONE, **change), dense_run.path).next_loss
         assert "the probe is not compared, because init_allow changes model.feedforward" in caplog.text
-        assert loss != pytest.approx(dense_loss, rel=1e-4)
+        assert loss != pytest.approx(dense_run.next_loss, rel=1e-4)
 
 
-def test_experts_of_another_layer_are_detected(dense_run: tuple[Any, ...]) -> None:
+def test_experts_of_another_layer_are_detected(dense_run: DenseRun) -> None:
     """Planted bug: all experts are copies of the first layer."""
-    path, *_ = dense_run
+    path = dense_run.path
     find_dense_sources = resume._find_dense_sources
 
     def find_sources_in_first_layer(*args: Any) -> dict[str, str]:
@@ -129,14 +144,14 @@ def test_experts_of_another_layer_are_detected(dense_run: tuple[Any, ...]) -> No
     ],
     ids=["d_expert", "shared experts"],
 )
-def test_other_experts_are_refused(change: dict[str, Any], message: str, dense_run: tuple[Any, ...]) -> None:
-    path, *_ = dense_run
+def test_other_experts_are_refused(change: dict[str, Any], message: str, dense_run: DenseRun) -> None:
+    path = dense_run.path
     with pytest.raises(CheckpointError, match=message):
         start_and_train(make_upcycled_config(ONE, **change), path)
 
 
-def test_experts_need_init_allow_and_a_fresh_optimizer(dense_run: tuple[Any, ...]) -> None:
-    path, *_ = dense_run
+def test_experts_need_init_allow_and_a_fresh_optimizer(dense_run: DenseRun) -> None:
+    path = dense_run.path
     with pytest.raises(CheckpointError, match=r"set init_allow=\[model.feedforward\]"):
         start_and_train(make_upcycled_config(ONE).model_copy(update={"init_allow": ()}), path)
     with pytest.raises(CheckpointError, match=r"no optimizer state of .*experts.*set init_optimizer: fresh"):

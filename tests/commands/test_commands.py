@@ -30,7 +30,9 @@ def iter_actions() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 ACTIONS = list(iter_actions())
 
 
-@pytest.mark.parametrize(("name", "parser"), ACTIONS, ids=[f"{i} {name}" for i, (name, _) in enumerate(ACTIONS)])
+@pytest.mark.parametrize(
+    ("name", "parser"), ACTIONS, ids=[f"{index} {name}" for index, (name, _) in enumerate(ACTIONS)]
+)
 def test_the_function_of_an_action_takes_its_arguments_and_defaults(name: str, parser: argparse.ArgumentParser) -> None:
     parameters = inspect.signature(resolve_function(parser.get_default("function"))).parameters
     arguments = {action.dest: action for action in parser._actions if action.dest != "help"}

@@ -21,10 +21,13 @@ def run_find_text(monkeypatch, capsys, num_documents, segment_steps=(0,), corpor
         for name in corpora
     ]
     documents = [
-        DocumentLocation(shard=0, index=n, start=5 * n, end=5 * n + 5, completion=5 * n) for n in range(num_documents)
+        DocumentLocation(shard=0, index=index, start=5 * index, end=5 * index + 5, completion=5 * index)
+        for index in range(num_documents)
     ]
     monkeypatch.setattr(find_text_module, "open_run", lambda run: (config, history))
-    monkeypatch.setattr(find_text_module, "open_segment", lambda *_: (None, SimpleNamespace(sources=sources)))
+    monkeypatch.setattr(
+        find_text_module, "open_segment", lambda *_: SimpleNamespace(plan=SimpleNamespace(sources=sources))
+    )
     monkeypatch.setattr(find_text_module, "iter_matching_documents", lambda corpus, text: iter(documents))
     monkeypatch.setattr(
         find_text_module,

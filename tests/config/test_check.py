@@ -584,7 +584,7 @@ def test_resolve_keeps_explicit_values():
 
 
 def test_round_up_gives_the_next_multiple():
-    assert [round_up(n, multiple=4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]
+    assert [round_up(number, multiple=4) for number in (0, 1, 4, 5)] == [0, 4, 4, 8]
 
 
 def test_format_divisors_shortens_long_lists():

@@ -32,7 +32,10 @@ transformers = pytest.importorskip("transformers")
 
 GPT2 = os.environ.get("GPT2_VOCABULARY")  # a folder with the published gpt2_vocab.json and gpt2_merges.txt
 SOURCE = Path(ast.__file__).read_text(encoding="utf-8")
-PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
+PROSE = [
+    f"The {number}th ship sailed to port {number * 7}; it's late, they'll wait — 漢字 {number}.\r\n"
+    for number in range(400)
+]
 STRANGE = ("", " ", "\n\n  \n", "ab  \n\n  cd  \n", "x \n", "12345678 ١٢٣٤٥", "don'T 'ſ 'K ß ŉ", "\ufeff\u0085\u2028")
 TEXTS = (*DIFFICULT_TEXTS, *STRANGE, SOURCE)
 O200K = (

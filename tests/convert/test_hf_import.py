@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -114,7 +114,9 @@ def weight_scale(name: str, ndim: int) -> float:
 
 def write_native_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     """Write a checkpoint with random weights, a byte tokenizer, and a vocabulary padded to 320 rows."""
-    tokenizer = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
+    tokenizer = BPETokenizer(
+        "byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: 256}
+    )
     is_encoder_decoder = changes.get("architecture") == "encoder_decoder"
     vocab_size = ObjectiveVocabulary(257, 256).sentinel_id(8) if is_encoder_decoder else 257
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8, "d_ff": 48}
@@ -129,9 +131,9 @@ def write_native_checkpoint(directory: Path, changes: dict[str, Any]) -> Path:
     model = build_model(config.model)
     generator = torch.Generator().manual_seed(1)
     weights = {
-        f"model.{name}": torch.randn(p.shape, generator=generator) * weight_scale(name, p.ndim)
+        f"model.{name}": torch.randn(parameter.shape, generator=generator) * weight_scale(name, parameter.ndim)
         + ("norm" in name and name.endswith("weight"))
-        for name, p in model.named_parameters()
+        for name, parameter in model.named_parameters()
     }
     progress = json.dumps({"step": 0, "samples": 0, "tokens": 0}).encode()
     files = {
@@ -398,21 +400,28 @@ def test_a_nanogpt_checkpoint_gives_the_logits_of_gpt2(
         torch.testing.assert_close(model(ids), hf_model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def load_native_model(path: Path) -> tuple[Any, Config]:
-    """Return the model and config of a checkpoint without a tokenizer."""
+class NativeModel(NamedTuple):
+    """The model and the config of one of our checkpoints."""
+
+    model: Any
+    config: Config
+
+
+def load_native_model(path: Path) -> NativeModel:
+    """Load a checkpoint, which needs no tokenizer."""
     config, violations = load_config(path / "config.yaml")
     assert not violations
     assert config is not None
     model = build_model(config.model).eval()
     load_checkpoint(path, TorchState(model), with_moments=False)
-    return model, config
+    return NativeModel(model, config)
 
 
 def test_torch_file_round_trip(run_convert: Callable[..., int], tmp_path: Path) -> None:
     native = write_native_checkpoint(tmp_path / "native", NATIVE_MODELS["t5"])
     assert run_convert("to-torch", native, tmp_path / "native.pt") == 0
     content = torch.load(tmp_path / "native.pt", weights_only=True)
-    model, _ = load_native_model(native)
+    model = load_native_model(native).model
     model.load_state_dict(content["model"], strict=False)
     assert run_convert("from-torch", tmp_path / "native.pt", tmp_path / "round_trip") == 0
     assert run_convert("diff", native, tmp_path / "round_trip") == 0

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,8 +35,15 @@ BY_EXPERT = ["mixtral", "qwen3_moe"]  # a tensor for each expert, with the two s
 FUSED = ["granitemoe", "gpt_oss"]
 
 
-def compute_gradients(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the gradients of our model and, under our names, those of the model of transformers."""
+class GradientPair(NamedTuple):
+    """Gradients of the same loss by our name of the parameter."""
+
+    native: dict[str, Tensor]  # of our model
+    hf: dict[str, Tensor]  # of the model of transformers
+
+
+def compute_gradients(name: str) -> GradientPair:
+    """Compute the gradients of both models of a variant on the same random ids. `name` is a key of VARIANTS."""
     hf_model, native_model, config = build_variant(name)
     ids = torch.randint(3, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
     for model in (hf_model, native_model):
@@ -47,7 +54,7 @@ def compute_gradients(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     view = from_huggingface(DictWeights(to_hub_tensors(hf_model, hf_gradients)), config, VARIANTS[name][0])
     native = {key: parameter.grad for key, parameter in native_model.named_parameters() if parameter.grad is not None}
     assert native.keys() == dict(native_model.named_parameters()).keys()
-    return native, {key: view.read(f"model.{key}") for key in native}
+    return GradientPair(native, {key: view.read(f"model.{key}") for key in native})
 
 
 def find_differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -123,10 +130,18 @@ class CountingWeights(LazyWeights):
         super().__init__(weights.shapes, read)
 
 
-def make_native_weights(family: str) -> tuple[DictWeights, ModelConfig]:
-    """Return the weights of a small model under our names, and its config."""
+class NativeModel(NamedTuple):
+    """The weights of a small model under our names, and its config."""
+
+    weights: DictWeights
+    config: ModelConfig
+
+
+def make_native_weights(family: str) -> NativeModel:
+    """Return a small model of a family with random weights."""
     _, native_model, config = build_models(family)
-    return DictWeights({f"model.{name}": tensor.detach() for name, tensor in iter_weights(native_model)}), config
+    weights = {f"model.{name}": tensor.detach() for name, tensor in iter_weights(native_model)}
+    return NativeModel(DictWeights(weights), config)
 
 
 @pytest.mark.parametrize("family", [*BY_EXPERT, *FUSED])

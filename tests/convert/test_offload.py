@@ -1,7 +1,7 @@
 """A model with blocks on disk computes exactly the same as a model in memory."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,12 +17,20 @@ from tests.laws.law import make_config, save_checkpoint
 from tests.laws.layouts import MODELS
 
 CPU = torch.device("cpu")
+SLACK_BYTES = 100  # less than a block needs
 
 
-def build_native(model: str, tmp_path: Path) -> tuple[NativeEngine, Path]:
-    """Build a model and save its checkpoint; return the engine and the path of the checkpoint."""
+class SavedModel(NamedTuple):
+    """A model in memory, and its checkpoint."""
+
+    engine: NativeEngine
+    path: Path
+
+
+def save_model(model: str, tmp_path: Path) -> SavedModel:
+    """Build a model, a key of MODELS, and save its checkpoint."""
     engine = NativeEngine(make_config(ranks=1, model=MODELS[model]), CPU)
-    return engine, save_checkpoint(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {})
+    return SavedModel(engine, save_checkpoint(CheckpointStore(tmp_path / "checkpoints"), engine, Progress(1), {}))
 
 
 def count_parameter_bytes(module: torch.nn.Module) -> int:
@@ -33,41 +41,41 @@ def count_parameter_bytes(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize("num_loaded", [0, 2], ids=["all blocks on disk", "two in memory"])
 @pytest.mark.parametrize("model", ["llama", "tied", "t5", "bart"])
 def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, tmp_path: Path) -> None:
-    engine, path = build_native(model, tmp_path)
+    engine, path = save_model(model, tmp_path)
     (full,) = engine.model_parts
     blocks = list(full.blocks.values())
-    memory = (
+    memory_bytes = (
         count_parameter_bytes(full)
         - sum(map(count_parameter_bytes, blocks))
         + sum(map(count_parameter_bytes, blocks[:num_loaded]))
-        + 100
+        + SLACK_BYTES
     )
-    actual = load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory)
-    num_offloaded = sum(all(p.is_meta for p in block.parameters()) for block in actual.blocks.values())
+    actual = load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory_bytes)
+    num_offloaded = sum(all(parameter.is_meta for parameter in block.parameters()) for block in actual.blocks.values())
     assert num_offloaded == len(blocks) - num_loaded
     assert [path.name[:7] for path in (tmp_path / "disk").iterdir()] == ["blocks_"]
     source = [3, 4, 5] if engine.config.model.architecture == "encoder_decoder" else None
-    prompt, sampling = Prompt([1, 2, 3], encoder_ids=source), Sampling(8, seed=2)
-    expected = list(generate_tokens(full.eval(), prompt, sampling, 32))
-    assert list(generate_tokens(actual, prompt, sampling, 32)) == expected
+    prompt, sampling = Prompt([1, 2, 3], encoder_ids=source), Sampling(max_tokens=8, seed=2)
+    expected = list(generate_tokens(full.eval(), prompt, sampling, max_seq_len=32))
+    assert list(generate_tokens(actual, prompt, sampling, max_seq_len=32)) == expected
 
 
 def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:
-    engine, path = build_native("llama", tmp_path)
+    engine, path = save_model("llama", tmp_path)
     with pytest.raises(ConfigError, match="--memory: embedding and head must stay in memory"):
-        load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
+        load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory_bytes=100)
     assert not (tmp_path / "disk").exists(), "the refused command wrote files"
 
 
 def test_other_files_in_the_offload_folder_are_kept(tmp_path: Path) -> None:
-    engine, path = build_native("llama", tmp_path)
+    engine, path = save_model("llama", tmp_path)
     existing = tmp_path / "disk" / "weights" / "precious"
     existing.parent.mkdir(parents=True)
     existing.write_text("mine")
-    load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 10**9)
+    load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", memory_bytes=10**9)
     assert existing.read_text() == "mine"
     with pytest.raises(ConfigError, match=r"--offload: .*precious cannot be created: File exists"):
-        load_offloaded(path, engine.config.model, CPU, existing, 10**9)
+        load_offloaded(path, engine.config.model, CPU, existing, memory_bytes=10**9)
 
 
 def test_missing_accelerate_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

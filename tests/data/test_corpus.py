@@ -69,7 +69,7 @@ def test_writer_does_not_split_a_document_across_shards(tmp_path):
         (12, 1, 12),
         (3, 1, 3),
     ]
-    offsets = [np.fromfile((tmp_path / s.file).with_suffix(".offsets"), "<u8").tolist() for s in shards]
+    offsets = [np.fromfile((tmp_path / shard.file).with_suffix(".offsets"), "<u8").tolist() for shard in shards]
     assert offsets == [[0, 4], [0], [0], [0]]
     stream = np.concatenate([np.fromfile(tmp_path / shard.file, "<u2") for shard in shards])
     assert np.array_equal(stream, np.concatenate(documents))
@@ -211,10 +211,10 @@ def test_a_directory_without_manifest_is_rejected_with_the_prepare_command(tmp_p
 MALFORMED_MANIFESTS = {  # function from the fields of a valid manifest to those of a malformed one
     "a list": lambda fields: [],
     "a number": lambda fields: 3,
-    "no shards": lambda fields: {k: v for k, v in fields.items() if k != "shards"},
+    "no shards": lambda fields: {key: value for key, value in fields.items() if key != "shards"},
     "no heldout": lambda fields: {**fields, "shards": {"train": []}},
     "another split": lambda fields: {**fields, "shards": {**fields["shards"], "test": []}},
-    "no vocab_size": lambda fields: {k: v for k, v in fields.items() if k != "vocab_size"},
+    "no vocab_size": lambda fields: {key: value for key, value in fields.items() if key != "vocab_size"},
     "an unknown field": lambda fields: {**fields, "colour": "red"},
     "shards of another type": lambda fields: {**fields, "shards": [1]},
     "a shard of another type": lambda fields: {**fields, "shards": {"train": [1], "heldout": []}},

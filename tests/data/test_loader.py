@@ -188,7 +188,7 @@ def test_resume_reads_only_the_next_step(step, corpus, monkeypatch):
     assert windows_per_read == [GLOBAL_BATCH]
     uninterrupted = make_loader(corpus)
     if step < 10:  # few enough steps to read them all
-        assert first_tokens == [read_first_tokens(uninterrupted, n) for n in range(step + 1)][-1]
+        assert first_tokens == [read_first_tokens(uninterrupted, num_steps) for num_steps in range(step + 1)][-1]
 
 
 def test_an_error_of_the_prefetch_thread_is_raised(make_corpus):

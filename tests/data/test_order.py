@@ -78,7 +78,7 @@ def test_a_shuffled_order_visits_every_window_once_per_epoch(num_windows):
     for epoch in epochs:
         assert np.array_equal(np.sort(epoch), np.arange(num_windows) * 7)
     if num_windows >= 64:
-        assert all((epoch != earlier).mean() > 0.9 for i, epoch in enumerate(epochs) for earlier in epochs[:i])
+        assert all((epoch != earlier).mean() > 0.9 for index, epoch in enumerate(epochs) for earlier in epochs[:index])
 
 
 ORDERS = {  # name: function from a seed to an order

@@ -48,7 +48,7 @@ def draw_plans(draw):
     quotas = st.lists(st.integers(0, 5), min_size=num_sources, max_size=num_sources).filter(any)
     mixtures = [Mixture(seed ^ first, tuple(draw(quotas))) for first in first_samples]
     edges = sorted(draw(st.lists(st.integers(0, 150), max_size=4, unique=True)))
-    skip = tuple((edges[n], edges[n + 1]) for n in range(0, len(edges) - 1, 2))
+    skip = tuple((edges[index], edges[index + 1]) for index in range(0, len(edges) - 1, 2))
     return SamplePlan(sources, build_stages(first_samples, mixtures, [0] * num_sources), skip)
 
 
@@ -59,8 +59,8 @@ def locate_one_by_one(plan, samples):
 
 def list_unskipped(plan, count):
     """Return the first `count` sample numbers that are not skipped."""
-    skipped = {n for start, end in plan.skip for n in range(start, end)}
-    return [n for n in range(count + len(skipped)) if n not in skipped][:count]
+    skipped = {number for start, end in plan.skip for number in range(start, end)}
+    return [number for number in range(count + len(skipped)) if number not in skipped][:count]
 
 
 class NoBatchObjective:
@@ -101,7 +101,9 @@ def test_resumes_with_any_dp_and_batch_size_read_one_order(plan, runs):
 
 @given(plan=draw_plans(), num_samples=st.integers(1, 200), num_more=st.integers(1, 200))
 def test_a_longer_run_starts_like_a_shorter_run(plan, num_samples, num_more):
-    shorter, longer = (np.stack(plan.locate_samples(np.arange(n))) for n in (num_samples, num_samples + num_more))
+    shorter, longer = (
+        np.stack(plan.locate_samples(np.arange(count))) for count in (num_samples, num_samples + num_more)
+    )
     assert np.array_equal(shorter, longer[:, :num_samples])
 
 
@@ -148,10 +150,12 @@ def test_full_epochs_visit_each_window_equally_often(plan):
 
 @given(plan=draw_plans(), first=st.integers(0, 160), count=st.integers(1, 60))
 def test_skipped_samples_are_not_used(plan, first, count):
-    skipped = {n for start, end in plan.skip for n in range(start, end)}
-    unskipped = [n for n in range(first, first + count + len(skipped)) if n not in skipped]
+    skipped = {number for start, end in plan.skip for number in range(start, end)}
+    unskipped = [number for number in range(first, first + count + len(skipped)) if number not in skipped]
     assert plan.list_sample_numbers(first, count).tolist() == unskipped[:count]
-    assert plan.advance(first, count) == next(n for n in range(unskipped[count - 1] + 1, 10**6) if n not in skipped)
+    assert plan.advance(first, count) == next(
+        number for number in range(unskipped[count - 1] + 1, 10**6) if number not in skipped
+    )
 
 
 def test_a_block_is_shuffled_and_has_no_sample_of_weight_0():
@@ -190,7 +194,7 @@ def test_the_order_within_a_source_does_not_depend_on_the_weights():
 
 
 def test_build_stages_keeps_the_last_of_several_stages_at_one_sample():
-    stages = build_stages([0, 6, 6, 9], [Mixture(n, (1, 2)) for n in range(4)], [3, 4])
+    stages = build_stages([0, 6, 6, 9], [Mixture(seed, (1, 2)) for seed in range(4)], [3, 4])
     assert [(stage.first_sample, stage.mixture.seed) for stage in stages] == [(0, 0), (6, 2), (9, 3)]
     assert stages[0].num_consumed == (3, 4)
     assert all(

@@ -247,7 +247,7 @@ def test_a_remote_corpus_gives_the_same_batch(server, corpus, tmp_path):
         loader.close()
     assert batches[0].equal(batches[1])
     assert sorted(path for path in server.requested_paths if path.endswith("bin")) == [
-        f"/c/train-0000{n}.bin" for n in range(3)
+        f"/c/train-0000{index}.bin" for index in range(3)
     ]
 
 

@@ -21,7 +21,10 @@ def mixture_overrides(corpus: Path, tmp_path_factory: pytest.TempPathFactory) ->
     `code` is the shared corpus. `qa` has short documents with prompts, whose tokens are not scored.
     """
     directory = tmp_path_factory.mktemp("qa")
-    rows = [{"q": f"What is {n} plus {n}? ", "a": f"It is {2 * n}, as everybody knows."} for n in range(100)]
+    rows = [
+        {"q": f"What is {number} plus {number}? ", "a": f"It is {2 * number}, as everybody knows."}
+        for number in range(100)
+    ]
     (directory / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(corpus, directory / "code")
     options = ("--source", "qa.jsonl", "--prompt-key", "q", "--text-key", "a", "--heldout-fraction", 0.3)
@@ -117,10 +120,10 @@ def test_a_resume_accepts_other_weights_and_refuses_another_seed(
 
 def test_show_prints_the_samples_of_a_step(mixed_run: Path) -> None:
     text = inspect("show", "--run", mixed_run, "--step", 2, "--whole")
-    samples = [int(n) for n in re.findall(r"^sample (\d+): (?:code|qa), causal$", text, re.MULTILINE)]
+    samples = [int(number) for number in re.findall(r"^sample (\d+): (?:code|qa), causal$", text, re.MULTILINE)]
     assert samples == list(range(18, 30)), "the samples are not those after the skipped ones"
     halves = [
-        inspect("show", "--run", mixed_run, "--step", 2, "--full-text", "--rank", n, "--ranks", 2) for n in (0, 1)
+        inspect("show", "--run", mixed_run, "--step", 2, "--full-text", "--rank", rank, "--ranks", 2) for rank in (0, 1)
     ]
     assert "".join(halves) == text
     outside = inspect("show", "--run", mixed_run, "--step", 2, "--rank", 2, "--ranks", 2, succeed=False)

@@ -57,7 +57,9 @@ def test_the_commands_of_an_installed_wheel_run(installed: Path, tmp_path: Path)
     package_path = run(installed, tmp_path, "python", "-c", "import dist_llm; print(dist_llm.__file__)")
     assert Path(package_path.strip()).is_relative_to(installed.parent)
     assert "dist-llm prepare" in run(installed, tmp_path, "dist-llm", "--help")
-    (tmp_path / "text.txt").write_text("\n\n".join(f"The number {i} comes before {i + 1}." for i in range(2000)))
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"The number {number} comes before {number + 1}." for number in range(2000))
+    )
     run(
         installed, tmp_path, "dist-llm", "prepare", "--source", "text.txt", "--separator", "blank-lines",
         "--tokenizer", "bpe:300", "--heldout-fraction", "0.1", "--workers", "1", "--out", "corpus",

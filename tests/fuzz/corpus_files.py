@@ -17,7 +17,9 @@ from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
 from dist_llm.text.tokenizer import ENDOFTEXT
 from tests.text.megatron_index import build_megatron_index
 
-BYTE_TOKENIZER = BPETokenizer("byte", SPLIT_PATTERNS["gpt2"], {bytes([i]): i for i in range(256)}, {ENDOFTEXT: 256})
+BYTE_TOKENIZER = BPETokenizer(
+    "byte", SPLIT_PATTERNS["gpt2"], {bytes([byte]): byte for byte in range(256)}, {ENDOFTEXT: 256}
+)
 
 
 def write_corpus(directory: Path, has_prompts: bool = False) -> None:

@@ -113,7 +113,9 @@ def enlarge_tensor_consistently(directory: Path) -> None:
 
 
 # A YAML file whose aliases expand to 9**11 values.
-YAML_ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+YAML_ALIASES = "a0: &a0 [x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 12)
+)
 FILE_OUTSIDE = b'"file": "../train-00000.bin"'
 ABSOLUTE_FILE = b'"file": "/etc/passwd"'
 HUGE_SIZE = 10**15

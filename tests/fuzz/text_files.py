@@ -23,7 +23,7 @@ from .checkpoint_files import (
     make_config,
 )
 
-ROWS = [{"text": f"row {n} é\n", "n": n} for n in range(20)]
+ROWS = [{"text": f"row {number} é\n", "n": number} for number in range(20)]
 
 
 def write_parquet(directory: Path) -> None:

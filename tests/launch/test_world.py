@@ -59,7 +59,9 @@ def test_a_batch_script_or_a_single_task_is_one_process(changes):
     assert read_world(environ) == World(host="n7")
 
 
-@pytest.mark.parametrize("present_names", [c for n in (1, 2) for c in combinations(TORCHRUN_ENVIRON, n)], ids="+".join)
+@pytest.mark.parametrize(
+    "present_names", [names for count in (1, 2) for names in combinations(TORCHRUN_ENVIRON, count)], ids="+".join
+)
 def test_missing_variables_are_named(present_names):
     with pytest.raises(ConfigError, match="start with torchrun, or unset them all") as excinfo:
         read_world({name: TORCHRUN_ENVIRON[name] for name in present_names})

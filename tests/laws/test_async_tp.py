@@ -5,7 +5,7 @@ work: which matrix products it fuses with which collectives.
 """
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -40,8 +40,15 @@ class FusedOpCounter(CustomGraphPass):
         return None  # disables the cache, so that the pass sees every graph
 
 
-def trace_fused_steps(config: Config, reverse_shards: bool) -> tuple[RankTrace, dict[str, int]]:
-    """Return the trace of two steps and the count of each fused operation.
+class FusedTrace(NamedTuple):
+    """The trace of some steps, and how often the compiler inserted each fused operation."""
+
+    rank_trace: RankTrace
+    op_counts: dict[str, int]
+
+
+def trace_fused_steps(config: Config, reverse_shards: bool) -> FusedTrace:
+    """Take two steps with fused collectives.
 
     `reverse_shards` plants a bug: the gathered shards are in reverse order.
     """
@@ -57,7 +64,7 @@ def trace_fused_steps(config: Config, reverse_shards: bool) -> tuple[RankTrace, 
     ):
         rank_trace = record_trace(config, steps=2)
     library._destroy()
-    return rank_trace, dict(counter.names)
+    return FusedTrace(rank_trace, dict(counter.names))
 
 
 def _gather_reversed(shard: torch.Tensor, weights: list[torch.Tensor], dim: int, group: str, **kwargs: Any) -> Any:
@@ -82,6 +89,7 @@ def test_fused_collectives_compute_the_step_of_one_process(recompute: str) -> No
 def test_shards_in_the_wrong_order_break_the_law() -> None:
     config = make_config(ranks=2, optim=SGD, compile=True, parallel={"tp": 2, "async_tp": True})
     restart_world(2)
-    traces = [rank_trace for rank_trace, _ in get_world(2).run(trace_fused_steps, config, reverse_shards=True)]
+    results = get_world(2).run(trace_fused_steps, config, reverse_shards=True)
+    traces = [result.rank_trace for result in results]
     with pytest.raises(AssertionError, match="off by"):
         assert_traces_match(merge_ranks(traces), trace_one_process(config, steps=2))

@@ -8,6 +8,8 @@ Tensor and context ranks differ more. They sum in another order, and FSDP gather
 one process keeps in fp32. Activations then differ in the last bit of bf16, and more where float8 rounds the other way.
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,12 +60,19 @@ def trace_one_step(layout: Layout) -> Trace:
     return merge_ranks(run_on_ranks(layout.ranks, record_trace, make_fp8_config(layout), steps=1))
 
 
-def find_least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
-    """Return (least cosine similarity of the gradients, name of the parameter), without gradients near zero."""
+class LeastCosine(NamedTuple):
+    """The cosine similarity of two gradients of a parameter."""
+
+    cosine: float
+    name: str
+
+
+def find_least_cosine(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> LeastCosine:
+    """Find the parameter whose gradient differs most from the expected one, apart from gradients near zero."""
     largest_norm = max(float(gradient.norm()) for gradient in expected.values())
     names = [name for name, gradient in expected.items() if gradient.norm() > 1e-3 * largest_norm]
     return min(
-        (float(torch.cosine_similarity(gradients[name].flatten(), expected[name].flatten(), dim=0)), name)
+        LeastCosine(float(torch.cosine_similarity(gradients[name].flatten(), expected[name].flatten(), dim=0)), name)
         for name in names
     )
 

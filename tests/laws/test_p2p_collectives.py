@@ -1,7 +1,7 @@
 """The point-to-point messages that replace collectives on CPUs compute the same step and send no more bytes."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
@@ -80,26 +80,33 @@ def trace_with_messages(config: Config, bug: tuple[str, type] | None) -> RankTra
         return record_trace(config, steps=3)
 
 
-def train_and_evaluate(config: Config, messages: bool) -> tuple[list[float], dict[str, Tensor]]:
-    """Take three steps with evaluations in between; return (losses of both, weights afterwards)."""
+class TrainedModel(NamedTuple):
+    """What three steps computed."""
+
+    losses: list[float]  # of each step, and of the evaluation after it
+    weights: dict[str, Tensor]
+
+
+def train_and_evaluate(config: Config, messages: bool) -> TrainedModel:
+    """Take three steps, each followed by an evaluation. With `messages`, collectives are point-to-point messages."""
     with use_messages() if messages else nullcontext():
         engine, losses = NativeEngine(config, torch.device("cpu")), []
     for step in range(3):
         batches = make_batches(config, engine, step)
         losses.append(train_step(engine, batches, config.optim.lr, step).loss.item())
         losses.append(engine.score(engine.to_local_batch(batches[0])).sum().item())
-    return losses, {name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()}
+    return TrainedModel(losses, {name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_messages_of_two_ranks_are_bitwise_equal_to_collectives(precision: str) -> None:
     """A sum of two numbers has only one order, and weights gathered in bf16 are not summed."""
     config = make_config(ranks=2, optim=ADAMW, parallel={"dp_shard": 2}, precision=precision, data={"micro_batch": 6})
-    (losses, weights), (p2p_losses, p2p_weights) = (
-        get_world(2).run(train_and_evaluate, config, messages)[0] for messages in (False, True)
+    collectives, messages = (
+        get_world(2).run(train_and_evaluate, config, messages=uses_messages)[0] for uses_messages in (False, True)
     )
-    assert losses == p2p_losses
-    assert all(torch.equal(weights[name], p2p_weights[name]) for name in weights)
+    assert messages.losses == collectives.losses
+    assert all(torch.equal(messages.weights[name], weight) for name, weight in collectives.weights.items())
 
 
 def assert_messages_match_one_process(layout: Layout, bug: tuple[str, type] | None = None) -> None:

@@ -78,13 +78,15 @@ def test_a_step_with_an_overflow_halves_the_loss_scale_and_changes_no_weight() -
     engine = NativeEngine(make_config(ranks=1, optim=SGD, precision="fp16"), torch.device("cpu"))
     assert engine.loss_scale is not None
     engine.loss_scale.value = 2.0**120
-    before = {name: p.detach().clone() for name, p in engine.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in engine.named_parameters()}
 
     report = train_step(engine, make_batches(engine.config, engine, step=0), lr=1.0)
 
     assert not math.isfinite(report.grad_norm)
     assert engine.loss_scale.value == 2.0**119
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in engine.named_parameters())
+    assert all(
+        torch.equal(parameter, before[name]) and parameter.grad is None for name, parameter in engine.named_parameters()
+    )
 
 
 def test_the_loss_scale_doubles_after_many_finite_steps() -> None:

@@ -6,7 +6,7 @@ A run takes two steps in the first layout and two in the second, and is compared
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -55,25 +55,30 @@ MORE_PAIRS = [
 ]
 
 
+class RunResult(NamedTuple):
+    """What some steps of a run computed."""
+
+    losses: list[float]  # by step
+    state: dict[str, Tensor]  # full weights, buffers and moments after the steps
+
+
 def make_tied_config(layout: Layout) -> Config:
     """Return the config of a layout for a model with tied embeddings, of which a pipeline has two copies."""
     return make_layout_config(replace(layout, model="tied"), optim=ADAMW)
 
 
-def run_two_steps(
-    config: Config, directory: Path | None, first_step: int, bug: bool = False
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Run steps `first_step` and `first_step` + 1; return (losses, full state afterwards).
+def run_two_steps(config: Config, directory: Path | None, first_step: int, bug: bool = False) -> RunResult:
+    """Run steps `first_step` and `first_step` + 1.
 
     With a directory, save a checkpoint there at the end; if `first_step` is not 0, first load its newest checkpoint.
     `bug` plants a bug: the moments are lost.
     """
-    return run_steps(config, directory, range(first_step, first_step + 2), "moments" if bug else None)
+    return run_steps(config, directory, range(first_step, first_step + 2), lost="moments" if bug else None)
 
 
 def run_steps(
     config: Config, directory: Path | None, steps: range, lost: Literal["moments", "buffers"] | None = None
-) -> tuple[list[float], dict[str, Tensor]]:
+) -> RunResult:
     """Run these steps as `run_two_steps` runs its steps. `lost` plants a bug: this state is lost at the load."""
     engine = NativeEngine(config, torch.device("cpu"))
     checkpoints = CheckpointStore(directory) if directory else None
@@ -91,39 +96,38 @@ def run_steps(
         checkpoints.save(engine.state, Progress(steps.stop), {})
         checkpoints.finish()
     tensors = engine.state.weights() | engine.state.moments()
-    return losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()}
+    return RunResult(losses, {name: copy_full_tensor(tensor) for name, tensor in tensors.items()})
 
 
-def run_two_steps_on_world(
-    layout: Layout, directory: Path, first_step: int, bug: bool = False
-) -> tuple[list[float], dict[str, Tensor]]:
-    """Call `run_two_steps` on all ranks of the layout, whose losses must be equal; return (losses, merged state)."""
+def run_two_steps_on_world(layout: Layout, directory: Path, first_step: int, bug: bool = False) -> RunResult:
+    """Call `run_two_steps` on all ranks of the layout. Merge their states, and require that their losses are equal."""
     config = make_tied_config(layout)
     results = run_on_ranks(layout.ranks, run_two_steps, config, directory, first_step=first_step, bug=bug)
-    assert all(losses == results[0][0] for losses, _ in results)
-    return results[0][0], {name: value for _, tensors in results for name, value in tensors.items()}
+    assert all(result.losses == results[0].losses for result in results)
+    state = {name: value for result in results for name, value in result.state.items()}
+    return RunResult(results[0].losses, state)
 
 
 @lru_cache(maxsize=1)
-def run_uninterrupted() -> tuple[list[float], dict[str, Tensor]]:
-    """Run four steps in one process; return (losses, full state afterwards)."""
-    return run_steps(make_tied_config(ONE), None, range(4))
+def run_uninterrupted() -> RunResult:
+    """Run four steps in one process."""
+    return run_steps(make_tied_config(ONE), directory=None, steps=range(4))
 
 
 def assert_reshape_matches_one_process(pair: tuple[Layout, Layout], directory: Path, bug: bool = False) -> None:
     """Run two steps in each layout of the pair; compare losses and the final state with one process."""
-    first_losses, _ = run_two_steps_on_world(pair[0], directory, first_step=0)
-    second_losses, actual_state = run_two_steps_on_world(pair[1], directory, first_step=2, bug=bug)
-    expected_losses, expected_state = run_uninterrupted()
-    assert first_losses + second_losses == pytest.approx(expected_losses, rel=1e-5)
-    assert actual_state.keys() == expected_state.keys()
-    for name, expected in expected_state.items():
+    first = run_two_steps_on_world(pair[0], directory, first_step=0)
+    second = run_two_steps_on_world(pair[1], directory, first_step=2, bug=bug)
+    uninterrupted = run_uninterrupted()
+    assert first.losses + second.losses == pytest.approx(uninterrupted.losses, rel=1e-5)
+    assert second.state.keys() == uninterrupted.state.keys()
+    for name, expected in uninterrupted.state.items():
         # The moments of an almost zero gradient are rounding errors of much larger summands; see assert_traces_match.
         kind = name.rpartition(".")[2]
         largest_of_kind = max(
-            float(tensor.abs().max()) for key, tensor in expected_state.items() if key.rpartition(".")[2] == kind
+            float(tensor.abs().max()) for key, tensor in uninterrupted.state.items() if key.rpartition(".")[2] == kind
         )
-        assert_close(name, actual_state[name], expected, tolerance=2e-5, noise=1e-7 * largest_of_kind)
+        assert_close(name, second.state[name], expected, tolerance=2e-5, noise=1e-7 * largest_of_kind)
 
 
 @pytest.mark.parametrize(

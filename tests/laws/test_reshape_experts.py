@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
 
 from dist_llm.config.schema import Config
 from tests.laws.law import assert_close, make_layout_config, use_default_dtype
 from tests.laws.layouts import ADAMW, MUON, Layout
-from tests.laws.test_reshape import run_steps
+from tests.laws.test_reshape import RunResult, run_steps
 from tests.laws.worlds import run_on_ranks
 
 ONE = Layout(ranks=1)
@@ -60,15 +59,15 @@ def make_case_config(layout: Layout, model: str, optim: dict[str, Any]) -> Confi
 
 def run_steps_in_fp64(
     config: Config, directory: Path | None, steps: range, lost: Literal["buffers"] | None = None
-) -> tuple[list[float], dict[str, Tensor]]:
+) -> RunResult:
     """Call `run_steps` in fp64, so that no rounding error changes the choice of an expert."""
     with use_default_dtype(torch.float64):
         return run_steps(config, directory, steps, lost)
 
 
 @lru_cache(maxsize=8)
-def run_uninterrupted(config_json: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Run four steps in one process; return (losses, full state afterwards)."""
+def run_uninterrupted(config_json: str) -> RunResult:
+    """Run four steps in one process. The config is given as JSON, because a cache needs a hashable argument."""
     return run_steps_in_fp64(Config.model_validate_json(config_json), None, range(4))
 
 
@@ -82,15 +81,16 @@ def assert_case_matches_one_process(case: Case, directory: Path, lost: Literal["
     for layout, steps in ((first, range(2)), (second, range(2, 4))):
         config = make_case_config(layout, model, optim)
         results = run_on_ranks(layout.ranks, run_steps_in_fp64, config, directory, steps, lost)
-        assert all(rank_losses == results[0][0] for rank_losses, _ in results)
-        losses += results[0][0]
-    actual_state = {name: value for _, tensors in results for name, value in tensors.items()}
-    expected_losses, expected_state = run_uninterrupted(make_case_config(ONE, model, optim).model_dump_json())
+        assert all(result.losses == results[0].losses for result in results)
+        losses += results[0].losses
+    actual_state = {name: value for result in results for name, value in result.state.items()}
+    uninterrupted = run_uninterrupted(make_case_config(ONE, model, optim).model_dump_json())
+    expected_state = uninterrupted.state
     assert actual_state.keys() == expected_state.keys()
     assert any(name.endswith("feedforward.previous_load") for name in expected_state)
     for name, expected in expected_state.items():
         assert_close(name, actual_state[name], expected, tolerance=1e-9, noise=1e-13)
-    assert losses == pytest.approx(expected_losses, rel=1e-11)
+    assert losses == pytest.approx(uninterrupted.losses, rel=1e-11)
 
 
 def name_case(case: Case) -> str:

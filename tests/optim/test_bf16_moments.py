@@ -1,5 +1,7 @@
 """AdamW with bf16 moments uses half the memory, equals fp32 on average, and does not depend on the layout."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -58,21 +60,31 @@ def test_a_second_moment_grows_where_round_to_nearest_stalls() -> None:
     assert nearest < 0.6 * expected
 
 
-def run_steps(moments: str, shape: tuple[int, ...], count: int) -> tuple[Tensor, BF16AdamW]:
-    """Take `count` steps with random gradients; return the parameter and the optimizer."""
+class OptimizedParameter(NamedTuple):
+    """A parameter after some steps, and its optimizer."""
+
+    value: Tensor
+    optimizer: BF16AdamW
+
+
+def run_steps(moments: str, shape: tuple[int, ...], count: int) -> OptimizedParameter:
+    """Take `count` steps with random gradients. `moments` is the config value of optim.moments."""
     parameter = nn.Parameter(torch.full(shape, 0.5))
     config = AdamWConfig(moments=moments, lr=1e-2, beta2=0.95, weight_decay=0.1)
     optimizer = build_optimizer(config, [("w", parameter)], {"w": make_spec(parameter)})
     for step in range(count):
         parameter.grad = parameter.detach() - 0.1 + torch.randn(shape, generator=torch.Generator().manual_seed(step))
         optimizer.step()
-    return parameter.detach(), optimizer
+    return OptimizedParameter(parameter.detach(), optimizer)
 
 
 def test_first_bf16_step_equals_fp32() -> None:
     for shape in ((6, 5), (7,)):
         torch.testing.assert_close(
-            run_steps("bf16", shape=shape, count=1)[0], run_steps("fp32", shape=shape, count=1)[0], rtol=1e-6, atol=1e-7
+            run_steps("bf16", shape=shape, count=1).value,
+            run_steps("fp32", shape=shape, count=1).value,
+            rtol=1e-6,
+            atol=1e-7,
         )
 
 

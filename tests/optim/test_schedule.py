@@ -68,10 +68,10 @@ def test_wsd_decay_does_not_start_before_the_warmup_ends():
 @pytest.mark.parametrize("name", NAMES)
 def test_rate_rises_and_then_falls_without_jumps(name):
     rates = [rate(name, step) for step in range(2 * END)]
-    assert all(a < b for a, b in pairwise(rates[: WARMUP + 1]))
-    assert all(a >= b for a, b in pairwise(rates[WARMUP:]))
+    assert all(rate < next_rate for rate, next_rate in pairwise(rates[: WARMUP + 1]))
+    assert all(rate >= next_rate for rate, next_rate in pairwise(rates[WARMUP:]))
     # The steepest parts are cosine's middle (pi/2 times linear), the warmup, and wsd's 22 steps of decay.
-    assert max(abs(a - b) for a, b in pairwise(rates)) <= PEAK / WARMUP + 1e-12
+    assert max(abs(rate - next_rate) for rate, next_rate in pairwise(rates)) <= PEAK / WARMUP + 1e-12
 
 
 SETTINGS = st.fixed_dictionaries(

@@ -115,8 +115,12 @@ def test_files_keep_their_order_within_a_split(prepared_corpus, tmp_path):
         np.save(path, np.full(5 + index, index, np.uint16))
     adopt(make_options("npy", *paths[:6], heldout=tuple(map(str, paths[6:])), out=tmp_path / "out"), io.StringIO())
     train, heldout = Corpus(tmp_path / "out"), Corpus(tmp_path / "out", "heldout")
-    assert train.read(np.array([0]), train.num_tokens)[0].tolist() == [n for n in range(6) for _ in range(5 + n)]
-    assert heldout.read(np.array([0]), heldout.num_tokens)[0].tolist() == [n for n in range(6, 9) for _ in range(5 + n)]
+    assert train.read(np.array([0]), train.num_tokens)[0].tolist() == [
+        token for token in range(6) for _ in range(5 + token)
+    ]
+    assert heldout.read(np.array([0]), heldout.num_tokens)[0].tolist() == [
+        token for token in range(6, 9) for _ in range(5 + token)
+    ]
     assert [heldout.get_document_offsets(shard_index).tolist() for shard_index in range(3)] == [[0]] * 3
 
 

@@ -25,7 +25,10 @@ def test_each_document_belongs_to_one_part(num_parts, split_by):
 def test_parts_have_similar_sizes():
     for split_by in ("row", "text"):
         corpus_parts = [CorpusPart(number, num_parts=4, split_by=split_by) for number in range(1, 5)]
-        sizes = [sum(part.owns_row(n) and part.owns_text(b"%d" % n) for n in range(1, 4001)) for part in corpus_parts]
+        sizes = [
+            sum(part.owns_row(number) and part.owns_text(b"%d" % number) for number in range(1, 4001))
+            for part in corpus_parts
+        ]
         assert min(sizes) > 900, split_by  # the mean is 1000; hashed texts have a standard deviation of 27
 
 
@@ -33,7 +36,9 @@ def test_the_part_of_a_text_does_not_depend_on_the_heldout_split():
     from dist_llm.text.encode import is_heldout
 
     owned_texts = [
-        text for n in range(4000) if CorpusPart(number=1, num_parts=2, split_by="text").owns_text(text := b"%d" % n)
+        text
+        for number in range(4000)
+        if CorpusPart(number=1, num_parts=2, split_by="text").owns_text(text := b"%d" % number)
     ]
     assert 0.45 < sum(is_heldout(text, fraction=0.5) for text in owned_texts) / len(owned_texts) < 0.55
 

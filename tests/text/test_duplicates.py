@@ -14,7 +14,9 @@ from dist_llm.text.duplicates import (
     compute_near_key,
 )
 
-WORDS = [f"{a}{b}" for a in ("sh", "tr", "qu", "é", "漢") for b in ("ip", "ade", "it", "on", "ul", "ax")]
+WORDS = [
+    f"{onset}{rhyme}" for onset in ("sh", "tr", "qu", "é", "漢") for rhyme in ("ip", "ade", "it", "on", "ul", "ax")
+]
 
 
 def make_texts_with_copies(count, seed=0):
@@ -33,7 +35,7 @@ def make_texts_with_copies(count, seed=0):
 def get_shingles(text):
     """Return the set of all sequences of SHINGLE_WORDS successive words."""
     text_words = text.split()
-    return {tuple(text_words[k : k + SHINGLE_WORDS]) for k in range(len(text_words) - SHINGLE_WORDS + 1)}
+    return {tuple(text_words[start : start + SHINGLE_WORDS]) for start in range(len(text_words) - SHINGLE_WORDS + 1)}
 
 
 def compute_jaccard(text, other_text):
@@ -54,8 +56,8 @@ def flag_new_texts(texts, kind, threshold=0.8):
 
 
 def test_exact_deduplication_keeps_the_first_occurrence():
-    texts = random.Random(1).choices([f"text {n}" for n in range(50)], k=300)
-    assert flag_new_texts(texts, "exact") == [text not in texts[:n] for n, text in enumerate(texts)]
+    texts = random.Random(1).choices([f"text {number}" for number in range(50)], k=300)
+    assert flag_new_texts(texts, "exact") == [text not in texts[:index] for index, text in enumerate(texts)]
     assert len(compute_key("exact", "x")) == KEY_BYTES["exact"]
 
 

@@ -35,12 +35,19 @@ GOPHER_VIOLATIONS = {  # rule: a text that breaks it
     "mean_word_chars": " ".join(word + "x" * 12 for word in make_prose().split()) + " the and",
     "symbols_per_word": make_prose() + " #" * 15,
     "bullet_lines": "\n".join("- " + line for line in split_lines(make_prose())),
-    "ellipsis_lines": "\n".join(line + "..." if n < 3 else line for n, line in enumerate(split_lines(make_prose()))),
+    "ellipsis_lines": "\n".join(
+        line + "..." if index < 3 else line for index, line in enumerate(split_lines(make_prose()))
+    ),
     "alphabetic_words": make_prose() + " 1234" * 60,
-    "stop_words": " ".join(f"wort{a}{b}" for a in "abcdefgh" for b in "abcdefgh") + " the the",
+    "stop_words": " ".join(
+        f"wort{first_letter}{second_letter}" for first_letter in "abcdefgh" for second_letter in "abcdefgh"
+    )
+    + " the the",
     "duplicate_lines": "\n".join(["a b c d"] * 7 + split_lines(make_prose(10))),
     "duplicate_line_chars": "\n".join([*split_lines(make_prose(10)), *split_lines(make_prose(10))[:3]]),
-    "duplicate_paragraphs": "\n\n".join(["x\ny"] * 6 + [split_lines(make_prose(9, seed=n))[n] for n in range(9)]),
+    "duplicate_paragraphs": "\n\n".join(
+        ["x\ny"] * 6 + [split_lines(make_prose(9, seed=seed))[seed] for seed in range(9)]
+    ),
     "top_2gram_chars": " ".join(f"{word} the harbourmaster" for word in make_prose().split()),
 }
 
@@ -69,7 +76,7 @@ def test_gopher_rules_are_listed_in_their_order():
 
 def count_top_chars(text_words, n):
     """Return the number of characters that the most frequent n-gram covers; 0 if no n-gram repeats."""
-    counts = Counter(tuple(text_words[k : k + n]) for k in range(len(text_words) - n + 1))
+    counts = Counter(tuple(text_words[start : start + n]) for start in range(len(text_words) - n + 1))
     highest_count = max(counts.values())
     if highest_count == 1:
         return 0
@@ -84,7 +91,7 @@ def count_duplicate_chars(text_words, n):
         if gram in seen:
             covered_positions |= set(range(k, k + n))
         seen.add(gram)
-    return sum(len(text_words[k]) for k in covered_positions)
+    return sum(len(text_words[position]) for position in covered_positions)
 
 
 @pytest.mark.parametrize("seed", range(20))

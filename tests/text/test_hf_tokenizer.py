@@ -166,7 +166,7 @@ def test_truncation_settings_do_not_truncate_documents(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_prepare_writes_special_and_added_tokens(folders, workers, tmp_path):
-    rows = [{"q": "the ", "t": f"warship ships {n}</s>"} for n in range(9)]
+    rows = [{"q": "the ", "t": f"warship ships {number}</s>"} for number in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
     folder = folders["byte_level"]

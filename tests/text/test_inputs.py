@@ -19,7 +19,7 @@ from dist_llm.text.rows import MIN_ROWS, RowFormat, RowTracker
 from dist_llm.text.walk import FileRules
 
 TEXTS = ["first", "second\nline\r\n", "", "漢字 🙂", " "]
-LINES = b"".join(json.dumps({"n": n, "text": text}).encode() + b"\n" for n, text in enumerate(TEXTS))
+LINES = b"".join(json.dumps({"n": number, "text": text}).encode() + b"\n" for number, text in enumerate(TEXTS))
 
 
 def read_sources(*specs, text_key="text", max_bad_rate=1.0, rules=DEFAULT_RULES, file_counts=None, separator=None):

@@ -62,7 +62,9 @@ def test_the_corpus_has_the_documents_of_the_source(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
 def test_ids_have_the_narrowest_dtype(vocab_size, dtype, tmp_path):
-    tokens = [bytes([byte]) for byte in range(256)] + [bytes([a, b]) for a in range(256) for b in range(256)]
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        bytes([first_byte, second_byte]) for first_byte in range(256) for second_byte in range(256)
+    ]
     ranks = "".join(
         f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens[: vocab_size - 1])
     )

@@ -61,7 +61,7 @@ PREPARE_OPTIONS = (
 def test_an_interrupted_run_resumes_to_the_same_bytes(
     num_files, options, frequent_resume_points, tmp_path, monkeypatch
 ):
-    texts = [make_prose(seed=n % 40) for n in range(60)]
+    texts = [make_prose(seed=number % 40) for number in range(60)]
     source = write_files(tmp_path / "in", [*texts, "broken"], num_files=6)
     options = {**options, "heldout_fraction": 0.2}
     run_prepare(source, tmp_path / "uninterrupted", **options)

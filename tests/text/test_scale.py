@@ -47,7 +47,7 @@ def prepare_in_parts(source, out, num_parts, **options):
 @pytest.mark.parametrize("options", [{}, {"dedup": "exact"}, {"dedup": "exact", "filter": ("c4",)}], ids=str)
 def test_merged_parts_equal_one_run(num_files, options, tmp_path):
     # There are 40 different texts. Their copies differ in the lines that c4 removes.
-    texts = [make_prose(seed=n % 40) + "\nMenu" * (n % 3) for n in range(120)]
+    texts = [make_prose(seed=number % 40) + "\nMenu" * (number % 3) for number in range(120)]
     source = write_files(tmp_path / "in", ["", *texts, ""], num_files)
     with open(tmp_path / "in" / "00.jsonl", "a") as file:
         file.write("broken\n")
@@ -148,14 +148,17 @@ def test_near_deduplication_does_not_depend_on_the_number_of_workers(tmp_path, m
     assert read_all_files(tmp_path / "1") == read_all_files(tmp_path / "2")
     kept_texts = read_all_documents(tmp_path / "1")
     assert 80 < len(kept_texts) < 160
-    assert max(compute_jaccard(a, b) for n, a in enumerate(kept_texts) for b in kept_texts[:n]) < 0.93
+    assert (
+        max(compute_jaccard(text, earlier) for index, text in enumerate(kept_texts) for earlier in kept_texts[:index])
+        < 0.93
+    )
     for text in set(texts) - set(kept_texts):
         assert max(compute_jaccard(text, other) for other in kept_texts) > 0.67
 
 
 def test_the_report_counts_what_filters_remove(tmp_path):
     texts = (
-        [make_prose(seed=n) for n in range(20)]
+        [make_prose(seed=seed) for seed in range(20)]
         + ["too short"] * 5
         + [make_prose(seed=90) + "\nMenu", make_prose() + " {}."]
     )
@@ -177,7 +180,7 @@ def test_the_report_counts_what_filters_remove(tmp_path):
 
 
 def test_the_tokenizer_is_trained_on_filtered_text(tmp_path):
-    clean_texts = [make_prose(seed=n) for n in range(30)]
+    clean_texts = [make_prose(seed=seed) for seed in range(30)]
     run_prepare(write_rows(tmp_path / "a.jsonl", clean_texts), tmp_path / "good", tokenizer="bpe:300")
     mixed = write_rows(tmp_path / "b.jsonl", ["qqqq zzzz " * 30, *clean_texts])
     run_prepare(mixed, tmp_path / "mixed", tokenizer="bpe:300", filter=("gopher",))

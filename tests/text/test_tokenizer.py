@@ -15,7 +15,10 @@ from dist_llm.text.build_tokenizer import BYTE_IDS, _check_same_ids_on_texts, _t
 from dist_llm.text.difficult_texts import DIFFICULT_TEXTS
 from dist_llm.text.tokenizer import ENDOFTEXT, TOKENIZER_FILE, Tokenizer
 
-PROSE = [f"The {n}th ship sailed to port {n * 7}; it's late, they'll wait — 漢字 {n}.\r\n" for n in range(400)]
+PROSE = [
+    f"The {number}th ship sailed to port {number * 7}; it's late, they'll wait — 漢字 {number}.\r\n"
+    for number in range(400)
+]
 UNUSUAL_TEXTS = (*DIFFICULT_TEXTS, "", "\x00", "a\ufeffb", "ſ K İ", "\u0130\u0131", "🏴󠁧󠁢󠁥󠁮󠁧󠁿" * 3)
 
 
@@ -248,5 +251,5 @@ def test_cl100k_and_llama3_split_text_equally():
 
 def _pair_ranks():
     """Return a vocabulary of the single bytes and of byte pairs that occur in PROSE."""
-    pairs = {a + b for text in PROSE[:20] for a, b in pairwise([bytes([byte]) for byte in text.encode()])}
-    return BYTE_IDS | {pair: 256 + n for n, pair in enumerate(sorted(pairs))}
+    pairs = {left + right for text in PROSE[:20] for left, right in pairwise([bytes([byte]) for byte in text.encode()])}
+    return BYTE_IDS | {pair: 256 + index for index, pair in enumerate(sorted(pairs))}
