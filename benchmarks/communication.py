@@ -362,7 +362,7 @@ def compute_minimum(config: Config, engine: NativeEngine) -> dict[str, float]:
     pipeline it supports only `reshard` default, which frees no weights until the step ends.
     """
     model, parallel = config.model, config.parallel
-    num_sequences = config.data.global_batch // engine.dp_rank_and_size[1]
+    num_sequences = config.data.global_batch // engine.dp_rank_and_size.size
     num_blocks = sum(len(part.blocks) for part in engine.model_parts)
     is_first = any(part.is_first_stage for part in engine.model_parts)
     is_last = any(part.is_last_stage for part in engine.model_parts)

@@ -31,7 +31,7 @@ from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import Loader, build_loader
-from dist_llm.data.shard import Manifest, Shard
+from dist_llm.data.shard import CorpusManifest, Shard
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 
 VOCAB_SIZE = 50257
@@ -82,7 +82,7 @@ def write_corpus(directory: Path, num_tokens: int) -> Corpus:
     ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, num_tokens, dtype="<u2")
     ids.tofile(directory / "train-00000.bin")
     shard = Shard("train-00000.bin", num_tokens, documents=1, text_bytes=4 * num_tokens, sha256="")
-    Manifest("uint16", VOCAB_SIZE, "", ("random",), {"train": (shard,), "heldout": ()}).save(directory)
+    CorpusManifest("uint16", VOCAB_SIZE, "", ("random",), {"train": (shard,), "heldout": ()}).save(directory)
     return Corpus(directory)
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.compat import functional_collectives
 from dist_llm.config.schema import Config
@@ -219,9 +219,9 @@ def check_checkpoint(context: CaseContext) -> dict[str, object]:
             return comparison.make_result()
         checkpoints.save(engine.state, Progress(step=2), {})
         checkpoints.finish()
-        checkpoint = checkpoints.latest_verified()
+        checkpoint = checkpoints.find_latest_verified()
         assert checkpoint is not None
-        store.load_checkpoint(checkpoint, cpu_engine.state)
+        load_checkpoint(checkpoint, cpu_engine.state)
     state = engine.state.weights() | engine.state.moments()
     for name, tensor in (cpu_engine.state.weights() | cpu_engine.state.moments()).items():
         comparison.check_equal(name, state[name], tensor)

@@ -20,9 +20,8 @@ from dist_llm.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from dist_llm.config.schema import Config
-    from dist_llm.data.shard import Manifest, Split
-    from dist_llm.models.decoder import Decoder
-    from dist_llm.text.tokenizer import Tokenizer
+    from dist_llm.data.shard import CorpusManifest, Split
+    from dist_llm.generation import LoadedModel
     from dist_llm.training.evaluate import Evaluation
 
 __all__ = ["UserError", "evaluate", "generate", "load_model", "prepare", "read_config", "train"]
@@ -30,7 +29,7 @@ __all__ = ["UserError", "evaluate", "generate", "load_model", "prepare", "read_c
 
 def prepare(
     source: str | Path | Sequence[str | Path], out: str | Path, tokenizer: str | Path, **options: Any
-) -> Manifest:
+) -> CorpusManifest:
     """Tokenize raw text into the corpus `out` and return its manifest.
 
     `options` are the fields of `dist_llm.text.options.PrepareOptions`; the options of `dist-llm prepare` have the same
@@ -118,8 +117,8 @@ def generate(
     return "".join(generate_text(model, tokenizer, encoded_prompt, sampling, config.model.max_seq_len))
 
 
-def load_model(checkpoint: str | Path) -> tuple[Decoder, Tokenizer, Config]:
-    """Load the model of a checkpoint, or of the latest one of a run, on one device, with tokenizer and config."""
+def load_model(checkpoint: str | Path) -> LoadedModel:
+    """Load (model, tokenizer, config) of a checkpoint, or of the latest one of a run, on one device."""
     from dist_llm.generation import load_model as load_on_device
     from dist_llm.launch.process_group import select_device
     from dist_llm.launch.world import World

@@ -43,6 +43,7 @@ Preflight: find bad or slow nodes before a long run. Launch it the same way as t
   torchrun --nproc-per-node 8 -m dist_llm check --directory runs
 """
 
+OTHER_RANK_DELAY_SECONDS = 3.0  # before a rank other than 0 prints an error
 # Command -> its module, which has add_arguments(parser) and run(options), and its help text.
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "prepare": (prepare_corpus, "tokenize raw text into token shards"),
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Run the command as a process: the entry point of `dist-llm` and `python -m dist_llm`."""
     # Importing torch creates about 300,000 objects and no garbage. Scanning them took a second of a short command.
-    gc.set_threshold(100_000, 50, 50)
+    gc.set_threshold(100_000, 50, 50)  # objects of generation 0, and collections between those of older generations
     atexit.register(gc.freeze)
     # SIGUSR1, Slurm's warning of the time limit, stays pending until the training loop has installed its handler. Its
     # default action is set to ignore, so that it kills no command through a thread that does not block it.
@@ -115,7 +116,7 @@ def _report_error(error: UserError) -> int:
     if not world.is_main:
         # Usually all ranks fail with the same error and rank 0 reports it: torchrun then ends the other ranks during
         # this pause. A rank that fails alone reports its own error after the pause.
-        time.sleep(3)
+        time.sleep(OTHER_RANK_DELAY_SECONDS)
         print(f"rank {world.rank} on {world.host}:", file=sys.stderr)
     print(f"error: {error}", file=sys.stderr)
     return 2

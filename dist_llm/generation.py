@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
-from dist_llm.config.load import load_saved
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
+from dist_llm.config.load import load_saved_config
 from dist_llm.config.objective_sections import PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import Config
 from dist_llm.convert.offload import load_offloaded
@@ -53,16 +55,22 @@ class OffloadOptions:
     memory_bytes: int
 
 
-def load_model(
-    checkpoint: Path | str, device: torch.device, offload: OffloadOptions | None = None
-) -> tuple[Decoder, Tokenizer, Config]:
-    """Load (model, tokenizer, config) of a checkpoint, or of the latest checkpoint of a run, for generation.
+class LoadedModel(NamedTuple):
+    """What generation needs of a checkpoint."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: Config
+
+
+def load_model(checkpoint: Path | str, device: torch.device, offload: OffloadOptions | None = None) -> LoadedModel:
+    """Load a checkpoint, or the latest checkpoint of a run, for generation.
 
     The model is on `device` or, with `offload`, partly in host memory and on the disk. Raises DataError or ConfigError
     if the checkpoint cannot generate text.
     """
-    path = store.fetch_verified_checkpoint(checkpoint)
-    config = load_saved(path)
+    path = fetch_verified_checkpoint(checkpoint)
+    config = load_saved_config(path)
     if not (path / TOKENIZER_FILE).exists():
         raise DataError(
             f"{path}: has no tokenizer, so it cannot generate text; copy {TOKENIZER_FILE} of its corpus there"
@@ -73,12 +81,12 @@ def load_model(
         )
     if offload is not None:
         model = load_offloaded(path, config.model, device, offload.folder, offload.memory_bytes)
-        return model, Tokenizer.load(path), config
+        return LoadedModel(model, Tokenizer.load(path), config)
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
-    store.load_checkpoint(path, TorchState(model), with_moments=False)
-    return model.eval(), Tokenizer.load(path), config
+    load_checkpoint(path, TorchState(model), with_moments=False)
+    return LoadedModel(model.eval(), Tokenizer.load(path), config)
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def generate_tokens(
     model: torch.nn.Module, prompt: Prompt, sampling: Sampling, max_seq_len: int, use_cache: bool = True
 ) -> Iterator[int]:
     """Yield the sampled token ids after `prompt`: at most `max_tokens`, and at most `max_seq_len` with the prompt."""
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters() if not parameter.is_meta), torch.device("cpu"))
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KVCache() if use_cache else None
     encoder_arguments: dict[str, EncoderInput] = {}
@@ -168,6 +176,7 @@ def generate_text(
     prompt: Prompt,
     sampling: Sampling,
     max_seq_len: int,
+    *,
     stop: bool = True,
 ) -> Iterator[str]:
     """Yield the text of sampled tokens as soon as its characters are complete, up to a stop token of `prompt`.

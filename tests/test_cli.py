@@ -10,7 +10,7 @@ import pytest
 from dist_llm import cli
 from dist_llm.commands import train_model
 from dist_llm.config.describe import describe_keys
-from dist_llm.data.shard import Manifest
+from dist_llm.data.shard import CorpusManifest
 from dist_llm.errors import ConfigError, DataError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -26,9 +26,9 @@ def remove_rank_variables(monkeypatch):
 @pytest.fixture
 def config(tmp_path):
     """Write a valid config and an empty corpus; return the path of the config."""
-    Manifest("uint16", vocab_size=300, tokenizer_sha256="", source=("here",), shards={"train": (), "heldout": ()}).save(
-        tmp_path
-    )
+    CorpusManifest(
+        "uint16", vocab_size=300, tokenizer_sha256="", source=("here",), shards={"train": (), "heldout": ()}
+    ).save(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{dir: '{tmp_path / 'run'}', steps: 20}}\nmodel: {{d_model: 32, n_layers: 2, n_heads: 4}}\n"

@@ -31,8 +31,8 @@ from dist_llm.io.hashing import create_hash, format_digest
 READ_BYTES = 1 << 22  # bytes per read request of a remote file
 WRITE_BYTES = 1 << 20  # bytes per write; they are still in the CPU cache when they are hashed
 WRITEBACK_BYTES = 1 << 23  # after this many bytes, the system is advised to start writing to the disk
-METADATA_FILE = ".metadata"  # metadata file of DCP
-CANCELLED = "another thread could not write"
+METADATA_FILE = ".metadata"  # name that DCP gives to the file with shapes and positions of tensors
+CANCELLED = "another thread could not write"  # error of a thread that `_HashingFileSystem.stop` ends
 NUM_WRITE_THREADS = 2  # each thread has its own file; one hashes while the other waits for the disk
 
 
@@ -270,11 +270,9 @@ class _HashingStream(io.RawIOBase):
         self.digest.update(block)
         self.num_bytes += len(block)
         if self.files.on_disk and self.num_bytes - self.writeback_bytes >= WRITEBACK_BYTES:
-            fd = self.fileno()
+            descriptor, num_new_bytes = self.fileno(), self.num_bytes - self.writeback_bytes
             with suppress(OSError):  # lets the system start writing to the disk before fsync
-                os.posix_fadvise(
-                    fd, self.writeback_bytes, self.num_bytes - self.writeback_bytes, os.POSIX_FADV_DONTNEED
-                )
+                os.posix_fadvise(descriptor, self.writeback_bytes, num_new_bytes, os.POSIX_FADV_DONTNEED)
             self.writeback_bytes = self.num_bytes
 
     def tell(self) -> int:

@@ -18,33 +18,26 @@ from dist_llm.optim.loss_scale import LossScale
 
 @dataclass
 class GuardState:
-    """State of the guard: losses of recent good steps, the used part of guard.budget, and the skipped samples.
+    """State of the guard, which skips or repeats steps with an anomalous loss."""
 
-    `skipped_ranges` are the ranges [first, end) of sample numbers that a rewind left out.
-    """
-
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of recent good steps
+    # Number of bad steps so far that count towards guard.budget.
     # This field was named `spent` up to version 0.1.
     num_used: Annotated[int, Field(validation_alias=AliasChoices("num_used", "spent"))] = 0
-    # The key in progress.json is left_out.
+    # The ranges [first, end) of sample numbers that a rewind left out. The key in progress.json is left_out.
     skipped_ranges: Annotated[list[tuple[int, int]], Field(validation_alias="left_out")] = field(default_factory=list)
 
 
 @dataclass
 class Progress:
-    """The progress of a run, saved as progress.json.
+    """The progress of a run, saved as progress.json."""
 
-    `samples` is the number of the next sample. `source_tokens` counts the valid tokens of each data source, if there
-    are several. `loss_scale` is the dynamic loss scale of fp16. `heldout_loss` is the result of an evaluation at this
-    step.
-    """
-
-    step: Count = 0
-    samples: Count = 0
-    tokens: Count = 0
-    source_tokens: dict[str, int] = field(default_factory=dict)
-    loss_scale: LossScale | None = None
-    heldout_loss: float | None = None
+    step: Count = 0  # completed optimizer steps
+    samples: Count = 0  # number of the next sample
+    tokens: Count = 0  # valid tokens of all steps
+    source_tokens: dict[str, int] = field(default_factory=dict)  # valid tokens by data source, if there are several
+    loss_scale: LossScale | None = None  # dynamic loss scale of fp16
+    heldout_loss: float | None = None  # result of an evaluation at this step, in nats per token
     guard: GuardState = field(default_factory=GuardState)
 
     @staticmethod
@@ -100,7 +93,7 @@ class CheckpointState(Protocol):
 class TorchState:
     """The `CheckpointState` of a torch model and, if there is one, a torch optimizer.
 
-    `drop_gathered` drops gathered weights, which the next forward pass would use instead of the loaded weights.
+    `drop_gathered` frees all-gathered weights, which the next forward pass would use instead of the loaded weights.
     """
 
     model: HasNamedTensors

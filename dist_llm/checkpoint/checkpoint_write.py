@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,13 @@ Result = TypeVar("Result")
 WRITE_TIMEOUT = timedelta(hours=2)  # timeout of the collectives in which ranks wait for each other
 
 
+class _Failure(NamedTuple):
+    """Why an action failed on a rank."""
+
+    is_of_other_rank: bool  # torch only reports the error of another rank
+    message: str
+
+
 class CheckpointGroup:
     """The process group of checkpoint writes. Training uses the other process groups at the same time."""
 
@@ -43,21 +50,24 @@ class CheckpointGroup:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def run_on_all_ranks(self, action: Callable[[], Result]) -> list[Result]:
-        """Run `action` on each rank and return the results by rank. If one rank raises, all raise the same error."""
-        result, failure = None, None  # failure: (whether torch only reports the error of another rank, message)
+    def run_and_all_gather(self, action: Callable[[], Result]) -> list[Result]:
+        """Call `action` on this rank, and return the results of all ranks, by rank. All ranks must call this.
+
+        If the action of one rank raises, all ranks raise the same CheckpointError.
+        """
+        result, failure = None, None
         try:
             result = action()
         except (Exception, CheckpointException) as error:  # CheckpointException is not a subclass of Exception
-            failure = isinstance(error, CheckpointException), _describe_error(error)
+            failure = _Failure(isinstance(error, CheckpointException), _describe_error(error))
         if self.group is None:
             by_rank = [(result, failure)]
         else:
             by_rank = [(None, None)] * self.world_size
             dist.all_gather_object(by_rank, (result, failure), group=self.group)
         if failures := [failure for _, failure in by_rank if failure is not None]:
-            # Prefer the rank where the error originated over ranks that only saw the failure.
-            raise CheckpointError(min(failures)[1])
+            # The smallest tuple is of a rank where an error originated, not of one that only saw the failure.
+            raise CheckpointError(min(failures).message)
         return [result for result, _ in by_rank]  # type: ignore[misc]
 
 
@@ -92,9 +102,9 @@ class StagingBuffers:
 class CheckpointWrite(threading.Thread):
     """A thread that writes one checkpoint to `folder`.
 
-    `state` determines the layout, and `values` are the tensors to write. `files` are small files {name: content}. Rank
-    0 calls `on_commit` after the commit. With `few_files` a rank writes few files. Without, it writes one file per
-    tensor and holds at most one tensor in memory.
+    `state` determines the layout: {name: tensor, DTensor or FlatShard}. `values` has the tensors of this rank to write,
+    by the same names. `files` are small files {name: content}. Rank 0 calls `on_commit` after the commit. With
+    `few_files`, a rank writes few files. Otherwise it writes one file per tensor, and has at most one tensor in memory.
     """
 
     def __init__(
@@ -132,14 +142,14 @@ class CheckpointWrite(threading.Thread):
         group, folder = self.group, self.folder
         writer = FolderWriter(folder, few_files=self.few_files)
         try:
-            group.run_on_all_ranks(lambda: self._create_folder() if group.is_main else None)
-            group.run_on_all_ranks(lambda: self._write_tensors(writer))
+            group.run_and_all_gather(lambda: self._create_folder() if group.is_main else None)
+            group.run_and_all_gather(lambda: self._write_tensors(writer))
             files = {
                 name: record
-                for records in group.run_on_all_ranks(lambda: writer.file_records)
+                for records in group.run_and_all_gather(lambda: writer.file_records)
                 for name, record in records.items()
             }
-            group.run_on_all_ranks(lambda: self._commit(files) if group.is_main else None)
+            group.run_and_all_gather(lambda: self._commit(files) if group.is_main else None)
         except Exception:
             if group.is_main and not self.committed:
                 with suppress(OSError):
@@ -149,6 +159,7 @@ class CheckpointWrite(threading.Thread):
             self.on_commit()
 
     def _create_folder(self) -> None:
+        """Create the directory, without files of an earlier interrupted write."""
         self.folder.remove()
         self.folder.create()
 

@@ -7,6 +7,7 @@ The config must describe the same function (the same mapping from tokens to logi
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +19,7 @@ from dist_llm.config.compare import (
     find_other_differences,
     find_resume_differences,
 )
-from dist_llm.config.load import parse_saved
+from dist_llm.config.load import parse_saved_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.upcycle import find_upcycling_problem
@@ -28,6 +29,8 @@ from dist_llm.param_spec import iter_weights
 
 log = logging.getLogger("dist_llm")
 
+NUM_LISTED = 5  # names of parameters that an error message lists
+
 
 def read_config(folder: CheckpointFolder | Path) -> Config:
     """Return the resolved config of a checkpoint. Raises CheckpointError if it is not valid."""
@@ -36,13 +39,13 @@ def read_config(folder: CheckpointFolder | Path) -> Config:
         text = CheckpointFolder(folder).read(name).decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{folder}/{name}: is damaged: {error}; use another checkpoint") from None
-    return parse_saved(text, f"{folder}/{name}")
+    return parse_saved_config(text, f"{folder}/{name}")
 
 
 def compare_for_resume(folder: CheckpointFolder, config: Config) -> list[Difference]:
     """Compare the config of a run with that of its checkpoint, and return the differences that a resume allows.
 
-    They do not change the function. Raises CheckpointError for other differences.
+    The returned differences do not change the function of the model. Raises CheckpointError for other differences.
     """
     saved_config = read_config(folder)
     if differences := find_resume_differences(saved_config, config):
@@ -108,31 +111,37 @@ def log_harmless_differences(differences: Iterable[Difference]) -> None:
         log.info("%s; the model's function stays the same", difference)
 
 
-def compare_parameters(
-    folder: CheckpointFolder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, requested: bool
-) -> tuple[list[str], list[str]]:
-    """Compare the parameters of a checkpoint with those of the full model.
+class ParameterDifference(NamedTuple):
+    """Names of parameters that only the model or only the checkpoint has. They begin with `model.`."""
 
-    Return (parameters that only the model has, parameters that only the checkpoint has). `requested`: whether the
-    config requests such differences. If not, the function raises CheckpointError for them.
+    added: list[str]  # only the model has these
+    dropped: list[str]  # only the checkpoint has these
+
+
+def compare_parameters(
+    folder: CheckpointFolder | Path, saved: Mapping[str, Sequence[int]], model: ModelConfig, *, allow_differences: bool
+) -> ParameterDifference:
+    """Compare the names in `saved`, the tensors of the checkpoint in `folder`, with the parameters of the full model.
+
+    Raises CheckpointError if they differ, unless `allow_differences`.
     """
     with torch.device("meta"):
         model_names = {f"model.{name}" for name, _ in iter_weights(build_model(model))}
     checkpoint_names = {name for name in saved if name.startswith("model.")}
     added, dropped = sorted(model_names - checkpoint_names), sorted(checkpoint_names - model_names)
-    if (added or dropped) and not requested:
+    if (added or dropped) and not allow_differences:
         missing = f"the checkpoint lacks {_format_names(added)}" if added else ""
         surplus = f"the checkpoint has {_format_names(dropped)}, which this config's model lacks" if dropped else ""
         raise CheckpointError(
             f"{folder}: {'; '.join(filter(None, (missing, surplus)))}; use the `model` section "
             "the checkpoint was made with"
         )
-    return added, dropped
+    return ParameterDifference(added, dropped)
 
 
 def _format_names(names: Sequence[str]) -> str:
-    listed = ", ".join(name.removeprefix("model.") for name in names[:5])
-    return f"{listed} and {len(names) - 5} more" if len(names) > 5 else listed
+    listed = ", ".join(name.removeprefix("model.") for name in names[:NUM_LISTED])
+    return f"{listed} and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else listed
 
 
 def _format_differences(differences: Iterable[Difference]) -> str:

@@ -1,11 +1,11 @@
-"""Let DCP (torch.distributed.checkpoint) write and read tensors of which a rank holds a flat range of elements.
+"""Let DCP (torch.distributed.checkpoint) write and read tensors of which a rank has a flat range of elements.
 
-ZeRO partitions tensors in this way. DCP only supports rectangular chunks, so a flat range is split into rectangles.
+ZeRO partitions tensors into such ranges. DCP only supports rectangular chunks, so a range is split into rectangles.
 """
 
 from collections.abc import Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,15 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from dist_llm.sharded import local_with_offset
 
-Offset = tuple[int, ...]
+Offset = tuple[int, ...]  # of a chunk in its tensor, one index per dimension
+
+
+class Box(NamedTuple):
+    """A rectangular chunk of a tensor."""
+
+    offset: Offset
+    size: tuple[int, ...]
+    first_element: int  # index of its first element in row-major order
 
 
 class FlatShard:
@@ -35,9 +43,9 @@ class FlatShard:
     def from_flat(shape: tuple[int, ...], flat: Tensor, start: int) -> "FlatShard":
         """Build the shard that holds the elements `flat` of the tensor, in row-major order from element `start` on."""
         chunks = {}
-        for offset, size, first_element in flat_range_to_boxes(shape, start, start + flat.numel()):
-            chunk_start = first_element - start
-            chunks[offset] = flat[chunk_start : chunk_start + prod(size)].view(size)
+        for box in flat_range_to_boxes(shape, start, start + flat.numel()):
+            chunk_start = box.first_element - start
+            chunks[box.offset] = flat[chunk_start : chunk_start + prod(box.size)].view(box.size)
         return FlatShard(shape, chunks)
 
     def size(self) -> torch.Size:
@@ -73,8 +81,8 @@ def chunk_at(tensor: Any, index: MetadataIndex) -> Any:
     return tensor.chunks[tuple(index.offset or ())] if isinstance(tensor, FlatShard) else tensor
 
 
-def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
-    """Yield (offset, size, index of the first element) of the boxes that cover the elements [start, stop), in order.
+def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Yield the boxes that together contain the elements [start, stop) of a tensor of `shape`, in order.
 
     Each dimension adds at most two boxes: the end of the first row and the beginning of the last row. One box has the
     full rows between them.
@@ -82,7 +90,7 @@ def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterat
     if start >= stop:
         return
     if len(shape) <= 1:
-        yield ((start,), (stop - start,), start) if shape else ((), (), 0)
+        yield Box((start,), (stop - start,), start) if shape else Box((), (), 0)
         return
     row_elements = prod(shape[1:])
     row, column = divmod(start, row_elements)
@@ -92,16 +100,14 @@ def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterat
         start, row = row_end, row + 1
     num_full_rows = (stop - start) // row_elements
     if num_full_rows > 0:
-        yield (row, *[0] * (len(shape) - 1)), (num_full_rows, *shape[1:]), start
+        yield Box((row, *[0] * (len(shape) - 1)), (num_full_rows, *shape[1:]), start)
         start, row = start + num_full_rows * row_elements, row + num_full_rows
     if start < stop:
         yield from _row_range_to_boxes(shape, row, start, stop)
 
 
-def _row_range_to_boxes(
-    shape: tuple[int, ...], row: int, start: int, stop: int
-) -> Iterator[tuple[Offset, tuple[int, ...], int]]:
-    """Do the same as `flat_range_to_boxes` for elements of one row."""
+def _row_range_to_boxes(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
+    """Yield the boxes of the elements [start, stop), which all lie in row `row` of the first dimension."""
     row_start = row * prod(shape[1:])
-    for offset, size, first_element in flat_range_to_boxes(shape[1:], start - row_start, stop - row_start):
-        yield (row, *offset), (1, *size), row_start + first_element
+    for box in flat_range_to_boxes(shape[1:], start - row_start, stop - row_start):
+        yield Box((row, *box.offset), (1, *box.size), row_start + box.first_element)

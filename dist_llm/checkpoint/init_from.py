@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_llm.checkpoint.checkpoint_state import CheckpointState
 from dist_llm.checkpoint.flat_shard import local_chunks
-from dist_llm.checkpoint.store import check_shapes, fill_tensors, read_shapes
+from dist_llm.checkpoint.load_checkpoint import check_shapes, fill_tensors, read_shapes
 from dist_llm.errors import CheckpointError
 
 
@@ -24,6 +24,7 @@ from dist_llm.errors import CheckpointError
 def init_from_checkpoint(
     path: Path,
     state: CheckpointState,
+    *,
     with_moments: bool,
     num_known_ids: int,
     vocab_params: Sequence[str],
@@ -32,9 +33,11 @@ def init_from_checkpoint(
 ) -> None:
     """Read the weights of this rank, and the moments if `with_moments`, from a checkpoint of another run.
 
-    The checkpoint knows the first `num_known_ids` token ids. `vocab_params` have one row per token id. Parameters in
-    `added` keep their initial values. `dense_sources` are the others that the checkpoint lacks: {parameter of all
-    experts: parameter of the dense layer in the checkpoint}.
+    - `num_known_ids`: the checkpoint knows the first of the token ids, up to this number.
+    - `vocab_params`: names of the parameters with one row per token id.
+    - `added`: parameters that the checkpoint lacks, and that keep their initial values.
+    - `dense_sources`: {parameter of all experts: parameter of the dense layer in the checkpoint that each expert
+      becomes a copy of}.
 
     Raises CheckpointError if the checkpoint lacks another parameter of the model, or has it in another shape.
     """
@@ -50,9 +53,10 @@ def init_from_checkpoint(
         state.allocate_moments(saved)
         tensors |= state.moments()
     vocab_tensors = {
-        name: tensor for name, tensor in tensors.items() if name.split(".", 1)[1].startswith(tuple(vocab_params))
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.split(".", 1)[1].startswith(tuple(vocab_params)) and tensor.ndim and name in saved
     }
-    vocab_tensors = {name: tensor for name, tensor in vocab_tensors.items() if tensor.ndim and name in saved}
     other_tensors = {name: tensor for name, tensor in tensors.items() if name not in vocab_tensors}
     check_shapes(path, other_tensors, saved)
     # Each rank reads the full tables, because its rows in the model may differ from its rows in the checkpoint.
@@ -69,7 +73,7 @@ def init_from_checkpoint(
 
 
 def _copy_rows(table: Any, known_rows: Tensor) -> None:
-    """Copy the rows of this rank from `known_rows` to `table`."""
+    """Copy those of `known_rows` that this rank has to the beginning of `table`, a tensor or DTensor with more rows."""
     for (first_row, *column_offsets), chunk in local_chunks(table):
         rows = known_rows[first_row : first_row + len(chunk)]
         for dimension, start in enumerate(column_offsets, 1):

@@ -1,6 +1,6 @@
 """The probe of a checkpoint: the loss and a few logits of a small fixed batch, saved as probe.json.
 
-Whoever loads the weights computes the probe again. A different result means other weights, another model, or faulty
+Code that loads the weights computes the probe again. A different result means other weights, another model, or faulty
 hardware. The batch depends only on the model config. The loss is plain cross-entropy in nats per token. Logits are
 compared if both probes have them.
 
@@ -10,7 +10,7 @@ Shapes: B rows, S tokens of the decoder, T tokens of the encoder, W = S + 1 toke
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,25 @@ from dist_llm.objectives.batch import Batch
 
 PROBE_FILE = "probe.json"
 FORMAT = "dist_llm probe 1"
-NUM_ROWS, ROW_TOKENS, NUM_LOGITS = 4, 64, 8
-# (tolerance of the loss, tolerance of a logit) by precision. The first is relative to the loss; the second is relative
-# to the largest logit, or to 1 if that is larger. Rounding depends on layout, device and kernel. If the precisions of
-# two probes differ, the larger tolerance applies.
-TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (2e-3, 2e-2), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1)}
+NUM_ROWS, ROW_TOKENS = 4, 64  # shape of the batch
+NUM_LOGITS = 8  # logits of one position that a probe contains
+
+
+class Tolerance(NamedTuple):
+    """The largest differences of two probes that are explained by rounding."""
+
+    loss: float  # relative to the loss
+    logit: float  # relative to the largest logit, or to 1 if that is larger
+
+
+# By precision. Rounding depends on layout, device and kernel. If the precisions of two probes differ, the larger
+# tolerance applies.
+TOLERANCES = {
+    "fp32": Tolerance(loss=1e-4, logit=1e-3),
+    "fp16": Tolerance(loss=2e-3, logit=2e-2),
+    "bf16": Tolerance(loss=5e-3, logit=5e-2),
+    "fp8": Tolerance(loss=2e-2, logit=2e-1),
+}
 
 
 @dataclass(frozen=True)
@@ -78,8 +92,8 @@ def compare_probes(saved: Probe, current: Probe, location: str) -> str:
     precisions = {saved.precision, current.precision}
     if saved.weights != current.weights:
         precisions |= {saved.weights, current.weights}
-    loss_tolerance = max(TOLERANCES[precision][0] for precision in precisions)
-    logit_tolerance = max(TOLERANCES[precision][1] for precision in precisions)
+    loss_tolerance = max(TOLERANCES[precision].loss for precision in precisions)
+    logit_tolerance = max(TOLERANCES[precision].logit for precision in precisions)
     difference = _relative_difference(saved.loss, current.loss, abs(saved.loss))
     values = f"the probe's loss was {saved.loss:.9g} and is {current.loss:.9g}; {loss_tolerance:g} of it is allowed"
     is_close = difference <= loss_tolerance
@@ -130,15 +144,17 @@ def select_logits(logits_V: Tensor) -> tuple[float, ...]:
 
 def _generate_ids(name: str, num_rows: int, row_tokens: int, vocab_size: int) -> Tensor:
     """Generate pseudorandom token ids that depend only on the arguments."""
-    numbers = splitmix64(torch.arange(num_rows * row_tokens) ^ hash64(name)) & (2**63 - 1)
+    numbers = splitmix64(torch.arange(num_rows * row_tokens) ^ hash64(name)) & (2**63 - 1)  # not negative
     return (numbers % vocab_size).reshape(num_rows, row_tokens)
 
 
 def _pad(tensor_BS: Tensor, padding: int, value: int) -> Tensor:
+    """Append `padding` columns of `value`."""
     return torch.nn.functional.pad(tensor_BS, (0, padding), value=value)
 
 
 def _padding_mask(num_tokens: int, padding: int) -> AttentionMask:
+    """Return a bidirectional mask in which no token attends to the padding, which has document number -1."""
     if not padding:
         return FULL
     documents_BT = _pad(torch.zeros(NUM_ROWS, num_tokens, dtype=torch.long), padding, -1)

@@ -1,4 +1,4 @@
-"""Manage the checkpoints of a run: list, verify, write, prune and load them. A load works for any layout.
+"""Manage the checkpoints of a run: list, verify, write and remove them.
 
 checkpoints/step_00000500/
     __0_0.distcp .metadata     torch.distributed.checkpoint's own files
@@ -8,7 +8,6 @@ checkpoints/step_00000500/
     COMMITTED                  written last; a directory without it is not a checkpoint
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -18,43 +17,32 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder, FolderReader
+from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import CheckpointState, Progress
 from dist_llm.checkpoint.checkpoint_write import (
     CheckpointGroup,
     CheckpointWrite,
     StagingBuffers,
-    ignore_no_group_warning,
 )
-from dist_llm.checkpoint.flat_shard import FlatShard, chunk_at
-from dist_llm.checkpoint.manifest import MANIFEST_FILE, MARKER_FILE, DamagedError, read_manifest, verify_checkpoint
-from dist_llm.checkpoint.metadata import convert_read_errors
-from dist_llm.config.data_sections import CACHE
-from dist_llm.config.load import load_config
+from dist_llm.checkpoint.load_checkpoint import PROGRESS_FILE, read_progress
+from dist_llm.checkpoint.manifest import MARKER_FILE, DamagedError, verify_checkpoint
 from dist_llm.config.schema import CheckpointConfig
-from dist_llm.data.remote import fetch
 from dist_llm.errors import CheckpointError
 from dist_llm.sharded import to_local
 
 log = logging.getLogger("dist_llm")
 
-PROGRESS_FILE = "progress.json"
 NAME_PATTERN = re.compile(r"step_\d{8,}")
 
 
 class CheckpointStore:
     """The checkpoints in one directory, given by a path or a URL.
 
-    All ranks must call `latest_verified`, `save`, `poll` and `finish` together.
+    All ranks must call `find_latest_verified`, `save`, `poll` and `finish` together.
     """
 
     def __init__(self, directory: CheckpointFolder | Path | str, config: CheckpointConfig | None = None) -> None:
@@ -71,24 +59,28 @@ class CheckpointStore:
         """Return the directories with the name of a checkpoint. Other directories are never removed."""
         return [self.directory / name for name in self.directory.list_names() if NAME_PATTERN.fullmatch(name)]
 
-    def peek_latest(self) -> CheckpointFolder | None:
-        """Return the latest checkpoint whose small files are undamaged; None if there is none. No communication."""
+    def find_latest_unverified(self) -> CheckpointFolder | None:
+        """Return the latest checkpoint whose small files match their hashes; None if there is none.
+
+        Files with tensors are not read, so they may be damaged. This rank works alone, without communication.
+        """
         for folder in reversed(self.list_committed()):
             with suppress(DamagedError):
                 verify_checkpoint(folder, with_tensors=False)
                 return folder
         return None
 
-    def latest_verified(self) -> CheckpointFolder | None:
-        """Return the latest undamaged checkpoint; None if there is no checkpoint.
+    def find_latest_verified(self) -> CheckpointFolder | None:
+        """Return the latest checkpoint whose files all match their hashes; None if there is no checkpoint.
 
-        The ranks share the work of hashing all files. Raises CheckpointError on all ranks if all checkpoints are
-        damaged or a file cannot be read.
+        All ranks must call this. They share the work of hashing. Raises CheckpointError on all ranks if all
+        checkpoints are damaged or a file cannot be read.
         """
         group = self._get_group()
-        committed = group.run_on_all_ranks(lambda: self.list_committed() if group.is_main else [])[0]
+        # Rank 0 lists the checkpoints for all ranks, because a shared file system may show each node another state.
+        committed = group.run_and_all_gather(lambda: self.list_committed() if group.is_main else [])[0]
         for folder in reversed(committed):
-            problems = group.run_on_all_ranks(partial(_find_damage, folder, group.rank, group.world_size))
+            problems = group.run_and_all_gather(partial(_find_damage, folder, group.rank, group.world_size))
             if not (problem := next(filter(None, problems), "")):
                 return folder
             log.warning("%s; skipping it; an older checkpoint is used if there is one", problem)
@@ -114,7 +106,7 @@ class CheckpointStore:
         else:
             values = {name: to_local(tensor) for name, tensor in tensors.items()}
         self.current_write = CheckpointWrite(
-            self._get_group(), folder, tensors, values, files, lambda: self._prune(folder)
+            self._get_group(), folder, tensors, values, files, on_commit=lambda: self._prune(folder)
         )
         if in_background:
             self.current_write.start()
@@ -149,7 +141,7 @@ class CheckpointStore:
                 "restart: the run resumes from the latest checkpoint"
             ) from None
         log.info("saved %s", write.folder)
-        if (wait_seconds := time.perf_counter() - wait_start) > 1:
+        if (wait_seconds := time.perf_counter() - wait_start) > 1.0:
             log.info("waited %.1f s for the write", wait_seconds)
 
     def wait(self) -> None:
@@ -185,138 +177,6 @@ class CheckpointStore:
             log.warning("%s: old checkpoints cannot be removed: %s", self.directory, error)
 
 
-def fetch_verified_checkpoint(location: Path | str, rank: int = 0, world_size: int = 1) -> Path:
-    """Fetch and verify the checkpoint that `resolve_checkpoint` finds at `location`, and return its local path.
-
-    A remote checkpoint is copied to the cache. A local one stays where it is. The hashes of every `world_size`-th file,
-    beginning with file `rank`, are checked. Raises CheckpointError if there is no checkpoint or it is damaged, and
-    DataError if it cannot be fetched.
-    """
-    folder = resolve_checkpoint(location)
-    path = folder.local_path or _download(folder)
-    try:
-        verify_checkpoint(CheckpointFolder(path), rank, world_size)
-    except DamagedError as error:
-        alternatives = [
-            candidate
-            for candidate in CheckpointStore(folder.location.rpartition("/")[0]).list_committed()
-            if candidate != folder
-        ]
-        raise DamagedError(f"{error}{f'; another: {alternatives[-1]}' if alternatives else ''}") from None
-    return path
-
-
-def resolve_checkpoint(location: Path | str) -> CheckpointFolder:
-    """Return the checkpoint at `location`, which is a path or a URL.
-
-    `location` is a checkpoint, a directory of checkpoints or a run directory. For the latter two, the result is the
-    latest checkpoint. Raises CheckpointError if there is none.
-    """
-    folder = CheckpointFolder(location)
-    if MARKER_FILE in folder.list_names():
-        return folder
-    committed = CheckpointStore(folder).list_committed() or checkpoints_of_run(folder).list_committed()
-    if not committed:
-        raise CheckpointError(
-            f"{location}: has no complete checkpoint; give a run directory (the run.dir of `dist-llm train`) "
-            f"or one of its checkpoints/step_* directories that has a {MARKER_FILE} file"
-        )
-    return committed[-1]
-
-
-def checkpoints_of_run(run: CheckpointFolder | Path | str) -> CheckpointStore:
-    """Return the checkpoints of the run in directory `run`, also if its config has another checkpoint.dir."""
-    run = CheckpointFolder(run)
-    if run.local_path is not None and (run.local_path / "config.yaml").exists():
-        config, _ = load_config(run.local_path / "config.yaml")
-        if config is not None and config.checkpoint.dir:
-            return CheckpointStore(config.checkpoint.dir)
-    return CheckpointStore(run / "checkpoints")
-
-
-def _download(folder: CheckpointFolder) -> Path:
-    """Copy a remote checkpoint to the cache and verify each file. Return the local path."""
-    key = hashlib.sha256(folder.location.encode() + folder.read(MARKER_FILE)).hexdigest()
-    target = Path(CACHE).expanduser() / "checkpoints" / key / folder.name
-    for name, record in read_manifest(folder).items():
-        fetch(f"{folder}/{name}", target / name, record.bytes, record.hash)
-    for name in (MANIFEST_FILE, MARKER_FILE):
-        fetch(f"{folder}/{name}", target / name, None, None)
-    return target
-
-
-def load_checkpoint(folder: CheckpointFolder | Path, state: CheckpointState, with_moments: bool = True) -> Progress:
-    """Read the weights, and the moments if `with_moments`, into the layout of the ranks.
-
-    Raises CheckpointError if the checkpoint lacks a parameter of this rank or has it in another shape. Other parameters
-    in the checkpoint are no error, because a pipeline stage reads only its own.
-    """
-    folder = CheckpointFolder(folder)
-    saved = read_shapes(folder)
-    tensors = state.weights()
-    check_shapes(folder, tensors, saved)
-    if with_moments:
-        state.allocate_moments(saved)
-        tensors |= state.moments()
-    fill_tensors(folder, tensors)
-    state.after_load()
-    return read_progress(folder)
-
-
-def read_shapes(folder: CheckpointFolder | Path) -> dict[str, tuple[int, ...]]:
-    """Return {name: full shape} of all tensors in a checkpoint."""
-    return {
-        name: tuple(entry.size)
-        for name, entry in FolderReader(CheckpointFolder(folder)).read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def fill_tensors(folder: CheckpointFolder | Path, state: dict[str, Any]) -> None:
-    """Fill the tensors of `state` in place. Each rank reads its own shards."""
-    is_single_process = not dist.is_initialized()
-    if is_single_process:
-        ignore_no_group_warning()
-    with convert_read_errors(folder):
-        state_dict_loader.load(
-            state,
-            storage_reader=FolderReader(CheckpointFolder(folder)),
-            planner=_FlatShardLoadPlanner(),
-            no_dist=is_single_process,
-        )
-
-
-class _FlatShardLoadPlanner(DefaultLoadPlanner):
-    """A load planner that supports FlatShard. The default planner would replace a FlatShard by None."""
-
-    def __init__(self) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        tensor = self.state_dict[index.fqn]
-        chunk: Tensor = chunk_at(tensor, index) if isinstance(tensor, FlatShard) else super().lookup_tensor(index)
-        return chunk
-
-
-def check_shapes(
-    folder: CheckpointFolder | Path, expected: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise CheckpointError unless `saved` (name -> shape) has all tensors of `expected`, with equal shapes."""
-    for name, tensor in expected.items():
-        shape = tuple(tensor.shape)
-        if saved.get(name) != shape:
-            actual = f"shape {list(saved[name])}" if name in saved else "no such parameter"
-            raise CheckpointError(
-                f"{folder}: {name} has shape {list(shape)} in the config, but the checkpoint has {actual}; "
-                "use the `model` section the run was started with, or another run.dir"
-            )
-
-
 def _read_heldout_loss(folder: CheckpointFolder) -> float:
     """Return the held-out loss of a checkpoint; NaN if there is none or the file is damaged."""
     with suppress(CheckpointError):
@@ -326,19 +186,9 @@ def _read_heldout_loss(folder: CheckpointFolder) -> float:
 
 
 def _find_damage(folder: CheckpointFolder, rank: int, world_size: int) -> str:
-    """Verify a checkpoint. Return the description of the damage; an empty string if there is none."""
+    """Return what is damaged in the part of a checkpoint that this rank checks; an empty string if nothing is."""
     try:
         verify_checkpoint(folder, rank, world_size)
     except DamagedError as error:
         return str(error)
     return ""
-
-
-def read_progress(folder: CheckpointFolder) -> Progress:
-    """Return the progress of the run in a checkpoint. Raises CheckpointError if the file is damaged."""
-    try:
-        return Progress.parse(folder.read(PROGRESS_FILE))
-    except OSError as error:
-        raise CheckpointError(f"{folder}/{PROGRESS_FILE}: cannot be read: {error}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/{PROGRESS_FILE}: is damaged: {error}; use another checkpoint") from None

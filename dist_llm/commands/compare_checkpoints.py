@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dist_llm.checkpoint import manifest
 from dist_llm.checkpoint.compatibility import read_config
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint, resolve_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import fetch_verified_checkpoint, resolve_checkpoint
 from dist_llm.commands.conversion import check_probe, console, read_probe, read_small_files, write_checkpoint
 from dist_llm.commands.convert_torch import flatten_weights
 from dist_llm.config.compare import find_function_differences
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import TORCH_FILE, TORCH_INDEX_FILE, LazyWeights, Weights, load_torch, open_huggingface
 from dist_llm.errors import CheckpointError
@@ -97,7 +97,9 @@ def verify(checkpoint: str) -> None:
     console.print(f"{folder}: all bytes are as they were saved")
     path = folder.local_path or fetch_verified_checkpoint(checkpoint)
     saved = read_probe(path)
-    check_probe(saved, compute_probe_layerwise(NativeWeights(path), load_saved(path).model) if saved else None, path)
+    check_probe(
+        saved, compute_probe_layerwise(NativeWeights(path), load_saved_config(path).model) if saved else None, path
+    )
 
 
 def open_weights(source: str) -> Weights:

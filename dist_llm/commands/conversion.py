@@ -13,10 +13,10 @@ from rich.progress import Progress as ProgressBar
 from torch import Tensor
 
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.load_checkpoint import PROGRESS_FILE
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE, Probe, compare_probes, parse_probe
-from dist_llm.checkpoint.store import PROGRESS_FILE
-from dist_llm.config.load import dump_config, parse_saved
+from dist_llm.config.load import dump_config, parse_saved_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
 from dist_llm.convert.hf_parity import compare_logits
@@ -44,7 +44,7 @@ def write_checkpoint(
 
     Raises CheckpointError if a tensor, the logits or the probe differ.
     """
-    probe = compute_probe_layerwise(weights, parse_saved(files[CONFIG_FILE].decode(), CONFIG_FILE).model)
+    probe = compute_probe_layerwise(weights, parse_saved_config(files[CONFIG_FILE].decode(), CONFIG_FILE).model)
     if source_probe is not None:
         check_probe(source_probe, replace(probe, weights=source_probe.weights), out)
     with write_atomically(out) as temporary:

@@ -1,13 +1,14 @@
 """`dist-llm convert to-deepspeed` and `from-deepspeed` convert a checkpoint to one of DeepSpeed, and back."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import read_progress
 from dist_llm.checkpoint.native_weights import NativeWeights
-from dist_llm.checkpoint.store import fetch_verified_checkpoint, read_progress
 from dist_llm.commands.conversion import (
     build_initial_progress,
     check_probe,
@@ -17,12 +18,12 @@ from dist_llm.commands.conversion import (
     show_progress,
     write_checkpoint,
 )
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.config.schema import Config
-from dist_llm.convert import hf_convert
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
+from dist_llm.convert.native_shapes import list_native_shapes
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.convert.write_weights import verify_written
 from dist_llm.errors import CheckpointError
@@ -39,15 +40,22 @@ def to_deepspeed(checkpoint: str, out: str, stage: int | None = None, world: int
     if bool(stage) == universal:
         raise CheckpointError("give either --stage 1, 2 or 3 (and --world), or --universal")
     path = fetch_verified_checkpoint(checkpoint)
-    config, step = load_saved(path), read_progress(CheckpointFolder(path)).step
+    config, step = load_saved_config(path), read_progress(CheckpointFolder(path)).step
     check_probe(read_probe(path), compute_probe_layerwise(NativeWeights(path), config.model), path)
     with show_progress(NativeWeights(path), "converting") as weights:
         if stage is None:
             directory = write_universal(Path(out), weights, step=step)
         else:
-            names, settings, shared = build_optimizer_groups(config)
+            groups = build_optimizer_groups(config)
             directory = write_deepspeed(
-                Path(out), weights, stage, world, groups=names, settings=settings, step=step, shared=shared
+                Path(out),
+                weights,
+                stage=stage,
+                world_size=world,
+                param_groups=groups.names,
+                group_settings=groups.settings,
+                step=step,
+                shared_params=groups.shared_params,
             )
     with show_progress(weights, "checking") as tracked:
         written = open_deepspeed(directory)
@@ -62,16 +70,16 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
     Raises CheckpointError if a tensor is missing, unknown, or of another shape.
     """
     reference = fetch_verified_checkpoint(like)
-    config = load_saved(reference)
-    groups, _, shared = build_optimizer_groups(config)
-    weights = open_deepspeed(Path(directory), groups)
-    expected = {f"model.{name}": shape for name, shape in hf_convert.model_shapes(config.model).items()}
+    config = load_saved_config(reference)
+    groups = build_optimizer_groups(config)
+    weights = open_deepspeed(Path(directory), groups.names)
+    expected = {f"model.{name}": shape for name, shape in list_native_shapes(config.model).items()}
     for name, shape in expected.items():
         if weights.shapes.get(name) != shape:
             actual = f"has shape {list(weights.shapes[name])}" if name in weights.shapes else "is missing"
             raise CheckpointError(f"{directory}: {name} {actual}; --like {reference} has {list(shape)}")
     unexpected_names = {name for name in weights.shapes if name.startswith("model.")} - expected.keys()
-    if unknown := sorted(unexpected_names - {f"model.{name}" for name in shared}):
+    if unknown := sorted(unexpected_names - {f"model.{name}" for name in groups.shared_params}):
         raise CheckpointError(f"{directory}: {unknown[0]} is not a parameter of the model of --like {reference}")
     shapes = {name: shape for name, shape in weights.shapes.items() if name not in unexpected_names}
     write_checkpoint(
@@ -79,8 +87,16 @@ def from_deepspeed(directory: str, out: str, like: str) -> None:
     )
 
 
-def build_optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[str, Any]], dict[str, str]]:
-    """Return (parameter names of each group, the groups' other settings, {second name: first} of shared parameters).
+class OptimizerGroups(NamedTuple):
+    """The parameter groups of the optimizer of a config."""
+
+    names: list[list[str]]  # parameter names of each group
+    settings: list[dict[str, Any]]  # other entries of each group, such as lr
+    shared_params: dict[str, str]  # second name -> first name of parameters that the model has twice
+
+
+def build_optimizer_groups(config: Config) -> OptimizerGroups:
+    """Return the parameter groups that training with this config would have. Allocates no memory.
 
     Raises CheckpointError if optim.groups freezes parameters: they are in no group, so DeepSpeed would lack them.
     """
@@ -96,4 +112,5 @@ def build_optimizer_groups(config: Config) -> tuple[list[list[str]], list[dict[s
     names = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     all_names = model.named_parameters(remove_duplicate=False)
-    return names, settings, {name: name_of[p] for name, p in all_names if name != name_of[p]}
+    shared_params = {name: name_of[parameter] for name, parameter in all_names if name != name_of[parameter]}
+    return OptimizerGroups(names, settings, shared_params)

@@ -4,9 +4,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE
-from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
     build_checkpoint_files,
     check_probe,
@@ -15,11 +15,12 @@ from dist_llm.commands.conversion import (
     show_progress,
     write_checkpoint,
 )
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import count_objective_ids
-from dist_llm.convert import hf_convert
+from dist_llm.convert import hf_import
 from dist_llm.convert.export_tokenizers import import_tokenizer
+from dist_llm.convert.hf_export import export_hf
 from dist_llm.convert.hf_parity import compare_logits
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import SafetensorsWeights, open_huggingface
@@ -45,23 +46,31 @@ def to_hf(
     Raises CheckpointError if no family can express the model, or the written weights or logits differ.
     """
     path, torch_dtype = fetch_verified_checkpoint(checkpoint), DTYPES[dtype]
-    config, tokenizer = load_saved(path), _load_tokenizer(path, no_tokenizer)
+    config, tokenizer = load_saved_config(path), _load_tokenizer(path, no_tokenizer)
     token_ids = (
         json.loads((path / TOKEN_IDS_FILE).read_text(encoding="utf-8")) if (path / TOKEN_IDS_FILE).exists() else None
     )
-    generation = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
+    generation_config = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
     with write_atomically(Path(out)) as temporary:
         shard_bytes = int(shard_gb * 1e9)
         with show_progress(NativeWeights(path), "converting") as weights:
-            exported = hf_convert.export_hf(
-                weights, config, tokenizer, temporary, family, torch_dtype, shard_bytes, token_ids, generation
+            exported = export_hf(
+                weights,
+                config,
+                tokenizer,
+                temporary,
+                family=family,
+                dtype=torch_dtype,
+                shard_bytes=shard_bytes,
+                token_ids=token_ids,
+                generation_config=generation_config,
             )
         with show_progress(exported, "checking") as tracked:
             verify_written(SafetensorsWeights(temporary), tracked, torch_dtype)
-        family = hf_convert.read_config(temporary)[0]
+        family = hf_import.read_hf_config(temporary).family
         probe = compute_probe_layerwise(NativeWeights(path), config.model)
         check_probe(read_probe(path), probe, path)
-        written = hf_convert.from_huggingface(SafetensorsWeights(temporary), config.model, family)
+        written = hf_import.from_huggingface(SafetensorsWeights(temporary), config.model, family)
         written_probe = replace(compute_probe_layerwise(written, config.model), weights=dtype)
         check_probe(probe, written_probe, temporary)
         (temporary / PROBE_FILE).write_bytes(written_probe.dump())
@@ -98,12 +107,12 @@ def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[st
     Raises CheckpointError if the family or a field of config.json is unknown, or the written weights or logits differ.
     """
     source = Path(directory)
-    family, model = hf_convert.read_config(source, ignore_field or [])
+    family, model = hf_import.read_hf_config(source, ignore_field or [])
     hf_weights = open_huggingface(source)
-    weights = hf_convert.from_huggingface(hf_weights, model, family)
-    if heads := hf_convert.find_unused_heads(hf_weights):
+    weights = hf_import.from_huggingface(hf_weights, model, family)
+    if heads := hf_import.find_unused_heads(hf_weights):
         console.print(f"not converted: {', '.join(heads)}: heads for sentence pairs, unused by masked prediction")
-    if layer := hf_convert.find_prediction_layer(hf_weights, model, family):
+    if layer := hf_import.find_prediction_layer(hf_weights, model, family):
         console.print(f"not converted: {layer}*: a layer that predicts further tokens, unused by causal prediction")
     tokenizer = None
     try:
@@ -111,7 +120,7 @@ def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[st
     except CheckpointError as error:
         console.print(f"without a tokenizer: {error}")
     files = build_checkpoint_files(model, tokenizer, source)
-    files[TOKEN_IDS_FILE] = json.dumps(hf_convert.read_token_ids(source)).encode()
+    files[TOKEN_IDS_FILE] = json.dumps(hf_import.read_token_ids(source)).encode()
     if (source / GENERATION_FILE).exists():
         files[GENERATION_FILE] = (source / GENERATION_FILE).read_bytes()
     write_checkpoint(Path(out), weights, files, source if check else None, read_probe(source))

@@ -7,9 +7,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE, parse_probe
-from dist_llm.checkpoint.store import fetch_verified_checkpoint
 from dist_llm.commands.conversion import (
     CONFIG_FILE,
     check_probe,
@@ -18,7 +18,7 @@ from dist_llm.commands.conversion import (
     read_small_files,
     write_checkpoint,
 )
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights, Weights, load_torch, require_tensors
 from dist_llm.convert.write_weights import verify_written, write_atomically
@@ -38,7 +38,7 @@ def to_torch(checkpoint: str, out: str) -> None:
         torch.save(content, temporary)
         written = flatten_weights(load_torch(temporary))
         verify_written(written, weights, torch.float32)
-        check_probe(read_probe(path), compute_probe_layerwise(written, load_saved(path).model), path)
+        check_probe(read_probe(path), compute_probe_layerwise(written, load_saved_config(path).model), path)
     console.print(f"wrote {out}: {len(weights.shapes)} tensors")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from dist_llm.checkpoint.store import checkpoints_of_run
+from dist_llm.checkpoint.find_checkpoint import checkpoints_of_run
 from dist_llm.commands.run_data import console, open_run
 from dist_llm.data.corpus import Corpus, DocumentLocation
 from dist_llm.data.data_history import DataHistory, Segment, open_segment
@@ -30,7 +30,7 @@ def find_text(text: str, run: Path) -> int:
     printed_documents: set[tuple[Path, int]] = set()
     end_steps = [*(segment.step for segment in history[1:]), config.run.steps]
     for segment, end_step in zip(history, end_steps, strict=True):
-        _, plan = open_segment(config, segment)
+        plan = open_segment(config, segment).plan
         for source in plan.sources:
             for document in iter_matching_documents(source.corpus, text):
                 document_key = (source.corpus.directory, document.start)
@@ -60,7 +60,7 @@ def iter_matching_documents(corpus: Corpus, text: str) -> Iterator[DocumentLocat
     tokenizer = Tokenizer.load(corpus.directory)
     for shard in track(range(len(corpus.shards)), f"searching {corpus.directory}", console=Console(stderr=True)):
         num_tokens = corpus.shards[shard].tokens
-        shard_start = int(corpus.shard_ends[shard]) - num_tokens
+        shard_start = corpus.get_shard_start(shard)
         document_bounds = np.append(corpus.get_document_offsets(shard).astype(np.int64), num_tokens) + shard_start
         for start_token, end_token in zip(document_bounds[:-1].tolist(), document_bounds[1:].tolist(), strict=True):
             if text in tokenizer.decode(corpus.read(np.array([start_token]), end_token - start_token)[0]):

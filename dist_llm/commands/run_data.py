@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dist_llm.config.data_sections import CACHE
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.config.schema import Config
 from dist_llm.data.data_history import HISTORY_FILE, DataHistory, parse_history
 from dist_llm.data.mirror import localize_corpus
@@ -22,7 +22,7 @@ def open_run(run: Path) -> tuple[Config, DataHistory]:
     path = run / HISTORY_FILE
     if not path.exists():
         raise DataError(f"--run {run}: has no {HISTORY_FILE}; give the run.dir of a `dist-llm train`")
-    return load_saved(run), parse_history(path.read_bytes(), str(path))
+    return load_saved_config(run), parse_history(path.read_bytes(), str(path))
 
 
 def select_corpora(corpora: Sequence[Path], run: Path | None) -> list[Path]:

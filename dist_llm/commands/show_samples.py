@@ -24,7 +24,7 @@ def show_samples(
     """
     config, history = open_run(run)
     if step < 1:
-        raise DataError(f"--step {step}: the first is 1")
+        raise DataError(f"--step {step}: the first step is 1")
     segment = [segment for segment in history if segment.step < step][-1]
     segment_config, plan = open_segment(config, segment)
     first_sample = plan.advance(segment.first_sample, (step - 1 - segment.step) * segment.global_batch)
@@ -34,9 +34,9 @@ def show_samples(
         sample_numbers = _select_samples_of_rank(sample_numbers, rank, num_ranks)
     tokenizer = Tokenizer.load(plan.sources[0].corpus.directory)
     streams = plan.streams
-    stream_indices, offsets = plan.locate_samples(sample_numbers)
+    locations = plan.locate_samples(sample_numbers)
     for sample_number, stream_index, offset in zip(
-        sample_numbers.tolist(), stream_indices.tolist(), offsets.tolist(), strict=True
+        sample_numbers.tolist(), locations.stream_ids.tolist(), locations.offsets.tolist(), strict=True
     ):
         stream = streams[stream_index]
         source, component_index = plan.get_source_and_component(stream_index)

@@ -52,7 +52,7 @@ def find_boundary_problems(corpus: Corpus) -> Iterator[str]:
 def _end_positions(corpus: Corpus, shard_number: int, eot: int) -> Ints:
     """Return the positions of the end token within a shard."""
     num_tokens = corpus.shards[shard_number].tokens
-    begin = int(corpus.shard_ends[shard_number]) - num_tokens
+    begin = corpus.get_shard_start(shard_number)
     positions = []
     for start in range(0, num_tokens, BLOCK_TOKENS):
         ids = corpus.read(np.array([begin + start]), min(BLOCK_TOKENS, num_tokens - start))[0]

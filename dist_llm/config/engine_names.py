@@ -15,7 +15,7 @@ NATIVE_ENGINE = "native"
 OWN_ENGINES = ("deepspeed", "accelerate")  # registered by this package
 
 
-def find_engine(name: str) -> EntryPoint | None:
+def find_engine_plugin(name: str) -> EntryPoint | None:
     """Return the entry point of an engine; None if none is registered."""
     return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
 

@@ -1,7 +1,7 @@
 """Load a config from YAML files and `section.key=value` overrides, and report all violations in one error.
 
-`load_config` returns an UnresolvedConfig, as a user writes it. `load_saved` and `parse_saved` read the resolved Config
-of a run or checkpoint.
+`load_config` returns an UnresolvedConfig, as a user writes it. `load_saved_config` and `parse_saved_config` read the
+resolved Config of a run or checkpoint.
 """
 
 import logging
@@ -108,7 +108,7 @@ def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[Unresol
             return None, violations
 
 
-def load_saved(directory: Path) -> Config:
+def load_saved_config(directory: Path) -> Config:
     """Return the resolved config in a run or checkpoint directory. Raises ConfigError if it is not valid."""
     path = directory / "config.yaml"
     raw = _read(path, ())
@@ -120,7 +120,7 @@ def load_saved(directory: Path) -> Config:
         raise ConfigError(f"{path}: {key} is not resolved; use the config.yaml of a run or checkpoint") from None
 
 
-def parse_saved(text: str, file_name: str) -> Config:
+def parse_saved_config(text: str, file_name: str) -> Config:
     """Parse a config that `dump_config` wrote. Raises CheckpointError, which names the file, if it is not valid."""
     raw = update_outdated_keys(UnresolvedConfig, parse_yaml(text, file_name))
     try:

@@ -5,16 +5,24 @@ Tensors are memory-mapped. Nothing that a file refers to is imported or run.
 
 import mmap
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dist_llm.convert.weights import check_tensor_sizes
 from dist_llm.errors import CheckpointError
 from dist_llm.io.atomic import create_atomically, replace_file
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a checkpoint, which is read on demand."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 class _InertStub:
@@ -50,14 +58,14 @@ def load_mapped(path: Path) -> Any:
 
 
 class FragmentAddress:
-    """The range of a parameter in a flat partition, in elements."""
+    """The range of a parameter in a flat partition: its number of elements and its first element."""
 
     def __init__(self, numel: int, start: int) -> None:
         self.numel, self.start = numel, start
 
 
 class LossScaler:
-    """A constant loss scale of 1."""
+    """The state of DeepSpeed's loss scaler, with a constant loss scale of 1."""
 
     def __init__(self) -> None:
         self.cur_scale, self.dynamic = 1.0, False
@@ -74,7 +82,7 @@ PURE_PYTHON_PICKLER: Any = pickle._Pickler  # the C pickler checks that the modu
 
 
 class _PickleModule:
-    """A pickle module for torch.save that writes our two classes under the names of DeepSpeed."""
+    """Replaces the module pickle in torch.save. Writes our two classes under the names of DeepSpeed's classes."""
 
     class Pickler(PURE_PYTHON_PICKLER):  # type: ignore[misc]
         def save_global(self, obj: Any, name: str | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_llm.config.derive import round_up
 
-Shapes = Mapping[str, tuple[int, ...]]  # {parameter name: shape}, in the order of the group
+Shapes = Mapping[str, tuple[int, ...]]  # {parameter name: shape}, in the order of the parameter group
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class PartitionLayout:
     sizes: list[int]  # elements of the partition, by rank
     unpadded_sizes: list[int]  # elements without the padding at the end
 
-    def views(self, name: str, flats: Sequence[Tensor]) -> list[Tensor]:
-        """Return the views of a parameter in the flat tensors `flats` of all ranks."""
-        return [flat[elements] for flat, elements in zip(flats, self.slices[name], strict=True)]
+    def views(self, name: str, partitions: Sequence[Tensor]) -> list[Tensor]:
+        """Return the view of a parameter in the flat partition of each rank. `partitions` has those of all ranks."""
+        return [partition[elements] for partition, elements in zip(partitions, self.slices[name], strict=True)]
 
 
 def contiguous_layout(shapes: Shapes, world_size: int, gaps: Sequence[int] = ()) -> PartitionLayout:
@@ -70,7 +70,7 @@ def per_param_layout(shapes: Shapes, world_size: int) -> PartitionLayout:
 
 
 def split_sub_groups(shapes: Shapes, world_size: int, max_elements: int) -> Iterator[Shapes]:
-    """Yield the sub-groups of a group in stage 3. `max_elements` is DeepSpeed's `sub_group_size`.
+    """Yield the sub-groups of a parameter group in stage 3. `max_elements` is DeepSpeed's `sub_group_size`.
 
     A sub-group ends when the partition of a rank has at least `max_elements` elements.
     """

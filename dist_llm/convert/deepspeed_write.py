@@ -9,7 +9,7 @@ tensor is in memory. The temporary directory is renamed at the end, and then the
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,23 +35,33 @@ DEEPSPEED_VERSION = "0.19.8"  # version of DeepSpeed that defines this layout
 SUB_GROUP_SIZE = 1_000_000_000  # elements; the default of DeepSpeed
 
 
+class _FlatTensors(NamedTuple):
+    """What each rank stores as flat partitions: one for each parameter group, or at stage 3 for each sub-group."""
+
+    shapes: list[Shapes]  # parameters of each flat tensor
+    layouts: list[PartitionLayout]
+    group_indices: list[int]  # index of the parameter group of each flat tensor
+    steps: list[float | None]  # number of optimizer steps; None if it is not stored
+    moment_keys: list[str]  # such as exp_avg; empty without moments
+
+
 def write_deepspeed(
     directory: Path,
     weights: Weights,
+    *,
     stage: int,
     world_size: int,
-    *,
-    groups: Sequence[Sequence[str]],
-    settings: Sequence[Mapping[str, Any]],
+    param_groups: Sequence[Sequence[str]],
+    group_settings: Sequence[Mapping[str, Any]],
     step: int,
-    shared: Mapping[str, str] | None = None,
+    shared_params: Mapping[str, str] | None = None,
     sub_group_size: int = SUB_GROUP_SIZE,
     tag: str = "",
 ) -> Path:
     """Write a directory `tag` (default: global_step<step>) that an engine of this ZeRO stage and world size can load.
 
-    `groups` has the parameter names of each parameter group of the optimizer, in order. `settings` has the other
-    entries of each group in `param_groups` (lr, betas, ...), which the loading engine adopts. `shared` is {second name:
+    `param_groups` has the parameter names of each parameter group of the optimizer, in order. `group_settings` has the
+    other entries of each group (lr, betas, ...), which the loading engine adopts. `shared_params` is {second name:
     first name} of parameters that the model has twice. Moments are written if `weights` has them; otherwise the engine
     starts with new moments. Stage 3 must be loaded with the same `sub_group_size`. At stage 3, an fp16 engine would
     continue with a loss scale of 1, so use a universal checkpoint there.
@@ -61,44 +71,55 @@ def write_deepspeed(
     """
     if stage not in (1, 2, 3):
         raise CheckpointError(f"stage {stage}: only ZeRO 1, 2 and 3 can be written; write a universal checkpoint")
-    shared = shared or {}
-    _check_groups(weights, groups, settings, shared)
-    shapes: list[Shapes] = [{name: weights.shapes[f"model.{name}"] for name in group} for group in groups]
-    group_of_flat = list(range(len(groups)))  # parameter group of each flat tensor
-    if stage == 3:
-        sub_groups = [
-            (group, sub_group_shapes)
-            for group in group_of_flat
-            for sub_group_shapes in split_sub_groups(shapes[group], world_size, sub_group_size)
-        ]
-        group_of_flat = [group for group, _ in sub_groups]
-        shapes = [sub_group_shapes for _, sub_group_shapes in sub_groups]
-    layouts = [
-        per_param_layout(group, world_size) if stage == 3 else contiguous_layout(group, world_size) for group in shapes
-    ]
-    moments = _moment_keys(weights, [name for group in groups for name in group])
-    steps = [_common_step(weights, group) for group in shapes]
-    flat_groups = [
-        {**group_settings, "params": [index for index, owner in enumerate(group_of_flat) if owner == group]}
-        for group, group_settings in enumerate(settings)
+    shared_params = shared_params or {}
+    _check_param_groups(weights, param_groups, group_settings, shared_params)
+    flat = _plan_flat_tensors(weights, param_groups, stage, world_size, sub_group_size)
+    # DeepSpeed's optimizer has a flat tensor in place of the parameters of a group.
+    flat_param_groups = [
+        {**settings, "params": [index for index, owner in enumerate(flat.group_indices) if owner == group_index]}
+        for group_index, settings in enumerate(group_settings)
     ]
     tag = tag or f"global_step{step}"
     with write_tagged_directory(directory, tag, "latest") as temporary:
         prefixes = [f"zero_pp_rank_{rank}_" for rank in range(world_size)]
         for prefix in prefixes if stage == 3 else [""]:
             write_placeholders(
-                _build_model_states(shapes, world_size, stage, step, shared),
+                _build_model_states(flat.shapes, world_size, stage, step, shared_params),
                 temporary / f"{prefix}mp_rank_00_model_states.pt",
             )
         for rank, prefix in enumerate(prefixes):
-            content = _build_optim_states(layouts, flat_groups, moments, steps, stage, rank)
+            content = _build_optim_states(flat, flat_param_groups, stage, rank)
             write_placeholders(content, temporary / f"{prefix}mp_rank_00_optim_states.pt")
         optim_states = [open_writable(temporary / f"{prefix}mp_rank_00_optim_states.pt") for prefix in prefixes]
-        _fill_tensors(weights, layouts, [content["optimizer_state_dict"] for content in optim_states], moments, steps)
+        _fill_tensors(weights, flat, [content["optimizer_state_dict"] for content in optim_states])
         if stage < 3:
             for name, tensor in open_writable(temporary / "mp_rank_00_model_states.pt")["module"].items():
-                tensor.copy_(weights.read(f"model.{shared.get(name, name)}"))
+                tensor.copy_(weights.read(f"model.{shared_params.get(name, name)}"))
     return directory / tag
+
+
+def _plan_flat_tensors(
+    weights: Weights, param_groups: Sequence[Sequence[str]], stage: int, world_size: int, sub_group_size: int
+) -> _FlatTensors:
+    """Return the flat tensors of a ZeRO stage and their layouts. `sub_group_size` is in elements."""
+    shapes: list[Shapes] = [{name: weights.shapes[f"model.{name}"] for name in group} for group in param_groups]
+    group_indices = list(range(len(param_groups)))
+    if stage == 3:
+        sub_groups = [
+            (group_index, sub_group_shapes)
+            for group_index in group_indices
+            for sub_group_shapes in split_sub_groups(shapes[group_index], world_size, sub_group_size)
+        ]
+        group_indices = [group_index for group_index, _ in sub_groups]
+        shapes = [sub_group_shapes for _, sub_group_shapes in sub_groups]
+    build_layout = per_param_layout if stage == 3 else contiguous_layout
+    return _FlatTensors(
+        shapes,
+        layouts=[build_layout(flat_shapes, world_size) for flat_shapes in shapes],
+        group_indices=group_indices,
+        steps=[_common_step(weights, flat_shapes) for flat_shapes in shapes],
+        moment_keys=_moment_keys(weights, [name for group in param_groups for name in group]),
+    )
 
 
 def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = "") -> Path:
@@ -131,35 +152,41 @@ def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = 
         optimizer = {"state": state, "param_groups": no_settings}
         common_state = {"optimizer_state_dict": optimizer, "param_groups": no_settings, "ds_version": DEEPSPEED_VERSION}
         torch.save(common_state, temporary / "zero" / "optimizer_state.pt")
-        model_states = _build_model_states([shapes], world_size=1, stage=3, step=step, shared={})
+        model_states = _build_model_states([shapes], world_size=1, stage=3, step=step, shared_params={})
         for prefix in ("", "zero_pp_rank_0_"):  # the names that stages 1 and 2, and stage 3, read
             torch.save(model_states, temporary / f"{prefix}mp_rank_00_model_states.pt")
     return directory / tag
 
 
-def _check_groups(
+def _check_param_groups(
     weights: Weights,
-    groups: Sequence[Sequence[str]],
-    settings: Sequence[Mapping[str, Any]],
-    shared: Mapping[str, str],
+    param_groups: Sequence[Sequence[str]],
+    group_settings: Sequence[Mapping[str, Any]],
+    shared_params: Mapping[str, str],
 ) -> None:
-    if len(settings) != len(groups) or not all(groups):
+    """Raise CheckpointError unless each parameter of `weights` is in exactly one group, and each group has settings."""
+    if len(group_settings) != len(param_groups) or not all(param_groups):
         raise CheckpointError(
-            f"{len(groups)} groups, {len(settings)} settings: one for each, and no group may be empty"
+            f"{len(param_groups)} parameter groups, {len(group_settings)} settings: give one for each group, and no "
+            "empty group"
         )
-    names = [name for group in groups for name in group]
+    names = [name for group in param_groups for name in group]
     if len(set(names)) != len(names):
-        raise CheckpointError("a parameter is twice in the groups; give the groups of the optimizer unchanged")
-    weight_names = {name.removeprefix("model.") for name in weights.shapes if name.startswith("model.")} - shared.keys()
-    if mismatches := sorted(weight_names.symmetric_difference(names)):
         raise CheckpointError(
-            f"{mismatches[0]} is {'in no group' if mismatches[0] in weight_names else 'not in the weights'}; groups "
-            "must have each parameter once (frozen parameters and buffers cannot be written; remove them)"
+            "a parameter is twice in the parameter groups; give the parameter groups of the optimizer unchanged"
+        )
+    trained_names = {name.removeprefix("model.") for name in weights.shapes if name.startswith("model.")}
+    trained_names -= shared_params.keys()
+    if mismatches := sorted(trained_names.symmetric_difference(names)):
+        problem = "in no parameter group" if mismatches[0] in trained_names else "not in the weights"
+        raise CheckpointError(
+            f"{mismatches[0]} is {problem}; the parameter groups must have each parameter once (frozen parameters and "
+            "buffers cannot be written; remove them)"
         )
 
 
 def _moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
-    """Return the keys of the moments of all parameters, such as exp_avg; an empty list without moments."""
+    """Return the keys of the moments, such as exp_avg; all parameters must have the same. Empty without moments."""
     keys: dict[str, set[str]] = {name: set() for name in names}
     for full_name in weights.shapes:
         name, _, key = full_name.removeprefix("optim.").rpartition(".")
@@ -183,17 +210,19 @@ def _common_step(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> 
 
 
 def _build_model_states(
-    shapes: Sequence[Shapes], world_size: int, stage: int, step: int, shared: Mapping[str, str]
+    shapes: Sequence[Shapes], world_size: int, stage: int, step: int, shared_params: Mapping[str, str]
 ) -> dict[str, Any]:
     """Build the content of a model file. At stage 3, `module` has empty tensors: weights are in the optimizer files."""
     module = {name: torch.empty(shape if stage < 3 else 0) for group in shapes for name, shape in group.items()}
     return {
-        "module": OrderedDict({**module, **{second: module[first] for second, first in shared.items()}}),
+        "module": OrderedDict(
+            {**module, **{second_name: module[first_name] for second_name, first_name in shared_params.items()}}
+        ),
         "buffer_names": [],
         "optimizer": None,
         "param_shapes": [OrderedDict((name, torch.Size(shape)) for name, shape in group.items()) for group in shapes],
         "frozen_param_shapes": None,
-        "shared_params": dict(shared),
+        "shared_params": dict(shared_params),
         "frozen_param_fragments": None,
         "lr_scheduler": None,
         "data_sampler": None,
@@ -209,52 +238,55 @@ def _build_model_states(
 
 
 def _build_optim_states(
-    layouts: Sequence[PartitionLayout],
-    param_groups: Sequence[Mapping[str, Any]],
-    moments: Sequence[str],
-    steps: Sequence[float | None],
-    stage: int,
-    rank: int,
+    flat: _FlatTensors, flat_param_groups: Sequence[Mapping[str, Any]], stage: int, rank: int
 ) -> dict[str, Any]:
     """Build the content of the optimizer file of a rank, with tensors of the right sizes and without values."""
-    world_size = len(layouts[0].sizes)
     state = {
         index: {
-            **({} if steps[index] is None else {"step": torch.empty(())}),
-            **{key: torch.empty(layout.sizes[rank]) for key in moments},
+            **({} if flat.steps[index] is None else {"step": torch.empty(())}),
+            **{key: torch.empty(layout.sizes[rank]) for key in flat.moment_keys},
         }
-        for index, layout in enumerate(layouts)
+        for index, layout in enumerate(flat.layouts)
     }
     optimizer = {
         "state": {index: values for index, values in state.items() if values},
-        "param_groups": list(param_groups),
+        "param_groups": list(flat_param_groups),
     }
-    flats = [torch.empty(layout.unpadded_sizes[rank]) for layout in layouts]
-    if stage == 3:
-        content = {
-            "zero_stage": stage,
-            "loss_scaler": LossScaler(),
-            "dynamic_loss_scale": False,
-            "overflow": False,
-            "partition_count": world_size,
-            "optimizer_state_dict": optimizer,
-            "fp32_flat_groups": flats,
-        }
-    else:
-        content = {
-            "zero_stage": stage,
-            "base_optimizer_state": optimizer,
-            "single_partition_of_fp32_groups": flats,
-            "group_paddings": [layout.sizes[rank] - layout.unpadded_sizes[rank] for layout in layouts],
-            "param_alignment_paddings": [[0] * len(layout.slices) for layout in layouts],
-            "partition_count": [world_size] * len(layouts),
-            "ds_version": DEEPSPEED_VERSION,
-            "param_slice_mappings": [_fragment_addresses(layout, rank) for layout in layouts],
-        }
+    master_weights = [torch.empty(layout.unpadded_sizes[rank]) for layout in flat.layouts]
+    build_states = _build_stage_3_states if stage == 3 else _build_stage_1_states
     return {
-        "optimizer_state_dict": content,
+        "optimizer_state_dict": {"zero_stage": stage, **build_states(flat.layouts, optimizer, master_weights, rank)},
         "ds_config": {"zero_optimization": {"stage": stage}},
         "ds_version": DEEPSPEED_VERSION,
+    }
+
+
+def _build_stage_3_states(
+    layouts: Sequence[PartitionLayout], optimizer: Mapping[str, Any], master_weights: Sequence[Tensor], rank: int
+) -> dict[str, Any]:
+    """Build the optimizer state of a rank as stage 3 stores it."""
+    return {
+        "loss_scaler": LossScaler(),
+        "dynamic_loss_scale": False,
+        "overflow": False,
+        "partition_count": len(layouts[0].sizes),
+        "optimizer_state_dict": optimizer,
+        "fp32_flat_groups": master_weights,
+    }
+
+
+def _build_stage_1_states(
+    layouts: Sequence[PartitionLayout], optimizer: Mapping[str, Any], master_weights: Sequence[Tensor], rank: int
+) -> dict[str, Any]:
+    """Build the optimizer state of a rank as stages 1 and 2 store it."""
+    return {
+        "base_optimizer_state": optimizer,
+        "single_partition_of_fp32_groups": master_weights,
+        "group_paddings": [layout.sizes[rank] - layout.unpadded_sizes[rank] for layout in layouts],
+        "param_alignment_paddings": [[0] * len(layout.slices) for layout in layouts],
+        "partition_count": [len(layout.sizes) for layout in layouts],
+        "ds_version": DEEPSPEED_VERSION,
+        "param_slice_mappings": [_fragment_addresses(layout, rank) for layout in layouts],
     }
 
 
@@ -268,27 +300,21 @@ def _fragment_addresses(layout: PartitionLayout, rank: int) -> "OrderedDict[str,
     )
 
 
-def _fill_tensors(
-    weights: Weights,
-    layouts: Sequence[PartitionLayout],
-    optim_states: Sequence[Any],
-    moments: Sequence[str],
-    steps: Sequence[float | None],
-) -> None:
+def _fill_tensors(weights: Weights, flat: _FlatTensors, optim_states: Sequence[Any]) -> None:
     """Copy each tensor to the memory-mapped optimizer states of all ranks."""
     is_stage_3 = "fp32_flat_groups" in optim_states[0]
-    flats_key = "fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"
-    base_key = "optimizer_state_dict" if is_stage_3 else "base_optimizer_state"
-    for index, layout in enumerate(layouts):
-        flats = [rank_state[flats_key][index] for rank_state in optim_states]
-        optimizers = [rank_state[base_key]["state"] for rank_state in optim_states]
+    master_weights_key = "fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"
+    optimizer_key = "optimizer_state_dict" if is_stage_3 else "base_optimizer_state"
+    for index, layout in enumerate(flat.layouts):
+        master_weights = [rank_state[master_weights_key][index] for rank_state in optim_states]
+        optimizers = [rank_state[optimizer_key]["state"] for rank_state in optim_states]
         for name in layout.slices:
-            _scatter_to_views(weights.read(f"model.{name}"), layout.views(name, flats))
-            for key in moments:
-                states = [optimizer[index][key] for optimizer in optimizers]
-                _scatter_to_views(weights.read(f"optim.{name}.{key}"), layout.views(name, states))
-        for optimizer in optimizers if steps[index] is not None else ():
-            optimizer[index]["step"].fill_(steps[index])
+            _scatter_to_views(weights.read(f"model.{name}"), layout.views(name, master_weights))
+            for key in flat.moment_keys:
+                moment_partitions = [optimizer[index][key] for optimizer in optimizers]
+                _scatter_to_views(weights.read(f"optim.{name}.{key}"), layout.views(name, moment_partitions))
+        for optimizer in optimizers if flat.steps[index] is not None else ():
+            optimizer[index]["step"].fill_(flat.steps[index])
 
 
 def _scatter_to_views(tensor: Tensor, views: Sequence[Tensor]) -> None:

@@ -55,14 +55,27 @@ def export_tokenizer(
         name = str(vocabulary.describe_added_id(token_id))
         # If the corpus has the same name: `<dist_llm mask>` instead of `<mask>`.
         special_ids[name if name not in special_ids else f"<{EXPORT_KEY} {name[1:]}"] = token_id
+    settings = _build_settings(tokenizer, vocabulary, special_ids, model)
+    content = _build_content(tokenizer, special_ids, settings.get("mask_token"))
+    _write_tokenizer_files(directory, content, settings)
+    _verify_written(tokenizer, special_ids, directory)
+
+
+def _build_settings(
+    tokenizer: BPETokenizer,
+    vocabulary: ObjectiveVocabulary,
+    special_ids: Mapping[str, int],
+    model: ModelConfig | None,
+) -> dict[str, Any]:
+    """Build `tokenizer_config.json`. `special_ids` has the id of each special token."""
     special_names = {token_id: name for name, token_id in special_ids.items()}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), ENDOFTEXT),
-        EXPORT_KEY: {"name": tokenizer.name, "pattern": tokenizer.pattern, "vocab_size": num_ids},
+        EXPORT_KEY: {"name": tokenizer.name, "pattern": tokenizer.pattern, "vocab_size": tokenizer.vocab_size},
     }
-    roles = {"mask_token": "mask"}
+    roles = {"mask_token": "mask"}  # key of Hugging Face -> name of an id that objectives add
     if model is not None and model.architecture != "decoder":
         roles["bos_token"] = "start"
     settings |= {
@@ -72,10 +85,13 @@ def export_tokenizer(
     }
     if model is not None and model.max_seq_len:
         settings["model_max_length"] = model.max_seq_len
-    content = _build_content(tokenizer, special_ids, settings.get("mask_token"))
+    return settings
+
+
+def _write_tokenizer_files(directory: Path, content: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`."""
     for file, value in ((TOKENIZER_FILE, content), (SETTINGS_FILE, settings)):
         (directory / file).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    _verify_written(tokenizer, special_ids, directory)
 
 
 def import_tokenizer(directory: Path) -> Tokenizer:
@@ -102,8 +118,7 @@ def export_char_tokenizer(tokenizer: CharTokenizer, directory: Path) -> None:
     model = {"type": "BPE", "vocab": dict(tokenizer.ids), "merges": []}
     content = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}, "model": model}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for file, value in ((TOKENIZER_FILE, content), (SETTINGS_FILE, settings)):
-        (directory / file).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    _write_tokenizer_files(directory, content, settings)
     rust_tokenizer, text = RustTokenizer.from_file(str(directory / TOKENIZER_FILE)), "".join(tokenizer.ids)
     if (
         rust_tokenizer.encode(text).ids != tokenizer.encode(text).tolist()

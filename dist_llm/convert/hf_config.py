@@ -1,7 +1,7 @@
-"""Convert between Hugging Face's config.json and our `model` section, for the families in `hf_tensors`.
+"""Convert between Hugging Face's config.json and our `model` section, for all supported families.
 
-A family can express a model if parsing the config that it writes gives the same model. So a property that a family
-cannot express is an error and is never dropped.
+A family can express a model if the config that it writes is read back as the same model. So a property of the model
+that a family cannot express is an error, and is never dropped.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,14 +13,14 @@ from dist_llm.config.compare import get_function_keys
 from dist_llm.config.derive import resolve_model
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
 from dist_llm.config.section import MAX_LAYERS
+from dist_llm.convert.hf_codecs import ANY_VALUE, FreeKeys
 from dist_llm.convert.hf_config_fields import ConfigFields
 from dist_llm.convert.hf_families import DECODER_FAMILIES
-from dist_llm.convert.hf_family import ANY_VALUE, FreeKeys
 from dist_llm.errors import CheckpointError
 
 # Fields with a number of layers.
 LAYER_COUNTS = {"n_layer", "num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"}
-# Our name -> names of Hugging Face. An export writes the first name.
+# Our name of an activation without a gate -> names of Hugging Face. An export writes the first name.
 ACTIVATIONS = {
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
@@ -87,7 +87,10 @@ def _read_gpt2(fields: ConfigFields) -> dict[str, Any]:
     fields.require(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     return {
         **_native_sizes(
-            fields["n_embd"], fields["n_layer"], fields["n_head"], fields.get("n_inner") or 4 * fields["n_embd"]
+            d_model=fields["n_embd"],
+            n_layers=fields["n_layer"],
+            n_heads=fields["n_head"],
+            d_ff=fields.get("n_inner") or 4 * fields["n_embd"],
         ),
         **SHARED_KEYS["gpt2"],
         "max_seq_len": fields["n_positions"],
@@ -114,10 +117,10 @@ def _read_bert(fields: ConfigFields) -> dict[str, Any]:
     fields.require(position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
     return {
         **_native_sizes(
-            fields["hidden_size"],
-            fields["num_hidden_layers"],
-            fields["num_attention_heads"],
-            fields["intermediate_size"],
+            d_model=fields["hidden_size"],
+            n_layers=fields["num_hidden_layers"],
+            n_heads=fields["num_attention_heads"],
+            d_ff=fields["intermediate_size"],
         ),
         **SHARED_KEYS["bert"],
         "max_seq_len": fields["max_position_embeddings"],
@@ -144,11 +147,11 @@ def _read_t5(fields: ConfigFields) -> dict[str, Any]:
         raise CheckpointError("config.json: only T5 v1.1 is supported (tie_word_embeddings false)")
     return {
         **_native_sizes(
-            fields["d_model"],
-            fields.get("num_decoder_layers") or fields["num_layers"],
-            fields["num_heads"],
-            fields["d_ff"],
-            fields["d_kv"],
+            d_model=fields["d_model"],
+            n_layers=fields.get("num_decoder_layers") or fields["num_layers"],
+            n_heads=fields["num_heads"],
+            d_ff=fields["d_ff"],
+            head_dim=fields["d_kv"],
         ),
         **SHARED_KEYS["t5"],
         "n_encoder_layers": fields["num_layers"],
@@ -187,7 +190,10 @@ def _read_bart(fields: ConfigFields) -> dict[str, Any]:
             raise CheckpointError(f"config.json: {encoder_field} and {decoder_field} must be equal here")
     return {
         **_native_sizes(
-            fields["d_model"], fields["decoder_layers"], fields["decoder_attention_heads"], fields["decoder_ffn_dim"]
+            d_model=fields["d_model"],
+            n_layers=fields["decoder_layers"],
+            n_heads=fields["decoder_attention_heads"],
+            d_ff=fields["decoder_ffn_dim"],
         ),
         **SHARED_KEYS["bart"],
         "n_encoder_layers": fields["encoder_layers"],
@@ -260,7 +266,10 @@ CLASSES = {
 }
 
 
-def _native_sizes(d_model: int, n_layers: int, n_heads: int, d_ff: int, head_dim: int | None = None) -> dict[str, Any]:
+def _native_sizes(
+    *, d_model: int, n_layers: int, n_heads: int, d_ff: int, head_dim: int | None = None
+) -> dict[str, Any]:
+    """Return our keys of the sizes. `head_dim` None: the width divided by the number of heads."""
     if not head_dim and d_model % n_heads:
         raise CheckpointError(f"config.json: {n_heads} heads do not divide a width of {d_model}")
     return {
@@ -291,6 +300,5 @@ def _native_activation(name: str) -> str:
 
 
 def _hf_activation(model: ModelConfig) -> str:
-    return ACTIVATIONS.get(model.activation, ("gelu",))[
-        0
-    ]  # a gated activation fails the comparison in `build_hf_config`
+    # Any name will do for a gated activation, because it fails the comparison in `build_hf_config`.
+    return ACTIVATIONS.get(model.activation, ("gelu",))[0]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_llm.config.model_section import ModelConfig
+from dist_llm.convert.hf_codecs import FreeKeys
 from dist_llm.convert.hf_config import CLASSES, FREE_KEYS, SHARED_KEYS
 from dist_llm.convert.hf_families import DECODER_FAMILIES
-from dist_llm.convert.hf_family import FreeKeys
 
 SIZE_KEYS = {
     *("d_model", "n_layers", "n_encoder_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_seq_len"),

@@ -59,24 +59,10 @@ def read_rope(fields: ConfigFields, rope_format: RopeFormat, layer_type: str | N
 
     Raises CheckpointError for an unsupported scaling or an unknown parameter.
     """
-    new, old = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
-    if layer_type is not None and layer_type in new:
-        new = new[layer_type] or {}
-    if layer_type == "sliding_attention":
-        old = {}
-    parameters = {**old, **{key: value for key, value in new.items() if key not in SECTIONS_OF_TYPES}}
+    parameters = _merge_old_and_new_fields(fields, layer_type)
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
-    outer_theta, inner_theta = fields.get(rope_format.theta_field), parameters.pop("rope_theta", None)
-    default_theta = rope_format.theta
-    if layer_type is not None:
-        sliding_theta = fields.get("rope_local_base_freq", rope_format.sliding_theta)
-        if layer_type == "sliding_attention":
-            outer_theta, default_theta = sliding_theta, sliding_theta
-    if None not in (outer_theta, inner_theta) and outer_theta != inner_theta and layer_type is None:
-        raise CheckpointError(
-            f"config.json: rope_theta is {outer_theta}, but {inner_theta} in rope_parameters; make them equal"
-        )
+    theta = _read_theta(fields, parameters, rope_format, layer_type)
     fraction = _first_set(
         parameters.pop("partial_rotary_factor", None),
         fields.get("partial_rotary_factor"),
@@ -88,7 +74,7 @@ def read_rope(fields: ConfigFields, rope_format: RopeFormat, layer_type: str | N
             f"config.json: partial_rotary_factor {fraction} is not supported for model_type {fields['model_type']}"
         )
     keys: dict[str, Any] = {
-        "rope_theta": float(_first_set(inner_theta, outer_theta, default_theta)),
+        "rope_theta": theta,
         "rotary_fraction": float(fraction),
         "rope_scaling": None,
     }
@@ -102,6 +88,33 @@ def read_rope(fields: ConfigFields, rope_format: RopeFormat, layer_type: str | N
         if value is not None:
             raise CheckpointError(f"config.json: {name} {value} of rope is not supported")
     return keys
+
+
+def _merge_old_and_new_fields(fields: ConfigFields, layer_type: str | None) -> dict[str, Any]:
+    """Return the parameters in rope_parameters, and those in rope_scaling that rope_parameters lacks."""
+    new, old = fields.get("rope_parameters") or {}, fields.get("rope_scaling") or {}
+    if layer_type is not None and layer_type in new:
+        new = new[layer_type] or {}
+    if layer_type == "sliding_attention":
+        old = {}
+    return {**old, **{key: value for key, value in new.items() if key not in SECTIONS_OF_TYPES}}
+
+
+def _read_theta(
+    fields: ConfigFields, parameters: dict[str, Any], rope_format: RopeFormat, layer_type: str | None
+) -> float:
+    """Return the base of the frequencies. Removes it from `parameters`, which has priority over other fields."""
+    outer_theta, inner_theta = fields.get(rope_format.theta_field), parameters.pop("rope_theta", None)
+    default_theta = rope_format.theta
+    if layer_type is not None:
+        sliding_theta = fields.get("rope_local_base_freq", rope_format.sliding_theta)
+        if layer_type == "sliding_attention":
+            outer_theta, default_theta = sliding_theta, sliding_theta
+    if None not in (outer_theta, inner_theta) and outer_theta != inner_theta and layer_type is None:
+        raise CheckpointError(
+            f"config.json: rope_theta is {outer_theta}, but {inner_theta} in rope_parameters; make them equal"
+        )
+    return float(_first_set(inner_theta, outer_theta, default_theta))
 
 
 def _first_set(*values: Any) -> Any:
@@ -141,10 +154,12 @@ def _read_scaling(rope_type: str, parameters: dict[str, Any], fields: ConfigFiel
     }
 
 
+# Keys of our section that stay integers. All other numbers become floats.
 INTEGERS = ("original_max_seq_len", "length")
 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:
+    """Return YaRN's factor of the rotated queries and keys, for a context that is `factor` times as long."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -5,7 +5,7 @@ torch.compile adds the prefix `_orig_mod.` to each name. The head is the token e
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -15,8 +15,8 @@ from dist_llm.config.compare import get_function_keys
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.optim_sections import AdamWConfig, AdamWKeys
 from dist_llm.config.schema import Config
-from dist_llm.convert.hf_convert import to_huggingface
-from dist_llm.convert.hf_tensors import tensor_mappings
+from dist_llm.convert.hf_export import to_huggingface
+from dist_llm.convert.hf_tensors import list_tensor_mappings
 from dist_llm.convert.weights import DictWeights, Weights, require_tensors
 from dist_llm.errors import CheckpointError
 
@@ -37,8 +37,15 @@ BLOCK_ORDER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_
 UNKNOWN_LOSS = 1e9  # initial best_val_loss of nanoGPT
 
 
-def from_nanogpt(content: Mapping[Any, Any], location: str = "ckpt.pt") -> tuple[ModelConfig, Weights]:
-    """Return (our model config, tensors by the names of family `nanogpt`) from the content of ckpt.pt.
+class NanoGPTModel(NamedTuple):
+    """The content of a ckpt.pt that a conversion uses."""
+
+    config: ModelConfig
+    weights: Weights  # by the names of nanoGPT, see family `nanogpt` in hf_tensors.py
+
+
+def parse_nanogpt(content: Mapping[Any, Any], location: str = "ckpt.pt") -> NanoGPTModel:
+    """Check and convert the content of a ckpt.pt.
 
     Raises CheckpointError, which names `location`, if the content is not from nanoGPT.
     """
@@ -71,10 +78,12 @@ def from_nanogpt(content: Mapping[Any, Any], location: str = "ckpt.pt") -> tuple
             f"{location}: nanoGPT's model_args: {error.errors()[0]['msg']}, found {arguments}"
         ) from None
     tensors = require_tensors(content["model"], f"{location}: model")
-    return model, DictWeights({name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in tensors.items()})
+    return NanoGPTModel(
+        model, DictWeights({name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in tensors.items()})
+    )
 
 
-def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any]:
+def build_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any]:
     """Return the content of a ckpt.pt for nanoGPT's sample.py and train.py, with a new optimizer state.
 
     All tensors are in memory, in fp32. Raises CheckpointError if nanoGPT cannot express the model.
@@ -84,7 +93,7 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     arguments |= {"bias": model.bias, "dropout": model.dropout}
     expected, actual = (
         get_function_keys(model),
-        get_function_keys(from_nanogpt({"model_args": arguments, "model": {}})[0]),
+        get_function_keys(parse_nanogpt({"model_args": arguments, "model": {}}).config),
     )
     if mismatches := [f"{key} {expected[key]} (not {actual[key]})" for key in expected if actual[key] != expected[key]]:
         raise CheckpointError(f"nanoGPT does not support this model: it has {', '.join(mismatches)}")
@@ -92,7 +101,9 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
     # nanoGPT's optimizer numbers the parameters in module order.
     names = [
         name
-        for _, name in sorted((_module_order(mapping.hf), mapping.hf) for mapping in tensor_mappings("nanogpt", model))
+        for _, name in sorted(
+            (_module_order(mapping.hf_name), mapping.hf_name) for mapping in list_tensor_mappings("nanogpt", model)
+        )
     ]
     tensors = {name: view.read(name).float().contiguous() for name in dict.fromkeys(names)}
     optimizer = _build_adamw_state(
@@ -110,10 +121,10 @@ def to_nanogpt(weights: Weights, config: Config, step: int = 0) -> dict[str, Any
 
 
 def _module_order(name: str) -> tuple[int, int, int]:
-    """Return the sort key of a parameter in nanoGPT's model: (index of the module, layer, index in the layer)."""
-    stems = [stem for stem in MODEL_ORDER if name.startswith(stem)]
-    if stems[0] != BLOCKS:
-        return MODEL_ORDER.index(stems[0]), 0, name.endswith(".bias")
+    """Return the sort key of a parameter in nanoGPT's order: (index of its module, layer, index in the layer)."""
+    module = next(prefix for prefix in MODEL_ORDER if name.startswith(prefix))
+    if module != BLOCKS:
+        return MODEL_ORDER.index(module), 0, name.endswith(".bias")
     layer, _, rest = name.removeprefix(BLOCKS).partition(".")
     module, _, kind = rest.rpartition(".")
     return MODEL_ORDER.index(BLOCKS), int(layer), 2 * BLOCK_ORDER.index(module) + (kind == "bias")

@@ -7,6 +7,7 @@ import atexit
 import logging
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from dist_llm.errors import ConfigError
 from dist_llm.models.build_model import build_model
 from dist_llm.models.decoder import Decoder
 
-GPU_WEIGHT_FRACTION = 0.7  # share of the memory of a GPU for weights
+# Share of the memory of a GPU for weights. The rest is for the block that runs, and for activations.
+GPU_WEIGHT_FRACTION = 0.7
 
 
 def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder: Path, memory_bytes: int) -> Decoder:
@@ -38,28 +40,9 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
 
     with init_empty_weights():
         model = build_model(config)
-    # The head may use the embedding outside of its forward call, so both must stay loaded. Only blocks are offloaded.
-    resident_names = [name for name, _ in model.named_children() if name != "blocks"]
-    main_device: int | str = "cpu" if device.type == "cpu" else device.index or 0
-    # The other 30% of the memory of a GPU are for the block that runs, and for activations.
     free_bytes = {name: round(GPU_WEIGHT_FRACTION * size) for name, size in get_max_memory().items() if name != "cpu"}
     free_bytes["cpu"] = memory_bytes
-    free_bytes[main_device] -= _count_bytes(*(getattr(model, name) for name in resident_names))
-    if free_bytes[main_device] < 0:
-        raise ConfigError(
-            f"--memory: embedding and head need {-free_bytes[main_device] / 2**20:.1f} MiB more than available"
-        )
-    device_map: dict[str, int | str] = dict.fromkeys(resident_names, main_device)
-    for name, block in model.blocks.items():
-        target = next((target for target, size in free_bytes.items() if size >= _count_bytes(block)), "disk")
-        device_map[f"blocks.{name}"] = target
-        if target != "disk":
-            free_bytes[target] -= _count_bytes(block)
-    saved = NativeWeights(path)
-    names = [name for name in saved.shapes if name.startswith("model.")]
-    weights = LazyWeights(
-        {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
-    )
+    device_map = _assign_devices(model, "cpu" if device.type == "cpu" else device.index or 0, free_bytes)
     # Silences the warning that modules are offloaded.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     try:
@@ -68,12 +51,47 @@ def load_offloaded(path: Path, config: ModelConfig, device: torch.device, folder
         raise ConfigError(f"--offload: {folder} cannot be created: {error.strerror}") from None
     offload_dir = Path(tempfile.mkdtemp(prefix="blocks_", dir=folder))
     with tempfile.TemporaryDirectory(prefix="weights_", dir=folder) as weights_dir:
-        write_safetensors(Path(weights_dir), weights)
+        write_safetensors(Path(weights_dir), _read_model_weights(path))
         offloaded_model: Decoder = load_checkpoint_and_dispatch(
             model, weights_dir, device_map=device_map, offload_folder=offload_dir
         )
     atexit.register(shutil.rmtree, offload_dir, ignore_errors=True)
     return offloaded_model.eval()
+
+
+def _assign_devices(
+    model: Decoder, main_device: int | str, free_bytes: Mapping[int | str, int]
+) -> dict[str, int | str]:
+    """Return {module: device of its weights}: the index of a GPU, "cpu" or "disk".
+
+    `free_bytes` is the memory for weights of each device. Embedding and head are on `main_device`.
+    """
+    remaining_bytes = dict(free_bytes)
+    # The head may use the embedding outside of its forward call, so both must stay loaded. Only blocks are offloaded.
+    resident_names = [name for name, _ in model.named_children() if name != "blocks"]
+    remaining_bytes[main_device] -= _count_bytes(*(getattr(model, name) for name in resident_names))
+    if remaining_bytes[main_device] < 0:
+        missing_mib = -remaining_bytes[main_device] / 2**20
+        limit = "--memory" if main_device == "cpu" else f"{GPU_WEIGHT_FRACTION:.0%} of the memory of the GPU"
+        raise ConfigError(
+            f"{limit}: embedding and head must stay in memory, and need {missing_mib:.1f} MiB more than this limit"
+        )
+    device_map: dict[str, int | str] = dict.fromkeys(resident_names, main_device)
+    for name, block in model.blocks.items():
+        target = next((target for target, size in remaining_bytes.items() if size >= _count_bytes(block)), "disk")
+        device_map[f"blocks.{name}"] = target
+        if target != "disk":
+            remaining_bytes[target] -= _count_bytes(block)
+    return device_map
+
+
+def _read_model_weights(checkpoint: Path) -> LazyWeights:
+    """Return a view of the weights of a checkpoint, without the prefix `model.`."""
+    saved = NativeWeights(checkpoint)
+    names = [name for name in saved.shapes if name.startswith("model.")]
+    return LazyWeights(
+        {name.removeprefix("model."): saved.shapes[name] for name in names}, lambda name: saved.read(f"model.{name}")
+    )
 
 
 def _count_bytes(*modules: nn.Module) -> int:

@@ -2,34 +2,31 @@
 
 import errno
 import hashlib
-import mmap
 import os
 import stat
 import time
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from dist_llm.config.data_sections import CACHE, DataConfig
+from dist_llm.data.mapped_shard import MappedShard, Tokens, convert_read_errors
 from dist_llm.data.mirror import fetch_offsets, fetch_shard, localize_corpus
 from dist_llm.data.order import Ints
-from dist_llm.data.shard import Manifest, Split
+from dist_llm.data.shard import CorpusManifest, Split
 from dist_llm.errors import DataError
 from dist_llm.io.urls import is_remote
 
-MAX_MAPPED_SHARDS = 256  # a mapping holds two file descriptors, and the limit per process is often 1024
-MEMORY_BYTES_PER_SECOND = 500e6  # a slower copy is taken for a read from the disk
-NUM_STAT_THREADS, NUM_FETCH_THREADS = 32, 8
-
-Tokens = npt.NDArray[Any]  # ids in the dtype of the corpus, uint16 or uint32
+MAX_MAPPED_SHARDS = 256  # a mapping has two file descriptors, and the limit per process is often 1024
+MEMORY_BYTES_PER_SECOND = 500e6  # a slower copy counts as a read from the disk
+NUM_STAT_THREADS = 32  # threads that check the sizes of files
+NUM_FETCH_THREADS = 8  # threads that download shards
 
 
 @dataclass(frozen=True)
@@ -51,14 +48,14 @@ class Corpus:
 
     def __init__(self, directory: Path, split: Split = "train", verify: str = "size", cache: str = CACHE) -> None:
         self.directory, self.split, self.cache = directory, split, cache
-        self.manifest = Manifest.load(directory)
+        self.manifest = CorpusManifest.load(directory)
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self.shards = self.manifest.shards[split]
         # For each shard, the position in the corpus after its last token.
         self.shard_ends: Ints = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)
         self.num_tokens = self.manifest.count_tokens(split)
         self._remote_shards = {index for index, shard in enumerate(self.shards) if is_remote(shard.file)}
-        self._mapped_shards: dict[int, _MappedShard] = {}
+        self._mapped_shards: dict[int, MappedShard] = {}
         self._cached_documents = lru_cache(MAX_MAPPED_SHARDS)(self._map_documents)
         self._reads_from_disk = True  # whether the latest batch came from the disk; then the next one is prefetched
         if verify == "hash":
@@ -69,6 +66,10 @@ class Corpus:
     def from_config(data: DataConfig, split: Split = "train") -> "Corpus":
         """Open the corpus of `data.path`, local or remote. Raises DataError if there is none."""
         return Corpus(localize_corpus(data.path, data.cache), split, data.verify, data.cache)
+
+    def get_shard_start(self, index: int) -> int:
+        """Return the position in the corpus of the first token of shard `index`."""
+        return int(self.shard_ends[index]) - self.shards[index].tokens
 
     def count_windows(self, window_tokens: int, stride: int) -> int:
         """Return the number of windows of `window_tokens` tokens whose starts are `stride` tokens apart."""
@@ -122,15 +123,15 @@ class Corpus:
             for _ in pool.map(self._fetch_shard, shard_indices):
                 pass
 
-    def _map_shard(self, index: int) -> "_MappedShard":
+    def _map_shard(self, index: int) -> MappedShard:
+        """Map shard `index`. If MAX_MAPPED_SHARDS are mapped, unmap the one that was mapped first."""
         if (mapped := self._mapped_shards.get(index)) is not None:
             return mapped
         path, shard = self._fetch_shard(index), self.shards[index]
         if len(self._mapped_shards) == MAX_MAPPED_SHARDS:
             del self._mapped_shards[next(iter(self._mapped_shards))]
-        first_token = int(self.shard_ends[index]) - shard.tokens
-        with _convert_read_errors(path):
-            mapped = _MappedShard(path, self.dtype, shard.skip_bytes, shard.tokens, first_token)
+        with convert_read_errors(path):
+            mapped = MappedShard(path, self.dtype, shard.skip_bytes, shard.tokens, self.get_shard_start(index))
         self._mapped_shards[index] = mapped
         return mapped
 
@@ -150,7 +151,7 @@ class Corpus:
         path = fetch_offsets(self.directory, shard, expected_bytes, self.cache)
         self._require_file_size(path, expected_bytes, f"{num_columns * shard.documents} offsets of uint64")
         # Mapped, because a run reads the offsets of few documents of a large shard.
-        with _convert_read_errors(path):
+        with convert_read_errors(path):
             offsets = np.memmap(path, "<u8", "r") if expected_bytes else np.empty(0, "<u8")
         return offsets.reshape(-1, num_columns)
 
@@ -176,10 +177,10 @@ class Corpus:
 
     def compute_document_ids(self, starts: Ints, window_tokens: int) -> Ints:
         """Return [len(starts), window_tokens]: the document of each token, counted from 0 within its window."""
-        starts_document = np.zeros((len(starts), window_tokens), np.int64)
-        for row, start in zip(starts_document, starts.tolist(), strict=True):
+        is_document_start = np.zeros((len(starts), window_tokens), np.int64)
+        for row, start in zip(is_document_start, starts.tolist(), strict=True):
             for shard in self._find_shards(start, window_tokens):
-                shard_position = int(self.shard_ends[shard]) - self.shards[shard].tokens - start  # within the window
+                shard_position = self.get_shard_start(shard) - start  # within the window
                 offsets = self.get_document_offsets(shard)
                 # Documents that start in the window, except at its first token: that document has id 0 anyway.
                 # The search keys need the dtype of the offsets. Otherwise searchsorted converts the whole file.
@@ -189,7 +190,7 @@ class Corpus:
                 if len(starts_in_window) and not 0 < starts_in_window[0] <= starts_in_window[-1] < window_tokens:
                     self._raise_bad_offsets(shard)
                 row[starts_in_window] = 1
-        return np.cumsum(starts_document, axis=1)
+        return np.cumsum(is_document_start, axis=1)
 
     def _find_shards(self, start: int, num_tokens: int) -> range:
         """Return the indices of the shards that have tokens in [start, start + num_tokens)."""
@@ -209,7 +210,7 @@ class Corpus:
         """Yield the documents that have tokens in [start, start + num_tokens)."""
         for shard in self._find_shards(start, num_tokens):
             shard_tokens = self.shards[shard].tokens
-            shard_start = int(self.shard_ends[shard]) - shard_tokens
+            shard_start = self.get_shard_start(shard)
             documents = self._cached_documents(shard)
             bounds = (max(start - shard_start, 0), start + num_tokens - 1 - shard_start)
             after_first, end_document = np.searchsorted(documents[:, 0], bounds, "right")
@@ -240,7 +241,7 @@ class Corpus:
 
     def _require_file_size(self, path: Path, expected_bytes: int, description: str) -> Path:
         """Return `path`. Raises DataError if the file cannot be read or has another size than expected."""
-        with _convert_read_errors(path):
+        with convert_read_errors(path):
             status = path.stat()
             num_bytes = status.st_size
             if stat.S_ISDIR(status.st_mode):
@@ -264,8 +265,9 @@ class Corpus:
                 pass
 
     def _verify_hash(self, index: int) -> None:
+        """Raise DataError if the SHA-256 of shard `index` differs from the manifest."""
         path = self._fetch_shard(index)
-        with _convert_read_errors(path), path.open("rb") as file:
+        with convert_read_errors(path), path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != self.shards[index].sha256:
             raise DataError(
@@ -280,51 +282,16 @@ class Corpus:
             f"of {shard.file}. The file is damaged: copy it again or prepare the corpus again."
         )
 
-    def _raise_bad_token_id(self, windows: Tokens, starts: Ints) -> None:
+    def _raise_bad_token_id(self, windows: Tokens, starts: Ints) -> NoReturn:
+        """Raise the error for the first id of `windows` that the tokenizer lacks."""
         row, column = np.argwhere(windows >= self.manifest.vocab_size)[0].tolist()
         position = int(starts[row]) + column
         index = int(np.searchsorted(self.shard_ends, position, side="right"))
         shard = self.shards[index]
-        position_in_shard = position - (int(self.shard_ends[index]) - shard.tokens)
+        position_in_shard = position - self.get_shard_start(index)
         byte_offset = shard.skip_bytes + position_in_shard * self.dtype.itemsize
         raise DataError(
             f"{self._fetch_shard(index)}: token {position_in_shard} (byte {byte_offset}) is "
             f"{windows[row, column]}, but the tokenizer has {self.manifest.vocab_size} ids. "
             "The shard is damaged or of another tokenizer: prepare the corpus again."
         )
-
-
-@contextmanager
-def _convert_read_errors(path: Path) -> Iterator[None]:
-    """Convert an OSError of the block into a DataError that names `path` and says how to fix it."""
-    try:
-        yield
-    except OSError as error:
-        hint = "Prepare the corpus again"
-        if error.errno in (errno.EACCES, errno.EPERM):
-            hint = "Give this user read permission"
-        elif error.errno in (errno.EMFILE, errno.ENFILE):
-            hint = "Raise the limit of open files (ulimit -n)"
-        raise DataError(f"{path}: cannot be read: {error.strerror}. {hint}.") from None
-
-
-class _MappedShard:
-    """A memory-mapped shard. `first_token` is the position of its first token in the corpus."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], skip_bytes: int, num_tokens: int, first_token: int) -> None:
-        self.first_token, self.num_tokens = first_token, num_tokens
-        self.skip_bytes, self.itemsize = skip_bytes, dtype.itemsize
-        self._file = os.open(path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
-        if not skip_bytes + num_tokens:  # an empty file cannot be mapped
-            self.tokens: Tokens = np.empty(0, dtype)
-            return
-        content = mmap.mmap(self._file, 0, access=mmap.ACCESS_READ)
-        # Windows are read at random, so the read-ahead of the kernel (megabytes on some machines) would be wasted.
-        content.madvise(mmap.MADV_RANDOM)
-        self.tokens = np.frombuffer(content, dtype, num_tokens, skip_bytes)
-
-    def prefetch(self, start: int, window_tokens: int) -> None:
-        """Ask the kernel to read the window that starts at token `start` of the corpus. Do not wait for the read."""
-        offset = self.skip_bytes + (start - self.first_token) * self.itemsize
-        os.posix_fadvise(self._file, offset, window_tokens * self.itemsize, os.POSIX_FADV_WILLNEED)

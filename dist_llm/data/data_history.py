@@ -7,7 +7,7 @@ before it stay unchanged.
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
@@ -142,8 +142,15 @@ def build_fresh_plan(config: Config) -> SamplePlan:
     return segment_from_config(config, sources).build_plan(sources)
 
 
-def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
-    """Return (the config with the data keys of this segment, the sample plan of this segment).
+class OpenSegment(NamedTuple):
+    """A segment of a data history with open corpora."""
+
+    config: Config  # config of the run, with the data keys of this segment
+    plan: SamplePlan
+
+
+def open_segment(config: Config, segment: Segment) -> OpenSegment:
+    """Open the corpora of a segment. `config` is the config of the run.
 
     Raises DataError as `open_sources` does.
     """
@@ -166,16 +173,16 @@ def open_segment(config: Config, segment: Segment) -> tuple[Config, SamplePlan]:
             "objective": MixtureConfig(mixture=components),
         }
     )
-    return segment_config, segment.build_plan(open_sources(segment_config))
+    return OpenSegment(segment_config, segment.build_plan(open_sources(segment_config)))
 
 
 def extend_history(
-    history: DataHistory, config_segment: Segment, step: int, samples: int, tokens: int, new_segment: bool
+    history: DataHistory, config_segment: Segment, *, step: int, samples: int, tokens: int, new_segment: bool
 ) -> DataHistory:
     """Return the history of a run that resumes after `step` with the data of `config_segment`.
 
-    `samples` and `tokens` are the counts that the run has consumed. Weights, batch size and skipped ranges may change.
-    Raises DataError if other data changed, unless `new_segment` is set.
+    `samples` and `tokens` are the numbers of samples and tokens that the run has consumed. Weights, batch size and
+    skipped ranges may change. Raises DataError if other keys or corpora changed, unless `new_segment` is set.
     """
     last = history[-1]
     changes = list(_iter_changes(last.spec, config_segment.spec))

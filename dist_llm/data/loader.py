@@ -6,6 +6,7 @@ The samples of a run are numbered in the order of training. A step consumes the 
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,15 +20,23 @@ from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.build_objective import Objective, Windows, build_objective
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 
-LOOKUP_SAMPLES = 4096  # samples that one call locates: a call costs much more than a sample
+LOOKUP_SAMPLES = 4096  # samples that one call locates, because a call costs much more than a sample
+
+
+class _LocalSamples(NamedTuple):
+    """The samples of this rank in a step. The arrays have one element per sample."""
+
+    numbers: Ints
+    stream_ids: Ints
+    offsets: Ints  # in the window stream
 
 
 def build_loader(
-    config: Config, plan: SamplePlan, vocabulary: ObjectiveVocabulary, dp_rank: int, dp_size: int, pin: bool
+    config: Config, plan: SamplePlan, vocabulary: ObjectiveVocabulary, dp_rank: int, dp_size: int, *, pin: bool
 ) -> "Loader":
-    """Build the loader of the training samples of a resolved config. `pin`: put batches in page-locked memory."""
+    """Build the loader of the training samples of a resolved config. With `pin`, batches are in page-locked memory."""
     weights_prompts = has_prompt_weights(config.data, [source.corpus for source in plan.sources])
-    return Loader(plan, build_objective(config, vocabulary, weights_prompts), config.data, dp_rank, dp_size, pin)
+    return Loader(plan, build_objective(config, vocabulary, weights_prompts), config.data, dp_rank, dp_size, pin=pin)
 
 
 class Loader:
@@ -38,7 +47,7 @@ class Loader:
     """
 
     def __init__(
-        self, plan: SamplePlan, objective: Objective, data: DataConfig, dp_rank: int, dp_size: int, pin: bool
+        self, plan: SamplePlan, objective: Objective, data: DataConfig, dp_rank: int, dp_size: int, *, pin: bool
     ) -> None:
         self.plan, self.objective, self.pin = plan, objective, pin
         self.streams = plan.streams
@@ -48,7 +57,7 @@ class Loader:
         self.prefetch = data.prefetch
         self._pool = ThreadPoolExecutor(1, "loader") if data.prefetch else None
         self._futures: dict[int, Future[list[Batch]]] = {}  # by the first sample of the step
-        self._locations: dict[int, tuple[Ints, Ints, Ints]] = {}  # by the first sample of the step
+        self._locations: dict[int, _LocalSamples] = {}  # by the first sample of the step
 
     def get_local_samples(self, first_sample: int) -> Ints:
         """Return the sample numbers of this rank in the step that starts at `first_sample`."""
@@ -86,6 +95,7 @@ class Loader:
         return self._pool.submit(loader._build_batches, first_sample).result()
 
     def close(self) -> None:
+        """Stop the background thread, and drop batches that are not built yet."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -114,18 +124,18 @@ class Loader:
                 windows[row] = window
         return windows.tolist()
 
-    def _locate_samples(self, first_sample: int) -> tuple[Ints, Ints, Ints]:
-        """Return (sample numbers, stream indices, offsets) of this rank in a step.
+    def _locate_samples(self, first_sample: int) -> _LocalSamples:
+        """Return the samples of this rank in the step that starts at `first_sample`.
 
-        Locations are computed for several steps at a time and cached.
+        Samples are located for several steps at a time and cached.
         """
         first_sample = self.plan.advance(first_sample, 0)  # move out of a skipped range
         if first_sample not in self._locations:
             num_steps = max(1, LOOKUP_SAMPLES // self.local_batch)
             numbers = self.plan.list_sample_numbers(first_sample, num_steps * self.global_batch).reshape(num_steps, -1)
             local_numbers = np.ascontiguousarray(numbers[:, self.rank_offset : self.rank_offset + self.local_batch])
-            located = self.plan.locate_samples(local_numbers.ravel())
-            stream_ids, offsets = (array.reshape(local_numbers.shape) for array in located)
-            locations = zip(local_numbers, stream_ids, offsets, strict=True)
-            self._locations = dict(zip(numbers[:, 0].tolist(), locations, strict=True))
+            locations = self.plan.locate_samples(local_numbers.ravel())
+            stream_ids, offsets = (array.reshape(local_numbers.shape) for array in locations)
+            samples_by_step = map(_LocalSamples, local_numbers, stream_ids, offsets)
+            self._locations = dict(zip(numbers[:, 0].tolist(), samples_by_step, strict=True))
         return self._locations[first_sample]

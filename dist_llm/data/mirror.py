@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dist_llm.data.remote import convert_write_errors, fetch
-from dist_llm.data.shard import MANIFEST_FILE, SPLITS, Manifest, Shard
+from dist_llm.data.shard import MANIFEST_FILE, SPLITS, CorpusManifest, Shard
 from dist_llm.data.tokenizer_file import TOKENIZER_FILE
 from dist_llm.io.atomic import PARTIAL_SUFFIX, TargetExistsError, create_atomically
 from dist_llm.io.urls import as_path, is_remote, iter_blocks, with_retries
@@ -35,7 +35,7 @@ def localize_corpus(location: str, cache: str) -> Path:
     content = with_retries(manifest_url, lambda: b"".join(iter_blocks(manifest_url)), lambda: _build_hint(url, mirrors))
     mirror = mirrors / hashlib.sha256(f"{url}\n".encode() + content).hexdigest()
     if not mirror.exists():
-        manifest = Manifest.parse(content, manifest_url)
+        manifest = CorpusManifest.parse(content, manifest_url)
         with (
             convert_write_errors(mirror),
             suppress(TargetExistsError),  # another process created it first

@@ -6,7 +6,7 @@ The functions are vectorised, use constant memory, and do not depend on the worl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 UInts = npt.NDArray[np.uint64]
 
-NUM_CACHED_BLOCKS = 16
+NUM_CACHED_BLOCKS = 16  # shuffled blocks of a mixture
 NUM_ROUNDS = 6  # of the Feistel network
 # One constant per round, so that the rounds have different keys.
 ROUND_CONSTANTS = np.arange(NUM_ROUNDS, dtype=np.uint64)[:, None] << np.uint64(56)
@@ -59,6 +59,13 @@ class RandomOrder:
         return (random_bits % np.uint64(self.num_offsets)).astype(np.int64)
 
 
+class Assignment(NamedTuple):
+    """The component of a mixture that each sample belongs to. Both arrays have one element per sample."""
+
+    component_ids: Ints
+    indices: Ints  # of the sample among the samples of its component, in the order of use
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Assigns samples to the components of a mixture (corpora or objectives).
@@ -69,7 +76,7 @@ class Mixture:
     """
 
     seed: int
-    quotas: tuple[int, ...]
+    quotas: tuple[int, ...]  # samples of each component in a block
 
     @staticmethod
     def from_weights(weights: Sequence[float], seed: int, block_samples: int = 1000) -> "Mixture":
@@ -86,8 +93,8 @@ class Mixture:
             quotas[quotas.argmax()] -= 1
         return Mixture(seed, tuple(quotas.tolist()))
 
-    def assign(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Return (component of each sample, its index among the samples of that component)."""
+    def assign(self, samples: Ints) -> Assignment:
+        """Assign the samples with these numbers to components."""
         blocks, positions = np.divmod(samples, sum(self.quotas))
         component_ids, indices = np.empty_like(samples), np.empty_like(samples)
         for block in np.unique(blocks).tolist():
@@ -95,7 +102,7 @@ class Mixture:
             block_component_ids, block_indices = _shuffle_block(self.seed, self.quotas, block)
             component_ids[rows] = block_component_ids[positions[rows]]
             indices[rows] = block * np.asarray(self.quotas)[component_ids[rows]] + block_indices[positions[rows]]
-        return component_ids, indices
+        return Assignment(component_ids, indices)
 
     def count_samples(self, num_samples: int) -> Ints:
         """Return how many of the first `num_samples` samples belong to each component."""
@@ -106,8 +113,8 @@ class Mixture:
 
 
 @lru_cache(NUM_CACHED_BLOCKS)
-def _shuffle_block(seed: int, quotas: tuple[int, ...], block: int) -> tuple[Ints, Ints]:
-    """Return (component of each sample of a block, its index among the samples of that component in the block)."""
+def _shuffle_block(seed: int, quotas: tuple[int, ...], block: int) -> Assignment:
+    """Assign the samples of block number `block`. Indices count from the beginning of the block."""
     ends = np.cumsum(quotas)
     key = splitmix64(_to_uint64([block]) ^ splitmix64(_to_uint64([seed])))
     positions = permute(_to_uint64(np.arange(ends[-1])), int(ends[-1]), key).astype(np.int64)
@@ -115,7 +122,7 @@ def _shuffle_block(seed: int, quotas: tuple[int, ...], block: int) -> tuple[Ints
     by_component = np.argsort(component_ids, kind="stable")
     indices = np.empty_like(by_component)
     indices[by_component] = np.arange(len(component_ids)) - (ends - quotas)[component_ids[by_component]]
-    return component_ids, indices
+    return Assignment(component_ids, indices)
 
 
 def permute(indices: UInts, domain_size: int, keys: UInts) -> UInts:

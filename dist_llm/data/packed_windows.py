@@ -8,6 +8,7 @@ again when one of them is read.
 
 from bisect import bisect_left, insort
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,19 +20,28 @@ from dist_llm.objectives.examples import TokenWindow
 GROUP_DOCUMENTS = 1024  # documents packed together: fewer documents need more padding, more make reads slower
 NUM_CACHED_GROUPS = 64
 
-Spans = list[tuple[int, int]]  # (first token, number of tokens) of each segment of a window
+Spans = list[
+    tuple[int, int]
+]  # (position of the first token in the corpus, number of tokens) of each segment of a window
+
+
+class _DocumentGroup(NamedTuple):
+    """Consecutive documents of a shard that are packed together."""
+
+    shard: int  # index of the shard
+    first_document: int  # index of the first document in the shard
 
 
 class PackedWindows:
     """The windows of a corpus, in the order of the corpus. The constructor reads the offsets of all documents.
 
-    `is_packed`: pack several documents into a window; else a window has one document.
+    With `is_packed`, a window may have several documents; otherwise it has one.
     """
 
     def __init__(self, corpus: Corpus, lengths: SequenceLengths, is_packed: bool) -> None:
         self.corpus, self.lengths, self.is_packed = corpus, lengths, is_packed
-        self.groups = [  # (index of the shard, index of the first document in the shard)
-            (shard, first_document)
+        self.groups = [
+            _DocumentGroup(shard, first_document)
             for shard in range(len(corpus.shards))
             for first_document in range(0, max(corpus.shards[shard].documents, 1), GROUP_DOCUMENTS)
         ]
@@ -49,7 +59,7 @@ class PackedWindows:
     def find_document_windows(self, document: DocumentLocation) -> Ints:
         """Return the indices of the windows that have tokens of a document."""
         first_document = document.index // GROUP_DOCUMENTS * GROUP_DOCUMENTS
-        group = self.groups.index((document.shard, first_document))
+        group = self.groups.index(_DocumentGroup(document.shard, first_document))
         windows = self._build_windows(document.shard, first_document)
         first_window = int(self.group_ends[group]) - len(windows)
         has_document = [any(document.start <= start < document.end for start, _ in spans) for spans in windows]
@@ -89,12 +99,12 @@ class PackedWindows:
             starts = np.concatenate(([0], starts))
         document_tokens = np.diff(np.append(starts, group_end))
         overlap = window_tokens - stride
-        num_segments = np.maximum(-(-(document_tokens - overlap) // stride), 0)  # per document
+        num_segments = np.maximum(-(-(document_tokens - overlap) // stride), 0)  # per document, rounded up
         first_segments = np.cumsum(num_segments) - num_segments
         segment_in_document = np.arange(num_segments.sum()) - np.repeat(first_segments, num_segments)
         offsets = segment_in_document * stride
         segment_tokens = np.minimum(np.repeat(document_tokens, num_segments) - offsets, window_tokens)
-        shard_start = int(corpus.shard_ends[shard]) - corpus.shards[shard].tokens
+        shard_start = corpus.get_shard_start(shard)
         segment_starts = shard_start + np.repeat(starts, num_segments) + offsets
         spans = list(zip(segment_starts.tolist(), segment_tokens.tolist(), strict=True))
         if not self.is_packed:

@@ -6,10 +6,11 @@ assigns it to a component of the objective. Each (source, component) has a windo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from dist_llm.data.order import Ints, Mixture
+from dist_llm.data.order import Assignment, Ints, Mixture
 from dist_llm.data.streams import DataSource, WindowStream
 
 Ranges = Sequence[tuple[int, int]]  # [start, end) of sample numbers
@@ -23,12 +24,12 @@ class MixtureStage:
     mixture: Mixture  # assigns the samples from `first_sample` on to sources
     num_consumed: tuple[int, ...]  # samples of each source that earlier stages consumed
 
-    def assign(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Return (source of each sample, its index among the samples of that source)."""
+    def assign(self, samples: Ints) -> Assignment:
+        """Assign the samples with these numbers to sources. The components of the result are the sources."""
         if len(self.num_consumed) == 1:
-            return np.zeros_like(samples), samples - self.first_sample + self.num_consumed[0]
+            return Assignment(np.zeros_like(samples), samples - self.first_sample + self.num_consumed[0])
         source_ids, indices = self.mixture.assign(samples - self.first_sample)
-        return source_ids, indices + np.asarray(self.num_consumed)[source_ids]
+        return Assignment(source_ids, indices + np.asarray(self.num_consumed)[source_ids])
 
     def count_consumed(self, sample: int) -> tuple[int, ...]:
         """Return how many samples of each source come before sample number `sample`."""
@@ -64,6 +65,13 @@ def build_stages(
     return stages
 
 
+class WindowLocations(NamedTuple):
+    """Where the windows of samples are. Both arrays have one element per sample."""
+
+    stream_ids: Ints  # index in `SamplePlan.streams`
+    offsets: Ints  # in this stream, as `WindowStream.read` expects them
+
+
 @dataclass(frozen=True)
 class SamplePlan:
     """Maps the sample numbers of one segment of a run to windows. Numbers in `skip` are not used."""
@@ -78,7 +86,7 @@ class SamplePlan:
         return [stream for source in self.sources for stream in source.streams]
 
     def get_source_and_component(self, stream_index: int) -> tuple[DataSource, int]:
-        """Return (source of the window stream at an index of `streams`, index of its component of the objective)."""
+        """Return (source, index of the component of the objective) of the window stream at an index of `streams`."""
         source_index, component_index = divmod(stream_index, len(self.sources[0].streams))
         return self.sources[source_index], component_index
 
@@ -105,12 +113,12 @@ class SamplePlan:
         started_stages = [stage for stage in self.stages if stage.first_sample <= sample or stage is self.stages[0]]
         return started_stages[-1].count_consumed(sample)
 
-    def locate_samples(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Return (index in `streams`, offset in this stream) of the window of each sample."""
+    def locate_samples(self, samples: Ints) -> WindowLocations:
+        """Return the location of the window of each of the samples with these numbers."""
         num_components = len(self.sources[0].streams)
         source_ids, indices_in_source = self.assign(samples)
         if len(self.sources) * num_components == 1:
-            return source_ids, self.sources[0].streams[0].order.locate_windows(indices_in_source)
+            return WindowLocations(source_ids, self.sources[0].streams[0].order.locate_windows(indices_in_source))
         stream_ids, offsets = np.empty_like(samples), np.empty_like(samples)
         for source_id, source in enumerate(self.sources):
             rows = np.flatnonzero(source_ids == source_id)
@@ -121,10 +129,10 @@ class SamplePlan:
                 is_component = component_ids == component_id
                 offsets[rows[is_component]] = stream.order.locate_windows(indices[is_component])
             stream_ids[rows] = source_id * num_components + component_ids
-        return stream_ids, offsets
+        return WindowLocations(stream_ids, offsets)
 
-    def assign(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Return (source of each sample, its index among the samples of that source)."""
+    def assign(self, samples: Ints) -> Assignment:
+        """Assign the samples with these numbers to sources. The components of the result are the sources."""
         if len(self.stages) == 1:
             return self.stages[0].assign(samples)
         source_ids, indices = np.empty_like(samples), np.empty_like(samples)
@@ -132,4 +140,4 @@ class SamplePlan:
         for stage_id in np.unique(stage_ids).tolist():
             rows = stage_ids == stage_id
             source_ids[rows], indices[rows] = self.stages[stage_id].assign(samples[rows])
-        return source_ids, indices
+        return Assignment(source_ids, indices)

@@ -68,7 +68,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CorpusManifest:
     """The content of manifest.json: what training needs to know about a corpus before it reads tokens."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT_CONFIG
@@ -114,11 +114,11 @@ class Manifest:
         replace_file(directory / MANIFEST_FILE, content.encode())
 
     @staticmethod
-    def load(directory: Path) -> "Manifest":
+    def load(directory: Path) -> "CorpusManifest":
         """Read the manifest. Raises DataError if `directory` is not a complete corpus."""
         path = directory / MANIFEST_FILE
         try:
-            return Manifest.parse(path.read_bytes(), str(path))
+            return CorpusManifest.parse(path.read_bytes(), str(path))
         except FileNotFoundError:
             raise DataError(
                 f"{directory}: not a prepared corpus ({MANIFEST_FILE} is missing). Make one with: "
@@ -128,7 +128,7 @@ class Manifest:
             raise DataError(f"{path}: cannot be read: {error.strerror}. Prepare the corpus again.") from None
 
     @staticmethod
-    def parse(content: bytes, origin: str) -> "Manifest":
+    def parse(content: bytes, origin: str) -> "CorpusManifest":
         """Parse the content of a manifest. Raises DataError, which names `origin`, if it is invalid."""
         try:
             fields = json.loads(content.decode("utf-8"))
@@ -138,7 +138,7 @@ class Manifest:
             raise DataError(f"{origin}: not of format '{FORMAT}'. Prepare the corpus again with this version.")
         try:
             # Validate JSON instead of `fields`: in strict mode only JSON input may give a list for a tuple.
-            manifest = TypeAdapter(Manifest).validate_json(json.dumps(fields))
+            manifest = TypeAdapter(CorpusManifest).validate_json(json.dumps(fields))
         except ValidationError as error:
             problem = error.errors()[0]
             field = ".".join(map(str, problem["loc"]))

@@ -11,7 +11,8 @@ from dist_llm.config.check_data import SHARE_BLOCK_SAMPLES, find_starved_sources
 from dist_llm.config.data_sections import DataConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import SequenceLengths, compute_component_lengths
-from dist_llm.data.corpus import Corpus, Tokens
+from dist_llm.data.corpus import Corpus
+from dist_llm.data.mapped_shard import Tokens
 from dist_llm.data.order import Ints, Mixture, Order, RandomOrder, ShuffledOrder
 from dist_llm.data.packed_windows import PackedWindows, Spans
 from dist_llm.data.shard import Split
@@ -35,7 +36,13 @@ class WindowStream:
         """Return the windows at these offsets: ids [len(offsets), window_tokens], or TokenWindow objects."""
         if self.packed_windows is not None:
             return self.packed_windows.read(offsets, self.prompt_loss_weight)
-        return read_windows(self.corpus, offsets, self.window_tokens, self.prompt_loss_weight, self.document_mask)
+        return read_windows(
+            self.corpus,
+            offsets,
+            self.window_tokens,
+            prompt_loss_weight=self.prompt_loss_weight,
+            document_mask=self.document_mask,
+        )
 
     @property
     def windows_per_epoch(self) -> float:
@@ -67,14 +74,21 @@ class DataSource:
     @property
     def samples_per_epoch(self) -> float:
         """Number of samples that read the corpus once, over all components of the objective."""
-        quotas = zip(self.component_mixture.quotas, self.streams, strict=True)
-        return sum(self.component_mixture.quotas) / sum(quota / stream.windows_per_epoch for quota, stream in quotas)
+        quotas = self.component_mixture.quotas
+        epochs_per_block = sum(
+            quota / stream.windows_per_epoch for quota, stream in zip(quotas, self.streams, strict=True)
+        )
+        return sum(quotas) / epochs_per_block
 
 
 def read_windows(
-    corpus: Corpus, starts: Ints, window_tokens: int, prompt_loss_weight: float, document_mask: bool = False
+    corpus: Corpus, starts: Ints, window_tokens: int, *, prompt_loss_weight: float, document_mask: bool = False
 ) -> Tokens | list[TokenWindow]:
-    """Read windows of consecutive tokens. Add loss weights if those of prompts are not 1; document ids on demand."""
+    """Read windows of consecutive tokens.
+
+    Return ids [len(starts), window_tokens]; or TokenWindow objects, if the losses of prompts have another weight than 1
+    (they have loss weights) or with `document_mask` (they have document ids).
+    """
     tokens = corpus.read(starts, window_tokens)
     has_loss_weights = corpus.manifest.prompts and prompt_loss_weight != 1
     if not has_loss_weights and not document_mask:
@@ -196,4 +210,8 @@ def has_prompt_weights(data: DataConfig, corpora: Iterable[Corpus]) -> bool:
 
 def compute_quotas(weights: Sequence[float]) -> tuple[int, ...]:
     """Return how many of SHARE_BLOCK_SAMPLES consecutive samples each source gets."""
-    return Mixture.from_weights(weights, 0, SHARE_BLOCK_SAMPLES).quotas if len(weights) > 1 else (SHARE_BLOCK_SAMPLES,)
+    return (
+        Mixture.from_weights(weights, seed=0, block_samples=SHARE_BLOCK_SAMPLES).quotas
+        if len(weights) > 1
+        else (SHARE_BLOCK_SAMPLES,)
+    )

@@ -79,7 +79,7 @@ class AccelerateEngine(DataParallelEngine):
             with nullcontext() if is_last else self.accelerator.no_sync(self.prepared):
                 self.seed_dropout(step, index)
                 losses_B = self.prepared(batch.inputs_BS, **batch.forward_arguments()) / denominator
-                self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size[1])
+                self.accelerator.backward(losses_B.sum() * self.dp_rank_and_size.size)
             losses.append(losses_B.detach())
         return torch.cat(losses)
 
@@ -88,7 +88,7 @@ class AccelerateEngine(DataParallelEngine):
         local_grads = [to_local(grad) for grad in grads]
         norm = gradient_clipping.compute_global_norm(local_grads).to(self.device)
         if any(map(is_sharded, grads)):
-            norm = self.all_reduce_over_data(norm.square()).sqrt()
+            norm = self.all_reduce_over_dp_and_cp(norm.square()).sqrt()
         if should_apply is not None and not should_apply(norm):
             self.optimizer.zero_grad()
             return norm

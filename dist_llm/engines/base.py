@@ -4,7 +4,7 @@ The native engine, DeepSpeed and accelerate implement this interface; `build_eng
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,13 @@ from dist_llm.models.router_stats import RouterStats
 from dist_llm.objectives.batch import Batch
 from dist_llm.optim.loss_scale import LossScale
 from dist_llm.parallel.replica_check import ReplicaGroups
+
+
+class DataParallelRank(NamedTuple):
+    """A data-parallel rank and the number of data-parallel ranks."""
+
+    rank: int
+    size: int
 
 
 class Engine(Protocol):
@@ -39,10 +46,10 @@ class Engine(Protocol):
         ...
 
     @property
-    def dp_rank_and_size(self) -> tuple[int, int]:
-        """(data-parallel rank, number of data-parallel ranks).
+    def dp_rank_and_size(self) -> DataParallelRank:
+        """The data-parallel rank of this process, and the number of data-parallel ranks.
 
-        Ranks with the same data-parallel rank read the same samples.
+        Processes with the same data-parallel rank read the same samples.
         """
         ...
 
@@ -58,8 +65,11 @@ class Engine(Protocol):
         """Return the parameters on this rank, with their names in the full model."""
         ...
 
-    def all_reduce_over_data(self, value: Tensor | float) -> Tensor:
-        """Return the sum of `value` over the ranks whose losses cover different tokens, on every rank."""
+    def all_reduce_over_dp_and_cp(self, value: Tensor | float) -> Tensor:
+        """Return the sum of `value`, on every rank, over the ranks that compute losses of different tokens.
+
+        These are the data-parallel and context-parallel ranks, of the last pipeline stage only.
+        """
         ...
 
     def all_gather_ints(self, value: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.config.engine_names import NATIVE_ENGINE, check_engine_name, find_engine
+from dist_llm.config.engine_names import NATIVE_ENGINE, check_engine_name, find_engine_plugin
 from dist_llm.config.load import raise_violations
 from dist_llm.config.schema import Config
 from dist_llm.engines.base import Engine
@@ -40,7 +40,7 @@ def build_engine(config: Config, device: torch.device) -> Engine:
 def _load_engine(name: str) -> Any:
     """Import the target of the entry point of an engine. Raises ConfigError if the import fails."""
     raise_violations(list(check_engine_name(name)))
-    entry_point = find_engine(name)
+    entry_point = find_engine_plugin(name)
     assert entry_point is not None
     try:
         engine_module = entry_point.load()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
+from dist_llm.engines.base import DataParallelRank
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.router_stats import RouterStats
 from dist_llm.objectives.batch import Batch
@@ -55,19 +56,19 @@ class DataParallelEngine:
 
     @property
     def replica_process_group(self) -> dist.ProcessGroup | None:
-        """The process group of the ranks that hold the same parameters. None is the group of all ranks."""
+        """The process group of the ranks with equal parameters. None is the group of all ranks."""
         return None
 
     @property
-    def dp_rank_and_size(self) -> tuple[int, int]:
-        return dist.get_rank(), dist.get_world_size()
+    def dp_rank_and_size(self) -> DataParallelRank:
+        return DataParallelRank(dist.get_rank(), dist.get_world_size())
 
     @property
     def coordinates(self) -> tuple[int, ...]:
         """The coordinates (pp, dp_replicate, dp_shard, cp) of this rank in the corresponding native mesh."""
         return 0, 0, dist.get_rank(), 0
 
-    def all_reduce_over_data(self, value: Tensor | float) -> Tensor:
+    def all_reduce_over_dp_and_cp(self, value: Tensor | float) -> Tensor:
         total = value.clone() if isinstance(value, Tensor) else number_to_tensor(value, self.device)
         dist.all_reduce(total)
         return total

@@ -48,7 +48,7 @@ class DeepSpeedEngine(DataParallelEngine):
         super().__init__(config, device)
         deepspeed = prepare_deepspeed(device)
         self.stage = config.deepspeed.stage
-        settings = build_deepspeed_json(config, self.dp_rank_and_size[1])
+        settings = build_deepspeed_json(config, self.dp_rank_and_size.size)
         self.model = self.build_model_part(deepspeed, settings)
         optimizer = build_optimizer(config.optim, self.model.named_parameters(), build_param_specs(config.model))
         self.deepspeed = self.initialize(deepspeed, self.model, optimizer, settings)
@@ -93,7 +93,7 @@ class DeepSpeedEngine(DataParallelEngine):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(batches) - 1)
             self.seed_dropout(step, index)
             losses_B = self.deepspeed(batch.inputs_BS, **batch.forward_arguments()) / denominator
-            self.deepspeed.backward(losses_B.sum() * self.dp_rank_and_size[1], scale_wrt_gas=False)
+            self.deepspeed.backward(losses_B.sum() * self.dp_rank_and_size.size, scale_wrt_gas=False)
             losses.append(losses_B.detach().float())
         return torch.cat(losses)
 
@@ -134,7 +134,8 @@ class ZeroPartitions:
     """The `CheckpointState` of ZeRO 1 to 3.
 
     DeepSpeed concatenates the fp32 weights of a parameter group into one flat tensor and partitions it over the ranks.
-    It stores the moments in the same way. `flats` has the weight partitions of this rank, one per group.
+    It stores the moments in the same way. `weight_partitions` has the partition of this rank of each group, and is also
+    the key of its moments in the optimizer state.
     """
 
     def __init__(
@@ -143,14 +144,14 @@ class ZeroPartitions:
         self.zero_optimizer, self.stage, self.dp_rank = zero_optimizer, stage, dp_rank
         names = {parameter: name for name, parameter in parameters.items()}
         if stage == 3:
-            groups, self.flats = zero_optimizer.fp16_groups, zero_optimizer.fp32_partitioned_groups_flat
+            groups, self.weight_partitions = zero_optimizer.fp16_groups, zero_optimizer.fp32_partitioned_groups_flat
         else:
-            groups, self.flats = zero_optimizer.bit16_groups, zero_optimizer.single_partition_of_fp32_groups
+            groups, self.weight_partitions = zero_optimizer.bit16_groups, zero_optimizer.single_partition_of_fp32_groups
         self.shapes = [{names[parameter]: full_shape(parameter) for parameter in group} for group in groups]
         build_layout = per_param_layout if stage == 3 else contiguous_layout
         self.layouts: list[PartitionLayout] = [build_layout(shapes, dp_size) for shapes in self.shapes]
-        for flat, layout in zip(self.flats, self.layouts, strict=True):
-            assert flat.numel() == layout.sizes[dp_rank], "DeepSpeed uses an unknown partition layout"
+        for partition, layout in zip(self.weight_partitions, self.layouts, strict=True):
+            assert partition.numel() == layout.sizes[dp_rank], "DeepSpeed uses an unknown partition layout"
 
     @property
     def optimizer(self) -> optim.Optimizer:
@@ -160,21 +161,21 @@ class ZeroPartitions:
     def weights(self) -> dict[str, Any]:
         return {
             f"model.{name}": shard
-            for group_index, flat in enumerate(self.flats)
-            for name, shard in self._iter_shards(group_index, flat.detach())
+            for group_index, partition in enumerate(self.weight_partitions)
+            for name, shard in self._iter_shards(group_index, partition.detach())
         }
 
     def moments(self) -> dict[str, Any]:
         moments: dict[str, Any] = {}
-        for group_index, (flat, shapes) in enumerate(zip(self.flats, self.shapes, strict=True)):
-            for key, value in self.optimizer.state.get(flat, {}).items():
+        for group_index, (partition, shapes) in enumerate(zip(self.weight_partitions, self.shapes, strict=True)):
+            for key, value in self.optimizer.state.get(partition, {}).items():
                 # A value without dimensions, the step counter, belongs to all parameters of the group.
                 shards = self._iter_shards(group_index, value) if value.ndim else ((name, value) for name in shapes)
                 moments |= {f"optim.{name}.{key}": shard for name, shard in shards}
         return moments
 
     def allocate_moments(self, saved: Mapping[str, tuple[int, ...]]) -> None:
-        for flat, shapes in zip(self.flats, self.shapes, strict=True):
+        for partition, shapes in zip(self.weight_partitions, self.shapes, strict=True):
             shapes_by_param = {name: select_moment_shapes(saved, name) for name in shapes}
             first_name, first_shapes = next(iter(shapes_by_param.items()))
             mismatching = [name for name, moments in shapes_by_param.items() if moments.keys() != first_shapes.keys()]
@@ -184,8 +185,10 @@ class ZeroPartitions:
                     "together; start with init_from and init_optimizer: fresh"
                 )
             check_moment_names(first_name, first_shapes, self.optimizer.param_groups[0])
-            self.optimizer.state[flat] = {
-                key: torch.zeros_like(flat, requires_grad=False) if shape else torch.zeros((), device=flat.device)
+            self.optimizer.state[partition] = {
+                key: torch.zeros_like(partition, requires_grad=False)
+                if shape
+                else torch.zeros((), device=partition.device)
                 for key, shape in first_shapes.items()
             }
 
@@ -195,7 +198,7 @@ class ZeroPartitions:
         if self.stage < 3:
             self.zero_optimizer.update_lp_params()
             return
-        copy_fp32_weights(self.zero_optimizer, len(self.flats))
+        copy_fp32_weights(self.zero_optimizer, len(self.weight_partitions))
 
     def _iter_shards(self, group_index: int, values: Tensor) -> Iterator[tuple[str, FlatShard]]:
         """Yield (name, shard of this rank) for each parameter of a group.
@@ -210,7 +213,7 @@ class ZeroPartitions:
 
 
 def _init_partitions(state: CheckpointState, config: Config) -> None:
-    """Initialize the fp32 partitions of this rank."""
+    """Initialize the fp32 weights in the partitions of this rank with the values that all engines start from."""
     specs = build_param_specs(config.model)
     for name, shard in state.weights().items():
         name = name.removeprefix("model.")

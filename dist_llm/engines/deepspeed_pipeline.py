@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, optim
 
 from dist_llm.config.schema import Config
+from dist_llm.engines.base import DataParallelRank
 from dist_llm.engines.deepspeed_compat import postpone_optimizer_step, run_optimizer_step
 from dist_llm.engines.deepspeed_engine import DeepSpeedEngine
 from dist_llm.losses.cross_entropy import CrossEntropy
@@ -28,16 +29,17 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.num_stages = config.parallel.pp
-        self.is_last_stage = dist.get_rank() // (dist.get_world_size() // self.num_stages) == self.num_stages - 1
+        self.stage_index = dist.get_rank() // (dist.get_world_size() // self.num_stages)
+        self.is_last_stage = self.stage_index == self.num_stages - 1
         self.denominator, self.loss_factor = torch.ones((), device=device), 1.0
         self.losses: list[Tensor] = []
         super().__init__(config, device)
         postpone_optimizer_step(self.deepspeed)  # `update` runs the step, once it knows the learning rate
 
     @property
-    def dp_rank_and_size(self) -> tuple[int, int]:
+    def dp_rank_and_size(self) -> DataParallelRank:
         dp_size = dist.get_world_size() // self.num_stages
-        return dist.get_rank() % dp_size, dp_size
+        return DataParallelRank(dist.get_rank() % dp_size, dp_size)
 
     @property
     def replica_process_group(self) -> dist.ProcessGroup:
@@ -46,14 +48,14 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
 
     @property
     def coordinates(self) -> tuple[int, ...]:
-        return dist.get_rank() // self.dp_rank_and_size[1], 0, self.dp_rank_and_size[0], 0
+        return self.stage_index, 0, self.dp_rank_and_size.rank, 0
 
-    def all_reduce_over_data(self, value: Tensor | float) -> Tensor:
-        return super().all_reduce_over_data(value * self.is_last_stage)  # only the last stage has losses
+    def all_reduce_over_dp_and_cp(self, value: Tensor | float) -> Tensor:
+        return super().all_reduce_over_dp_and_cp(value * self.is_last_stage)  # only the last stage has losses
 
     def build_model_part(self, deepspeed: Any, settings: dict[str, Any]) -> Decoder:
         """Build the pipeline stage of this rank."""
-        config, stage = self.config, dist.get_rank() // self.dp_rank_and_size[1]
+        config, stage = self.config, self.stage_index
         with torch.device("meta"):
             model_part = build_model(config.model, CrossEntropy(config.loss.label_smoothing, config.loss.z_loss))
         layers = split_layers(config.model, self.num_stages, config.parallel.pp_split)[stage]
@@ -64,9 +66,8 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         return model_part
 
     def initialize(self, deepspeed: Any, model: Decoder, optimizer: optim.Optimizer, settings: dict[str, Any]) -> Any:
-        stage = dist.get_rank() // self.dp_rank_and_size[1]
         # DeepSpeed only builds the stage of this rank. The placeholders of other stages are never run.
-        layers = [model if index == stage else nn.Identity() for index in range(self.num_stages)]
+        layers = [model if index == self.stage_index else nn.Identity() for index in range(self.num_stages)]
         module = deepspeed.PipelineModule(
             layers, self.num_stages, loss_fn=self._compute_loss, partition_method="uniform"
         )
@@ -76,7 +77,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngine):
         self.seed_dropout(step, 0)
         # DeepSpeed averages over microbatches and data ranks; `loss_factor` undoes this.
         self.denominator, self.losses = denominator, []
-        self.loss_factor = float(len(batches) * self.dp_rank_and_size[1])
+        self.loss_factor = float(len(batches) * self.dp_rank_and_size.size)
         self.deepspeed.reset_activation_shape()
         self.deepspeed.train_batch(_iter_inputs_and_labels(batches))
         num_rows = sum(len(batch.inputs_BS) for batch in batches)

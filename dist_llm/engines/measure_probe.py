@@ -32,15 +32,16 @@ def measure_probe(engine: Engine, config: Config) -> Probe:
     # The shape of the batch differs from training, so compiled blocks would be recompiled.
     with _plain_cross_entropy(engine), torch.compiler.set_stance("force_eager"):
         losses_B = engine.score(engine.to_local_batch(batch))
-        loss_sum = float(engine.all_reduce_over_data(losses_B.double().sum()))
+        loss_sum = float(engine.all_reduce_over_dp_and_cp(losses_B.double().sum()))
         logits = None
         if config.engine == "native" and parallel.pp == parallel.tp == parallel.cp == 1:
             logits = _probe_logits(engine, batch)
     precision = "fp8" if config.fp8 else config.precision
-    return Probe(loss_sum / (count_probe_tokens(model) * engine.dp_rank_and_size[1]), logits, precision)
+    return Probe(loss_sum / (count_probe_tokens(model) * engine.dp_rank_and_size.size), logits, precision)
 
 
 def _probe_logits(engine: Engine, batch: Batch) -> tuple[float, ...]:
+    """Return the logits of the probe: a few ids at the last position of the first row."""
     (model,) = engine.model_parts
     batch = batch.to(engine.device)
     arguments = {**batch.forward_arguments(), "targets_BS": None}

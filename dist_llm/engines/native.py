@@ -12,6 +12,7 @@ from dist_llm.checkpoint.checkpoint_state import CheckpointState, TorchState
 from dist_llm.config.derive import SPLIT_BACKWARD
 from dist_llm.config.schema import Config
 from dist_llm.counter_rng import hash_seed
+from dist_llm.engines.base import DataParallelRank
 from dist_llm.engines.gradient_norm import compute_grad_norm
 from dist_llm.engines.optimizer_step import clip_and_unscale_, step_and_zero_grad
 from dist_llm.engines.router_balance import RouterBalancer, count_experts
@@ -81,8 +82,8 @@ class NativeEngine:
         return build_optimizer(config, self.named_parameters(), specs, to_local, local_with_offset, orthogonalize_fn)
 
     @property
-    def dp_rank_and_size(self) -> tuple[int, int]:
-        return rank_and_size(self.mesh, BATCH_AXES)
+    def dp_rank_and_size(self) -> DataParallelRank:
+        return DataParallelRank(*rank_and_size(self.mesh, BATCH_AXES))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank, the shards, with their names in the full model.
@@ -119,7 +120,7 @@ class NativeEngine:
             groups.append((self.mesh.get_group("tp"), replicas))
         return [(group, tensors) for group, tensors in groups if tensors]
 
-    def all_reduce_over_data(self, value: Tensor | float) -> Tensor:
+    def all_reduce_over_dp_and_cp(self, value: Tensor | float) -> Tensor:
         has_losses = self.pipeline is None or self.pipeline.has_last_stage
         total = (value if isinstance(value, Tensor) else number_to_tensor(value, self.device)) * has_losses
         return total if self.mesh is None else all_reduce_over_axes_(total, self.mesh, LOSS_AXES)

@@ -6,12 +6,12 @@ from typing import Any
 from blake3 import blake3
 
 
-def create_hash(like: str = "blake3:") -> Any:
-    """Return a new hash object for the algorithm of the digest `like`, such as "sha256:...".
+def create_hash(reference_digest: str = "blake3:") -> Any:
+    """Return a new hash object for the algorithm of `reference_digest`, such as "sha256:...".
 
     The default is BLAKE3, which takes a fifth of the time of SHA-256.
     """
-    return blake3() if like.startswith("blake3:") else hashlib.new(like.partition(":")[0])
+    return blake3() if reference_digest.startswith("blake3:") else hashlib.new(reference_digest.partition(":")[0])
 
 
 def format_digest(digest: Any) -> str:

@@ -10,7 +10,7 @@ from typing import IO
 
 @contextmanager
 def lock_file(path: Path, wait: bool = True, required: bool = True) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which is removed at the end. If the process dies, the kernel unlocks.
+    """Lock the file `path` exclusively for the `with` block, then remove it. If the process dies, the kernel unlocks.
 
     If another process has the lock, wait for it or, with `wait` false, raise BlockingIOError. On a file system without
     locks, raise OSError or, with `required` false, run the `with` block without a lock.
@@ -24,7 +24,7 @@ def lock_file(path: Path, wait: bool = True, required: bool = True) -> Iterator[
             except OSError:
                 if required:
                     raise
-            if not _is_same_file(path, file):  # the previous holder removed the file between our open and our lock
+            if not _is_same_file(path, file):  # the previous holder removed the file after we opened it
                 continue
             try:
                 yield
@@ -34,6 +34,7 @@ def lock_file(path: Path, wait: bool = True, required: bool = True) -> Iterator[
 
 
 def _is_same_file(path: Path, file: IO[str]) -> bool:
+    """Return whether `path` still names the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

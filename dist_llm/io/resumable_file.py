@@ -9,7 +9,7 @@ from typing import BinaryIO
 from dist_llm.errors import DataError
 from dist_llm.io.atomic import sync_file
 
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20  # bytes per read while hashing
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,18 @@ class ResumableFile:
         return self._file.closed
 
     def write(self, content: bytes) -> None:
+        """Append bytes and hash them. They are durable after `sync`."""
         self._file.write(content)
         self._hash.update(content)
         self._size += len(content)
 
     @property
     def state(self) -> FileState:
+        """Size and hash of all appended bytes, which are not all on the disk yet."""
         return FileState(self._size, self._hash.hexdigest())
 
     def sync(self) -> FileState:
+        """Write all appended bytes to the disk, and return the state to resume from."""
         sync_file(self._file)
         return self.state
 

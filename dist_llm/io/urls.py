@@ -20,8 +20,9 @@ from dist_llm.errors import DataError
 log = logging.getLogger("dist_llm")
 Result = TypeVar("Result")
 
-BLOCK_BYTES = 1 << 22
-MAX_TRIES, TIMEOUT_SECONDS = 4, 60.0
+BLOCK_BYTES = 1 << 22  # bytes per read of a remote file
+MAX_TRIES = 4  # including the first
+TIMEOUT_SECONDS = 60.0  # of a connection, and of a read
 PAUSE_SECONDS = 1.0  # pause after the first try; it doubles after each try
 RETRYABLE_STATUSES = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}
 
@@ -62,7 +63,7 @@ def iter_blocks(url: str) -> Iterator[bytes]:
 
 
 def _open_url(url: str) -> IO[bytes]:
-    # fsspec's http backend needs aiohttp and starts a thread; the standard library needs neither.
+    # The http backend of fsspec needs aiohttp and starts a thread. The standard library does not.
     if url.startswith(("http://", "https://")):
         return urlopen(url, timeout=TIMEOUT_SECONDS)
     import fsspec

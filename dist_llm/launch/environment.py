@@ -31,7 +31,7 @@ def set_network_variables(variables: Mapping[str, str | int]) -> None:
 
 
 def prepare_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed, let it adopt the existing process group, and reduce its logging.
+    """Import DeepSpeed, let it adopt the existing process group, and reduce its logging. Return the module.
 
     On CPUs the shared-memory kernel of DeepSpeed is disabled, because it would have to be compiled first.
     """
@@ -49,7 +49,10 @@ def prepare_deepspeed(device: torch.device) -> Any:
 
 
 def prepare_accelerate() -> Any:
-    """Import accelerate, and set the variables from which it reads the rank. It adopts the existing process group."""
+    """Import accelerate, and set the variables from which it reads the rank. Return the module.
+
+    accelerate adopts the existing process group.
+    """
     world_size = dist.get_world_size()
     if world_size > 1:
         variables = {"RANK": dist.get_rank(), "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost"}
@@ -72,7 +75,7 @@ def check_accelerate(
     if plugin == "fsdp2" and device.type == "cpu":
         yield Violation((plugin_key,), "fsdp2 needs GPUs: on CPUs accelerate silently does something else; set ddp")
     precision = {"fp32": "no"}.get(config.precision, config.precision)
-    # Environment variable -> (config key, values that agree with the config).
+    # Environment variable -> (config key, values that agree with the config). The first value is the recommended one.
     expected: dict[str, tuple[str, list[str]]] = {
         "ACCELERATE_MIXED_PRECISION": ("precision", [precision]),
         "ACCELERATE_USE_DEEPSPEED": (plugin_key, [str(plugin == "deepspeed").lower()]),
@@ -87,7 +90,9 @@ def check_accelerate(
     }
     for name, (config_key, values) in expected.items():
         if (value := environ.get(name)) is not None and value not in values:
+            advice = "change one of them"
+            if name == "ACCELERATE_GRADIENT_ACCUMULATION_STEPS":
+                advice = "launch without gradient accumulation, because dist_llm accumulates over microbatches itself"
             yield Violation(
-                (config_key, "engine"),
-                f"needs {name}={values[0]}, but accelerate was launched with {value}; change one of them",
+                (config_key, "engine"), f"needs {name}={values[0]}, but accelerate was launched with {value}; {advice}"
             )

@@ -4,42 +4,39 @@ Each rank measures a `NodeReport`, and the ranks all-gather the reports. `diagno
 The process group uses gloo, and NCCL is used last, so that a node without a working GPU can still report.
 """
 
-import hashlib
 import math
 import os
-import platform
 import secrets
-import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from dist_llm import __version__
 from dist_llm.errors import ConfigError
+from dist_llm.launch.node_measurements import (
+    collect_versions,
+    measure_all_reduce,
+    measure_clock_offset,
+    measure_free_gib,
+    measure_matmul_tflops,
+    select_backend,
+)
 from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_problems, format_table, group_by_node
 from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.world import World
 
-MATMUL_SECONDS = 0.5  # duration of the matmul measurement
-NUM_ROUND_TRIPS = 5  # of the clock measurement
-NUM_WARMUPS, NUM_SMALL_REPETITIONS, NUM_LARGE_REPETITIONS = 3, 20, 5  # of the all-reduce measurements
-SMALL_BYTES, LARGE_BYTES = 4, {"cpu": 8 * 2**20, "cuda": 64 * 2**20}
 EXIT_DELAY_SECONDS = 3.0  # torchrun ends all ranks when one exits, and the other ranks need time to print
+GROUP_TIMEOUT_MARGIN_SECONDS = 60.0
 LOG_COLUMNS = 120  # width of the table if the output is not a terminal
-PACKAGE_DIRECTORY = Path(__file__).parents[1]
 
 
 class PreflightTimeout:
@@ -92,8 +89,9 @@ def run_preflight(directory: Path, seconds: float, world: World) -> None:
     timeout = PreflightTimeout(world, seconds)
     with timeout.running():
         try:
-            # The timeout of the process group comes later than `timeout`, which names the phase.
-            with process_group(world, torch.device("cpu"), seconds + 60, even_if_single=True):
+            # The process group times out later than `timeout`, which reports the phase.
+            group_seconds = seconds + GROUP_TIMEOUT_MARGIN_SECONDS
+            with process_group(world, torch.device("cpu"), group_seconds, even_if_single=True):
                 reports = measure_ranks(world, directory, timeout)
         except RuntimeError as error:
             raise ConfigError(timeout.format_report(f"failed in {timeout.phase}: {_one_line(error)}")) from error
@@ -117,7 +115,8 @@ def measure_ranks(world: World, directory: Path, timeout: PreflightTimeout) -> l
     timeout.phase = "the clock"
     clock_offset = measure_clock_offset()
     timeout.phase = "--directory"
-    sees_shared_file, failures = try_shared_file(directory, timeout)
+    shared_file = try_shared_file(directory, timeout)
+    failures = shared_file.failures
     timeout.phase = "versions and matrix products"
     device, tflops = torch.device("cpu"), math.nan
     try:
@@ -132,8 +131,8 @@ def measure_ranks(world: World, directory: Path, timeout: PreflightTimeout) -> l
         world.host,
         collect_versions(device),
         clock_offset_seconds=clock_offset,
-        free_gib=_free_gib(directory),
-        sees_shared_file=sees_shared_file,
+        free_gib=measure_free_gib(directory),
+        sees_shared_file=shared_file.is_visible,
         matmul_tflops=tflops,
         failures=tuple(failures),
     )
@@ -143,50 +142,30 @@ def measure_ranks(world: World, directory: Path, timeout: PreflightTimeout) -> l
     if any(math.isnan(report.matmul_tflops) or report.versions["GPU"] == "none" for report in reports):
         device = torch.device("cpu")
     timeout.phase = "the all-reduce of all ranks"
-    latency_us, bandwidth = measure_all_reduce(device, dist.new_group(backend=_backend(device)))
+    rates = measure_all_reduce(device, dist.new_group(backend=select_backend(device)))
     neighbour_rate = measure_neighbour_bandwidth(world, [report.host for report in reports], device, timeout)
     local_report = replace(
         local_report,
-        all_reduce_us=latency_us,
-        all_reduce_gb_per_second=bandwidth,
+        all_reduce_us=rates.latency_us,
+        all_reduce_gb_per_second=rates.gb_per_second,
         neighbour_gb_per_second=neighbour_rate,
     )
     return _all_gather(local_report)
 
 
-def measure_clock_offset() -> float:
-    """Measure the clock of this rank minus the clock of rank 0, by the shortest of a few round trips.
+class SharedFileResult(NamedTuple):
+    """Whether this rank sees a file that rank 0 has written."""
 
-    Every rank must call this.
+    is_visible: bool | None  # None if rank 0 cannot write the file
+    failures: list[str]  # on rank 0: why it cannot write the file
+
+
+def try_shared_file(directory: Path, timeout: PreflightTimeout, wait_seconds: float = 10) -> SharedFileResult:
+    """Write a file on rank 0 and search for it on all ranks, to find out whether `directory` is shared.
+
+    Every rank must call this. Each rank waits up to `wait_seconds` for the file, which is then removed.
     """
-    stamp = torch.zeros(1, dtype=torch.float64)
-    if dist.get_rank() == 0:
-        for peer in range(1, dist.get_world_size()):
-            for _ in range(NUM_ROUND_TRIPS):
-                dist.recv(stamp, peer)
-                dist.send(stamp.fill_(time.time()), peer)
-        return 0.0
-    round_trips = []  # (seconds, clock offset)
-    for _ in range(NUM_ROUND_TRIPS):
-        sent_time = time.time()
-        dist.send(stamp, 0)
-        dist.recv(stamp, 0)
-        received_time = time.time()
-        round_trips.append((received_time - sent_time, (sent_time + received_time) / 2 - stamp.item()))
-    return min(round_trips)[1]
-
-
-def try_shared_file(
-    directory: Path, timeout: PreflightTimeout, wait_seconds: float = 10
-) -> tuple[bool | None, list[str]]:
-    """Write a file on rank 0 and look for it on all ranks, to find out whether `directory` is shared.
-
-    Return (whether this rank sees the file, problems). Every rank must call this.
-
-    If rank 0 cannot write, the result is (None, [reason]) on rank 0 and (None, []) on the other ranks. The file is
-    removed.
-    """
-    message = [secrets.token_hex(16), ""]
+    message = [secrets.token_hex(16), ""]  # content of the file, and why rank 0 cannot write it
     try:
         if dist.get_rank() == 0:
             timeout.file = directory / f".dist-llm-check-{message[0]}"
@@ -197,88 +176,23 @@ def try_shared_file(
         dist.broadcast_object_list(message)
         token, failure = message
         if failure:
-            return None, [failure] if timeout.file else []
+            return SharedFileResult(None, [failure] if timeout.file else [])
         deadline = time.monotonic() + wait_seconds
         path = directory / f".dist-llm-check-{token}"
-        while not (is_seen := _has_content(path, token)) and time.monotonic() < deadline:
+        while not (is_visible := _has_content(path, token)) and time.monotonic() < deadline:
             time.sleep(0.2)
         dist.barrier()
-        return is_seen, []
+        return SharedFileResult(is_visible, [])
     finally:
         timeout.remove_file()
 
 
 def _has_content(file: Path, content: str) -> bool:
+    """Return whether the file exists with this content."""
     try:
         return file.read_text(encoding="utf-8") == content
     except OSError:
         return False
-
-
-def _free_gib(directory: Path) -> float:
-    try:
-        return shutil.disk_usage(directory).free / 2**30
-    except OSError:
-        return math.nan
-
-
-def collect_versions(device: torch.device) -> dict[str, str]:
-    """Return the versions {software: version} that must be equal on all nodes; `none` or `unknown` if missing."""
-    source_hash = hashlib.sha256(
-        b"".join(file.read_bytes() for file in sorted(PACKAGE_DIRECTORY.rglob("*.py")))
-    ).hexdigest()[:12]
-    versions = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "CUDA": torch.version.cuda or "none",
-        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none",
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
-        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-        "dist_llm": f"{__version__} (source {source_hash})",
-        "the commit of dist_llm": _first_line("git", "rev-parse", "HEAD") or "unknown",
-    }
-    for package in ("deepspeed", "accelerate"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "none"
-    return versions
-
-
-def measure_matmul_tflops(device: torch.device) -> float:
-    """Measure the best TFLOP/s of products of square matrices: bf16 on a GPU, fp32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    matrix = torch.randn(size, size, device=device).to(dtype)
-    best_rate, deadline = 0.0, time.perf_counter() + MATMUL_SECONDS
-    while (start := time.perf_counter()) < deadline:
-        matrix @ matrix
-        _synchronize(device)
-        best_rate = max(best_rate, 2 * size**3 / (time.perf_counter() - start))
-    return best_rate / 1e12
-
-
-def measure_all_reduce(device: torch.device, group: Any) -> tuple[float, float]:
-    """Measure an all-reduce. Return the medians (latency of 4 bytes in us, bandwidth of a large tensor in GB/s).
-
-    The bandwidth is bytes / seconds * 2 (p - 1) / p, the traffic of one link in a ring of p ranks; NaN for one rank.
-    """
-    num_ranks, num_bytes = dist.get_world_size(group), LARGE_BYTES[device.type]
-    latency_seconds = _all_reduce_seconds(SMALL_BYTES, NUM_SMALL_REPETITIONS, device, group)
-    seconds = _all_reduce_seconds(num_bytes, NUM_LARGE_REPETITIONS, device, group)
-    if num_ranks == 1:
-        return latency_seconds * 1e6, math.nan
-    return latency_seconds * 1e6, num_bytes / seconds * 2 * (num_ranks - 1) / num_ranks / 1e9
-
-
-def _all_reduce_seconds(num_bytes: int, repetitions: int, device: torch.device, group: Any) -> float:
-    values = torch.zeros(num_bytes // 4, device=device)
-    seconds = []
-    for _ in range(NUM_WARMUPS + repetitions):
-        start = time.perf_counter()
-        dist.all_reduce(values, group=group)
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[NUM_WARMUPS:])
 
 
 def measure_neighbour_bandwidth(
@@ -292,25 +206,17 @@ def measure_neighbour_bandwidth(
     pairs, rate = list(pairwise(dict.fromkeys(hosts))), math.nan
     pairs = pairs[::2] + pairs[1::2]
     ranks_by_pair = [[rank for rank, host in enumerate(hosts) if host in pair] for pair in pairs]
-    groups = [dist.new_group(ranks, backend=_backend(device)) for ranks in ranks_by_pair]
+    groups = [dist.new_group(ranks, backend=select_backend(device)) for ranks in ranks_by_pair]
     for pair, group in zip(pairs, groups, strict=True):
         if world.host in pair:
             timeout.phase = f"the all-reduce of {pair[0]} and {pair[1]}"
-            _, pair_rate = measure_all_reduce(device, group)
-            rate = pair_rate if world.host == pair[0] else rate
+            pair_rates = measure_all_reduce(device, group)
+            rate = pair_rates.gb_per_second if world.host == pair[0] else rate
     return rate
 
 
-def _backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _all_gather(report: NodeReport) -> list[NodeReport]:
+    """Return the reports of all ranks, by rank."""
     reports: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
     return reports
@@ -318,14 +224,3 @@ def _all_gather(report: NodeReport) -> list[NodeReport]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _first_line(*command: str) -> str:
-    """Return the first line of the output of a program; an empty string if the program is missing or fails."""
-    try:
-        completed = subprocess.run(
-            command, cwd=PACKAGE_DIRECTORY, capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return completed.stdout.partition("\n")[0].strip()

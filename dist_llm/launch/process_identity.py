@@ -21,7 +21,7 @@ def read_process_identity(pid: int) -> ProcessIdentity:
     Raises OSError if no process has this PID, or if /proc is mounted with hidepid and hides the process because it
     belongs to another user.
     """
-    _, start_time = _read_stat(pid)
+    start_time = _read_stat(pid).start_time
     return ProcessIdentity(BOOT_ID_FILE.read_text().strip(), os.readlink(f"/proc/{pid}/ns/pid"), start_time)
 
 
@@ -31,18 +31,25 @@ def is_running(pid: int, start_time: str) -> bool:
     A zombie has ended. A hidden process of another user counts as running, because its start time is unknown.
     """
     try:
-        state, actual_start_time = _read_stat(pid)
+        process = _read_stat(pid)
     except OSError:
         return _is_hidden(pid)
-    has_ended = state in "ZX"  # Z: zombie; X: dead
-    return actual_start_time == start_time and not has_ended
+    has_ended = process.state in "ZX"  # Z: zombie; X: dead
+    return process.start_time == start_time and not has_ended
 
 
-def _read_stat(pid: int) -> tuple[str, str]:
-    """Return (state, start time in clock ticks since boot) of a process: the fields 3 and 22 of /proc/PID/stat."""
+class _ProcessStat(NamedTuple):
+    """Fields of /proc/PID/stat."""
+
+    state: str  # field 3, one letter
+    start_time: str  # field 22, in clock ticks since boot
+
+
+def _read_stat(pid: int) -> _ProcessStat:
+    """Read the state of a process. Raises OSError if /proc does not show the process."""
     # Field 2 is the name of the program in parentheses. It may contain spaces, so the fields after it are split.
     fields_from_3 = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields_from_3[0], fields_from_3[22 - 3]
+    return _ProcessStat(fields_from_3[0], fields_from_3[22 - 3])
 
 
 def _is_hidden(pid: int) -> bool:

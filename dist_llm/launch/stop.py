@@ -38,7 +38,7 @@ class StopSignals:
         self._previous_mask: set[int] = set()
         self._signal_tensor = torch.zeros((), dtype=torch.int64)
         self._work: dist.Work | None = None
-        self._pipe = (-1, -1)
+        self._pipe = (-1, -1)  # (read end, write end) of the wakeup pipe
         self._previous_wakeup_fd = -1
 
     def __enter__(self) -> "StopSignals":

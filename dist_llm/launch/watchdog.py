@@ -19,7 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -37,6 +37,7 @@ NUM_FIRST_HEARTBEATS = 3  # of the first steps, which may compile
 FIRST_STEPS_TIMEOUT_FACTOR = 10  # multiplies run.hang_seconds during the first steps
 MEDIAN_STEP_TIMEOUT_FACTOR = 10  # the timeout is at least this many times the median duration of recent steps
 NUM_RECENT_STEPS = 32  # number of steps in the median
+STORE_POLL_SECONDS = 0.2  # pause between two reads of the reports
 REPORT_TIMEOUT_SECONDS = 5.0  # a rank waits at most this long for the reports of other ranks
 PROCESS_KEY, REPORT_KEY = "dist_llm/process", "dist_llm/stalled"  # prefixes of keys in the rendezvous store
 GRACE_SECONDS = 4.0  # time between the diagnosis and the end of the process
@@ -44,20 +45,25 @@ STORE_UNREACHABLE = (
     "the store of the process group, which runs on the node of rank 0, does not answer: the process of rank 0 is "
     "stopped, or its node is gone"
 )
-Report = dict[str, Any]
-Reports = tuple[dict[int, Report], dict[int, Any]]  # (reports by rank, process identities of ranks without a report)
+Report = dict[str, Any]  # host, activity, collective and location of a stalled rank
+
+
+class _StallReports(NamedTuple):
+    """What the ranks have published in the rendezvous store."""
+
+    by_rank: dict[int, Report]
+    silent_processes: dict[int, Any]  # (host, PID, identity) of each rank without a report
 
 
 class Watchdog:
     """While open, ends this process if no heartbeat comes within the timeout.
 
-    `limit_seconds` is run.hang_seconds; None disables the watchdog. `timeout_now` returns the current timeout.
+    `hang_seconds` is the config key run.hang_seconds; None disables the watchdog. The timeout is longer at the start,
+    for slow activities, and if recent steps took long, see `current_timeout_seconds`.
     """
 
-    def __init__(
-        self, world: World, limit_seconds: float | None, exit_process: Callable[[int], Any] = os._exit
-    ) -> None:
-        self.world, self.limit_seconds, self.exit_process = world, limit_seconds or 0.0, exit_process
+    def __init__(self, world: World, hang_seconds: float | None, exit_process: Callable[[int], Any] = os._exit) -> None:
+        self.world, self.hang_seconds, self.exit_process = world, hang_seconds or 0.0, exit_process
         self.num_heartbeats, self.timeout_factor = 0, START_TIMEOUT_FACTOR
         self.last_time, self.activity = time.monotonic(), "the start"
         self.recent_seconds: deque[float] = deque(maxlen=NUM_RECENT_STEPS)
@@ -66,7 +72,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Watchdog":
-        if self.limit_seconds:
+        if self.hang_seconds:
             self.last_time = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -94,18 +100,20 @@ class Watchdog:
         self.last_time, self.activity, self.timeout_factor = now, activity, timeout_factor
 
     @property
-    def timeout_now(self) -> float:
-        """Return the current timeout: seconds from the last heartbeat until the process is ended."""
+    def current_timeout_seconds(self) -> float:
+        """Seconds from the last heartbeat until this process is ended."""
         first_steps_factor = FIRST_STEPS_TIMEOUT_FACTOR if self.num_heartbeats <= NUM_FIRST_HEARTBEATS else 1
         recent_seconds = tuple(self.recent_seconds)  # a copy, because the main thread appends
         median_seconds = statistics.median(recent_seconds) if recent_seconds else 0.0
-        timeout = self.limit_seconds * max(first_steps_factor, self.timeout_factor)
+        timeout = self.hang_seconds * max(first_steps_factor, self.timeout_factor)
         return max(timeout, MEDIAN_STEP_TIMEOUT_FACTOR * median_seconds)
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(1.0, self.limit_seconds / 4)):
-            # Read the count first: after a heartbeat in between, the stall looks short, and nothing is aborted.
-            num_heartbeats, timeout = self.num_heartbeats, self.timeout_now
+        """Compare the time since the last heartbeat with the timeout, about once a second."""
+        while not self._closed.wait(min(1.0, self.hang_seconds / 4)):
+            # Read the count before the time. If a heartbeat comes in between, the stall looks short, and nothing is
+            # aborted.
+            num_heartbeats, timeout = self.num_heartbeats, self.current_timeout_seconds
             stalled_seconds = time.monotonic() - self.last_time
             if stalled_seconds > timeout and self._abort(stalled_seconds, num_heartbeats):
                 return
@@ -137,7 +145,7 @@ class Watchdog:
             return False
         log.error(
             "ended after run.hang_seconds=%g without progress; raise it if a step may take that long",
-            self.limit_seconds,
+            self.hang_seconds,
         )
         for handler in log.handlers:
             handler.flush()
@@ -186,25 +194,26 @@ def kill_silent_ranks(world: World, processes: Mapping[int, Any]) -> bool:
     return has_killed
 
 
-def _exchange_reports(world: World, report: Report) -> Reports:
-    """Publish the report of this rank and wait for those of other ranks. Both results are empty if the store fails.
+def _exchange_reports(world: World, report: Report) -> _StallReports:
+    """Publish the report of this rank and wait for those of other ranks. The result is empty if the store fails.
 
     The store may run in a stopped process of rank 0. A request then blocks without a timeout, so a daemon thread sends
     the requests.
     """
     if world.world_size == 1 or not dist.is_initialized():
-        return {world.rank: report}, {}
-    updates: queue.SimpleQueue[Reports] = queue.SimpleQueue()
+        return _StallReports({world.rank: report}, {})
+    updates: queue.SimpleQueue[_StallReports] = queue.SimpleQueue()
     threading.Thread(target=_collect_reports, args=(world, report, updates), name="reports", daemon=True).start()
-    latest: Reports = ({}, {})
+    latest = _StallReports({}, {})
     with suppress(queue.Empty):
+        # The thread stops collecting after REPORT_TIMEOUT_SECONDS, and then reads the silent processes once.
         deadline = time.monotonic() + REPORT_TIMEOUT_SECONDS + 1.0
-        while len(latest[0]) + len(latest[1]) < world.world_size:
+        while len(latest.by_rank) + len(latest.silent_processes) < world.world_size:
             latest = updates.get(timeout=max(0.0, deadline - time.monotonic()))
     return latest
 
 
-def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[Reports]") -> None:
+def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[_StallReports]") -> None:
     """Publish the report. Each time the store answers, put all reports so far into `updates`."""
     reports, ranks = {world.rank: report}, set(range(world.world_size))
     try:
@@ -212,9 +221,10 @@ def _collect_reports(world: World, report: Report, updates: "queue.SimpleQueue[R
         deadline = time.monotonic() + REPORT_TIMEOUT_SECONDS
         while time.monotonic() < deadline and len(reports) < world.world_size:
             reports |= _read_values(rendezvous_store, REPORT_KEY, ranks - reports.keys())
-            updates.put((dict(reports), {}))
-            time.sleep(0.2)
-        updates.put((dict(reports), _read_values(rendezvous_store, PROCESS_KEY, ranks - reports.keys())))
+            updates.put(_StallReports(dict(reports), {}))
+            time.sleep(STORE_POLL_SECONDS)
+        silent_processes = _read_values(rendezvous_store, PROCESS_KEY, ranks - reports.keys())
+        updates.put(_StallReports(dict(reports), silent_processes))
     except Exception as error:  # the node that hosts the store has failed
         log.error("rank %d cannot read the reports of the other ranks: %s", world.rank, error)
 

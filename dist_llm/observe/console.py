@@ -45,7 +45,7 @@ def stop_logging() -> None:
 class _LogFile(logging.FileHandler):
     """A log file. After an error, it prints the error to stderr once and drops all further records.
 
-    This class does not end the run. If the disk is full, the run ends when it writes the metrics file.
+    A log that cannot be written does not end the run. If the disk is full, the metrics file ends the run.
     """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
@@ -108,6 +108,7 @@ class ConsoleSink:
 
 
 def _format_clock(seconds: float) -> str:
+    """Format a duration as hours:minutes:seconds."""
     if not math.isfinite(seconds):
         return "?"
     minutes, seconds = divmod(round(seconds), 60)

@@ -6,6 +6,8 @@ with a shorter window, the window replaces seq_len. The head counts as a matrix 
 A causal mask does not halve the cost. Recomputation is not counted.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from dist_llm.config.model_section import ModelConfig
@@ -43,17 +45,19 @@ def count_flops_per_token(model: ModelConfig, seq_len: int) -> int:
 def count_flops_per_sample(model: ModelConfig, num_inputs: int, num_encoder_inputs: int) -> int:
     """Return the FLOPs of forward and backward for one sample of `num_inputs` tokens in the stack with the head.
 
-    `num_encoder_inputs`: tokens in the encoder. In cross-attention, the query and output projections run once per input
-    of the decoder, the key and value projections once per input of the encoder.
+    `num_encoder_inputs` is the number of tokens in the encoder. In cross-attention, the projections of queries and
+    outputs process each token of the decoder, and those of keys and values each token of the encoder.
     """
     flops = num_inputs * count_flops_per_token(model, num_inputs)
     if not num_encoder_inputs:
         return flops
     flops += num_encoder_inputs * model.n_encoder_layers * Block.cost(model).count_flops(num_encoder_inputs)
-    weights_per_head, score_width = model.d_model * model.head_dim, model.n_heads * model.head_dim
-    query_weights, key_weights = 2 * weights_per_head * model.n_heads, 2 * weights_per_head * model.n_kv_heads
-    matmul_uses = num_inputs * query_weights + num_encoder_inputs * key_weights
-    return flops + model.n_layers * (6 * matmul_uses + 12 * score_width * num_inputs * num_encoder_inputs)
+    weights_per_head = model.d_model * model.head_dim
+    query_and_out_weights = 2 * weights_per_head * model.n_heads
+    key_and_value_weights = 2 * weights_per_head * model.n_kv_heads
+    num_products = num_inputs * query_and_out_weights + num_encoder_inputs * key_and_value_weights
+    score_flops = 12 * model.n_heads * model.head_dim * num_inputs * num_encoder_inputs
+    return flops + model.n_layers * (6 * num_products + score_flops)
 
 
 def _decoder_costs(model: ModelConfig) -> list[Cost]:
@@ -62,18 +66,23 @@ def _decoder_costs(model: ModelConfig) -> list[Cost]:
 
 
 def _head_weights(model: ModelConfig) -> int:
+    """Return the number of weights of the output head. The head of BERT also has a square matrix."""
     return model.d_model * (model.vocab_size + (model.d_model if model.head == "mlm" else 0))
 
 
-def find_peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Return (peak FLOP/s of a device, description of its origin).
+class PeakFlops(NamedTuple):
+    """The peak FLOP/s of a device."""
 
-    The peak of a known GPU is the published figure; otherwise it is the measured matmul rate.
-    """
+    flops_per_second: float
+    origin: str  # where the figure comes from, for the log
+
+
+def find_peak_flops(device: torch.device, precision: str) -> PeakFlops:
+    """Return the peak of a device: the published figure of a known GPU, or else the measured matmul rate."""
     if device.type == "cuda" and precision != "fp32":  # fp16 and bf16 have the same rate
         device_name = torch.cuda.get_device_name(device)
         for gpu_name, tflops in PUBLISHED_BF16_TFLOPS.items():
             if gpu_name in device_name:
-                return tflops * 1e12, f"published for {gpu_name}"
+                return PeakFlops(tflops * 1e12, f"published for {gpu_name}")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return get_matmul_rate(device, dtype), "measured matmul rate"
+    return PeakFlops(get_matmul_rate(device, dtype), "measured matmul rate")

@@ -19,7 +19,7 @@ from dist_llm.io.atomic import replace_file
 log = logging.getLogger("dist_llm")
 
 CACHE_FILE = Path(CACHE) / "matmul_rates.json"
-NUM_MEASUREMENTS = 5
+NUM_MEASUREMENTS = 5  # calls that measure; later calls read the cache
 COUNT_KEY = "starts"  # of an entry of the cache: the number of calls that have measured
 MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192)}  # rows of square matrices, by device type
 MEASURE_SECONDS = 0.6  # time for all sizes together
@@ -54,6 +54,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _matmul_seconds(matrix: torch.Tensor, device: torch.device) -> float:
+    """Return the duration of the product of a square matrix with itself."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

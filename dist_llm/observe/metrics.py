@@ -61,7 +61,10 @@ class MetricsRecorder:
         self.start_tokens, self.start_time = 0, time.perf_counter()
 
     def restart_clock(self, tokens: int) -> None:
-        """Start a new interval. Call this after setup, an evaluation or a checkpoint, which are no step time."""
+        """Start a new interval at `tokens` tokens of the run.
+
+        Call this after setup, an evaluation or a checkpoint, whose duration is not part of the step time.
+        """
         self.start_tokens, self.start_time = tokens, time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
@@ -126,6 +129,7 @@ class MetricsRecorder:
 
 
 def _device_values(metrics: StepMetrics) -> tuple[Tensor, ...]:
+    """Return the values of a step that are on the device, in the order in which `flush` reads them."""
     return (metrics.loss, metrics.grad_norm, *metrics.loss_terms.values())
 
 

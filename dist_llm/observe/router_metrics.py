@@ -11,7 +11,7 @@ from dist_llm.models.router_stats import RouterStats
 
 log = logging.getLogger("dist_llm")
 
-CELL_PIXELS = 8  # width and height of an expert in the heat map
+CELL_PIXELS = 8  # width and height of the cell of an expert in the heat map
 MAX_NAMED_EXPERTS = 8  # experts that a warning lists
 
 RouterStatsByLayer = Mapping[int, RouterStats]
@@ -66,6 +66,8 @@ class RouterMetrics:
 
 
 def _summarize_step(layers: Sequence[RouterStats]) -> dict[str, Any]:
+    """Return the metrics of one step, given the statistics of each layer."""
+
     def mean(values: Sequence[torch.Tensor]) -> float:
         return float(torch.stack(list(values)).mean())
 

@@ -74,14 +74,18 @@ class BF16AdamW(optim.Optimizer):
             self.local_with_offset(tensor)[0] for tensor in (gradient.float(), state["exp_avg"], state["exp_avg_sq"])
         )
         (beta1, beta2), lr = group["betas"], group["lr"]
+        # Element ids stay below 2**40, so that steps and elements have different random bits.
         key = (step.long() << 40) ^ hash64(self.names[parameter])
         for rows, element_ids in iter_element_ids(weights, parameter.shape, offset):
-            m = exp_avg[rows].float().lerp_(gradient[rows], 1 - beta1)
-            v = exp_avg_sq[rows].float().mul_(beta2).addcmul_(gradient[rows], gradient[rows], value=1 - beta2)
+            mean = exp_avg[rows].float().lerp_(gradient[rows], 1 - beta1)
+            mean_square = exp_avg_sq[rows].float().mul_(beta2)
+            mean_square.addcmul_(gradient[rows], gradient[rows], value=1 - beta2)
             bits = splitmix64(element_ids ^ key)
-            exp_avg[rows], exp_avg_sq[rows] = stochastic_round_bf16(m, bits), stochastic_round_bf16(v, bits >> 16)
-            denominator = v.div_(1 - beta2**step).sqrt_().add_(group["eps"])
-            weights[rows].mul_(1 - lr * group["weight_decay"]).addcdiv_(m.div_(1 - beta1**step), denominator, value=-lr)
+            exp_avg[rows] = stochastic_round_bf16(mean, bits)
+            exp_avg_sq[rows] = stochastic_round_bf16(mean_square, bits >> 16)
+            denominator = mean_square.div_(1 - beta2**step).sqrt_().add_(group["eps"])
+            weights[rows].mul_(1 - lr * group["weight_decay"])
+            weights[rows].addcdiv_(mean.div_(1 - beta1**step), denominator, value=-lr)
 
 
 def stochastic_round_bf16(values: Tensor, bits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from dist_llm.optim.adamw import ToLocal
 # 0.7 ... 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
+UPDATE_SCALE = 0.2  # root mean square of an update, as of AdamW (Liu et al. 2025, 2.2)
 MAX_BATCH_ELEMENTS = 1 << 26  # maximum number of elements in a batch of matrices; iterations need several copies
 
 # Orthogonalizes a list of momentum matrices, or of this rank's shards of them.
@@ -27,7 +28,7 @@ class Muon:
     """A pre-step hook of an AdamW optimizer. It updates `matrices`, whose parameter groups have a "momentum".
 
     It removes their gradients, so that AdamW skips them. The momentum is Nesterov's. An update is scaled by
-    0.2 sqrt(max(R, C)) to the size of an AdamW update (Liu et al. 2025, 2.2), so that both optimizers use the same
+    UPDATE_SCALE * sqrt(max(R, C)) to the size of an AdamW update, so that both optimizers use the same
     learning rate and weight decay. A missing gradient counts as zero. All groups are orthogonalized together, because
     the ranks share this work.
     """
@@ -51,7 +52,7 @@ class Muon:
         for parameter, update in zip(self.matrices, self.orthogonalize(updates), strict=True):
             group = groups[parameter]
             weights = to_local(parameter).mul_(1 - group["lr"] * group["weight_decay"])
-            weights.add_(to_local(update), alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
+            weights.add_(to_local(update), alpha=-UPDATE_SCALE * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
 
 
 def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -61,7 +62,7 @@ def orthogonalize(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) 
     """
     if any(matrix.ndim == 3 for matrix in matrices):
         counts = [len(matrix) if matrix.ndim == 3 else 1 for matrix in matrices]
-        flat = [part for matrix in matrices for part in (matrix if matrix.ndim == 3 else (matrix,))]
+        flat = [expert for matrix in matrices for expert in (matrix if matrix.ndim == 3 else (matrix,))]
         results = iter(orthogonalize(flat, dtype))
         stacks = [list(islice(results, count)) for count in counts]
         return [

@@ -21,11 +21,11 @@ MAX_NAMES = 6  # maximum number of parameter names in a message
 class GroupSettings(NamedTuple):
     """The settings that the parameters of a group share. Groups are sorted by the first two fields."""
 
-    is_muon: bool
-    is_decay_exempt: bool
-    lr_mult: float
-    weight_decay_mult: float
-    eps_mult: float
+    is_muon: bool = False
+    is_decay_exempt: bool = False
+    lr_mult: float = 1.0
+    weight_decay_mult: float = 1.0
+    eps_mult: float = 1.0
 
 
 def find_group(groups: Sequence[ParamGroup], name: str) -> ParamGroup | None:
@@ -60,8 +60,8 @@ def build_param_groups(
     by_settings: dict[GroupSettings, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
         if not is_frozen(config, name):
-            by_settings[_get_settings(config, name, specs[name], name in muon_names)].append(parameter)
-    no_parameters: dict[GroupSettings, list[nn.Parameter]] = {GroupSettings(False, False, 1.0, 1.0, 1.0): []}
+            by_settings[_get_settings(config, name, specs[name], is_muon=name in muon_names)].append(parameter)
+    no_parameters: dict[GroupSettings, list[nn.Parameter]] = {GroupSettings(): []}
     ordered = sorted((by_settings or no_parameters).items(), key=lambda item: item[0][:2])
     return [{"params": group_params, **_to_options(config, settings)} for settings, group_params in ordered]
 
@@ -103,11 +103,17 @@ def find_group_violations(config: OptimKeys, specs: ParamSpecs) -> Iterator[Viol
         yield Violation(("optim.groups",), "all parameters are frozen; remove `freeze` from a group")
 
 
-def _get_settings(config: OptimKeys, name: str, spec: ParamSpec, is_muon: bool) -> GroupSettings:
+def _get_settings(config: OptimKeys, name: str, spec: ParamSpec, *, is_muon: bool) -> GroupSettings:
     group = find_group(config.groups, name) or ParamGroup(pattern=name)
     is_decay_exempt = not decays(config, spec)
     weight_decay_mult = 1.0 if is_decay_exempt else spec.weight_decay_mult * group.weight_decay_mult
-    return GroupSettings(is_muon, is_decay_exempt, spec.lr_mult * group.lr_mult, weight_decay_mult, spec.eps_mult)
+    return GroupSettings(
+        is_muon=is_muon,
+        is_decay_exempt=is_decay_exempt,
+        lr_mult=spec.lr_mult * group.lr_mult,
+        weight_decay_mult=weight_decay_mult,
+        eps_mult=spec.eps_mult,
+    )
 
 
 def _to_options(config: OptimConfig, settings: GroupSettings) -> dict[str, Any]:

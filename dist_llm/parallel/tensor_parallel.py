@@ -73,13 +73,13 @@ class TensorParallelRegion:
         return x_BTD, context, *other_inputs
 
     def all_gather_no_grad(self, x_BTD: Tensor) -> Tensor:
-        """Compute `all_gather_sequence` without autograd."""
+        """Compute `all_gather_sequence` without autograd: [B, T, D] -> [B, S, D]."""
         if not self.sequence_parallel:
             return x_BTD.view_as(x_BTD)
         return all_gather(x_BTD.flatten(0, 1), self.group).unflatten(0, (len(x_BTD), -1))
 
     def reduce_scatter_no_grad(self, part_BSD: Tensor) -> Tensor:
-        """Compute `reduce_scatter_sequence` without autograd."""
+        """Compute `reduce_scatter_sequence` without autograd: [B, S, D] -> [B, T, D]."""
         collective = reduce_scatter if self.sequence_parallel else all_reduce
         return collective(part_BSD.flatten(0, 1), self.group).unflatten(0, (len(part_BSD), -1))
 
@@ -103,8 +103,8 @@ def all_reduce_replicated_grads(model: Decoder, mesh: DeviceMesh, device: torch.
         flat = torch.cat([grad.flatten() for grad in grads]).to(device)
         dist.all_reduce(flat, group=mesh.get_group())
         flat = flat.to(grads[0].device)  # under cpu_offload the gradients are in host memory
-        for grad, reduced in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(reduced.view_as(grad))
+        for grad, grad_sum in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(grad_sum.view_as(grad))
 
 
 def _local_param(parameter: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _compute_weight(layer: "ColumnParallelLinear | RowParallelLinear") -> Tensor
     if not torch.is_autocast_enabled(device) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _local_param(layer.weight)
     # float8_linear casts by itself; FSDP has already cast the weight.
-    if layer.matmul is not F.linear or layer.weight.dtype != torch.float32:
+    if layer.linear_fn is not F.linear or layer.weight.dtype != torch.float32:
         return _local_param(layer.weight)
     if layer.cached_cast is None:
         layer.cached_cast = _local_param(layer.weight).to(torch.get_autocast_dtype(device))
@@ -147,21 +147,29 @@ def _compute_weight(layer: "ColumnParallelLinear | RowParallelLinear") -> Tensor
 
 
 class ColumnParallelLinear(nn.Linear):
-    """A linear layer whose output features are sharded, or which is replicated: [..., D] -> [..., F]."""
+    """A linear layer whose output features are sharded: [..., D] -> [..., F]. It does not communicate."""
 
-    matmul: Any
+    linear_fn: Any  # F.linear, or fp8.float8_linear
     cached_cast: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         bias_F = None if self.bias is None else _local_param(self.bias)
-        return self.matmul(x, _compute_weight(self), bias_F)
+        return self.linear_fn(x, _compute_weight(self), bias_F)
+
+
+class ReplicatedLinear(ColumnParallelLinear):
+    """A linear layer whose parameters are replicated over tp. A rank computes with its copy, without communication."""
 
 
 class ColumnParallelEmbedding(nn.Embedding):
-    """An embedding whose columns are sharded, or which is replicated: [...] -> [..., F]."""
+    """An embedding whose columns are sharded: [...] -> [..., F]."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, _local_param(self.weight))
+
+
+class ReplicatedEmbedding(ColumnParallelEmbedding):
+    """An embedding whose parameters are replicated over tp."""
 
 
 class ReplicatedLayerNorm(LayerNorm):
@@ -204,12 +212,12 @@ class ShardedRMSNorm(ReplicatedRMSNorm):
 class RowParallelLinear(nn.Linear):
     """A linear layer whose input features are sharded. The outputs are summed over ranks: [B, S, F] -> [B, T, D]."""
 
-    matmul: Any
+    linear_fn: Any  # F.linear, or fp8.float8_linear
     cached_cast: Tensor | None = None
     region: TensorParallelRegion
 
     def forward(self, x_BSF: Tensor) -> Tensor:
-        y_BTD = self.region.reduce_scatter_sequence(self.matmul(x_BSF, _compute_weight(self)))
+        y_BTD = self.region.reduce_scatter_sequence(self.linear_fn(x_BSF, _compute_weight(self)))
         return y_BTD if self.bias is None else y_BTD + _local_param(self.bias).to(y_BTD.dtype)
 
 

@@ -27,16 +27,14 @@ EXPERT = "expert"  # parameters with this first dimension are on the mesh of the
 # A tensor is sharded over `tp` along the first of its dimensions that is listed here; otherwise it is replicated.
 SHARDED_DIMS = ("vocab", "heads", "kv_heads", "head_index", "ffn")
 
-# (class of a layer, dimension of its weight that is sharded; None: replicated) -> class that replaces it. A
-# column-parallel layer does not communicate (hooks gather its input), so with a replicated weight it serves as a
-# replicated layer.
+# (class of a layer, dimension of its weight that is sharded; None: replicated) -> class that replaces it.
 TENSOR_PARALLEL_CLASSES: dict[tuple[type[nn.Module], int | None], type[nn.Module]] = {
     (nn.Linear, 0): tensor_parallel.ColumnParallelLinear,
     (nn.Linear, 1): tensor_parallel.RowParallelLinear,
-    (nn.Linear, None): tensor_parallel.ColumnParallelLinear,
+    (nn.Linear, None): tensor_parallel.ReplicatedLinear,
     (nn.Embedding, 0): tensor_parallel.VocabParallelEmbedding,
     (nn.Embedding, 1): tensor_parallel.ColumnParallelEmbedding,
-    (nn.Embedding, None): tensor_parallel.ColumnParallelEmbedding,
+    (nn.Embedding, None): tensor_parallel.ReplicatedEmbedding,
     (LayerNorm, None): tensor_parallel.ReplicatedLayerNorm,
     (RMSNorm, None): tensor_parallel.ReplicatedRMSNorm,
     (RMSNorm, 0): tensor_parallel.ShardedRMSNorm,
@@ -90,7 +88,7 @@ def _shard_layer(module: nn.Module, specs: Mapping[str, ParamSpec], region: Tens
     if layer_class is None:
         return  # a module that reads its own parameters: a mixer, or the head, which VocabParallelHead replaces
     if isinstance(module, nn.Linear):
-        module.matmul = fp8.float8_linear if isinstance(module, fp8.Float8Linear) else F.linear  # type: ignore[assignment]
+        module.linear_fn = fp8.float8_linear if isinstance(module, fp8.Float8Linear) else F.linear  # type: ignore[assignment]
     module.__class__ = TENSOR_PARALLEL_CLASSES[layer_class, sharded_dim(specs["weight"])]
     module.region = region  # type: ignore[assignment]
 

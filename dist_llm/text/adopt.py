@@ -16,7 +16,7 @@ from typing import TextIO
 
 import numpy as np
 
-from dist_llm.data.shard import ADOPTED, SPLITS, DType, Manifest, Shard, Split
+from dist_llm.data.shard import ADOPTED, SPLITS, CorpusManifest, DType, Shard, Split
 from dist_llm.errors import DataError
 from dist_llm.io import urls
 from dist_llm.io.atomic import create_atomically, write_durably
@@ -31,7 +31,7 @@ NO_EOT = -1  # stands for the end-of-document id if the tokenizer has none; real
 REMOTE_HINT = "Check the URL, the network and your credentials."
 
 
-def adopt(options: AdoptOptions, log_stream: TextIO | None = None) -> Manifest:
+def adopt(options: AdoptOptions, log_stream: TextIO | None = None) -> CorpusManifest:
     """Build the corpus that `options` describe. Print progress and a summary to `log_stream` (default: stderr).
 
     Raises DataError for each error that the user can fix: options, files, ids, tokenizer, `OUT`, a full disk.
@@ -100,7 +100,7 @@ class _AdoptRun:
         self._has_document_bounds = False  # whether any file has document boundaries
         self.files_with_leading_eot: list[str] = []  # probably a wrong --eot-position
 
-    def write_corpus(self) -> Manifest:
+    def write_corpus(self) -> CorpusManifest:
         """Write the tokenizer and the document offsets, then the manifest."""
         self.tokenizer.save(self.directory)
         files: list[tuple[Split, int, str]] = []
@@ -111,7 +111,7 @@ class _AdoptRun:
             adopted_files = list(pool.map(lambda file: self._adopt_file(*file), files))
         finally:
             pool.shutdown(cancel_futures=True)
-        manifest = Manifest(
+        manifest = CorpusManifest(
             dtype=self._get_common_dtype([(shard.file, dtype) for shard, dtype in adopted_files]),
             vocab_size=self.tokenizer.vocab_size,
             tokenizer_sha256=self.tokenizer.sha256,
@@ -205,7 +205,7 @@ def _read_all(location: str) -> bytes:
 
 
 def _print_summary(
-    options: AdoptOptions, manifest: Manifest, meter: ProgressMeter, files_with_leading_eot: list[str]
+    options: AdoptOptions, manifest: CorpusManifest, meter: ProgressMeter, files_with_leading_eot: list[str]
 ) -> None:
     num_tokens, text_bytes, num_documents = (
         sum(count(split) for split in SPLITS)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import SPLITS, Manifest, Shard, Split
+from dist_llm.data.shard import SPLITS, CorpusManifest, Shard, Split
 from dist_llm.data.tokenizer_file import is_same_tokenizer
 from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import CorpusPart
@@ -23,7 +23,7 @@ from dist_llm.text.tokenizer import Tokenizer
 OPTIONS_THAT_MAY_DIFFER = {"part", "tokenizer", "split_pattern", "bpe_train_bytes"}
 
 
-def merge_parts(corpus_dir: Path, log_stream: TextIO | None = None) -> Manifest:
+def merge_parts(corpus_dir: Path, log_stream: TextIO | None = None) -> CorpusManifest:
     """Write `corpus_dir`/manifest.json. It lists the shards of `corpus_dir`/part-1-of-n to part-n-of-n, in this order.
 
     Print a summary to `log_stream` (default: stderr). Raises DataError if a part is missing, incomplete or damaged, or
@@ -33,12 +33,12 @@ def merge_parts(corpus_dir: Path, log_stream: TextIO | None = None) -> Manifest:
     corpus_parts = _find_parts(corpus_dir)
     try:
         with lock_output(corpus_dir):
-            manifests = [Manifest.load(corpus_dir / part.name) for part in corpus_parts]
+            manifests = [CorpusManifest.load(corpus_dir / part.name) for part in corpus_parts]
             report = _merge_reports(corpus_dir, corpus_parts)
             _check_same_tokenizer(corpus_dir, corpus_parts, manifests)
             _check_shard_sizes(corpus_dir, corpus_parts)
             first_manifest = manifests[0]
-            merged = Manifest(
+            merged = CorpusManifest(
                 dtype=first_manifest.dtype,
                 vocab_size=first_manifest.vocab_size,
                 tokenizer_sha256=first_manifest.tokenizer_sha256,
@@ -111,7 +111,7 @@ def _merge_reports(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> PrepareR
     return merged_report
 
 
-def _check_same_tokenizer(corpus_dir: Path, corpus_parts: list[CorpusPart], manifests: list[Manifest]) -> None:
+def _check_same_tokenizer(corpus_dir: Path, corpus_parts: list[CorpusPart], manifests: list[CorpusManifest]) -> None:
     """Raise DataError if the tokenizer of a part differs from that of the first part."""
     for part, manifest in zip(corpus_parts, manifests, strict=True):
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256 and not is_same_tokenizer(
@@ -131,7 +131,7 @@ def _check_shard_sizes(corpus_dir: Path, corpus_parts: list[CorpusPart]) -> None
             Corpus(corpus_dir / part.name, split).check_shard_sizes()
 
 
-def _merge_shards(corpus_parts: list[CorpusPart], manifests: list[Manifest], split: Split) -> tuple[Shard, ...]:
+def _merge_shards(corpus_parts: list[CorpusPart], manifests: list[CorpusManifest], split: Split) -> tuple[Shard, ...]:
     return tuple(
         Shard(f"{part.name}/{shard.file}", shard.tokens, shard.documents, shard.text_bytes, shard.sha256)
         for part, manifest in zip(corpus_parts, manifests, strict=True)

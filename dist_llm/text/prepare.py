@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from dist_llm.data.shard import MANIFEST_FILE, Manifest
+from dist_llm.data.shard import MANIFEST_FILE, CorpusManifest
 from dist_llm.errors import DataError
 from dist_llm.text.corpus_part import SINGLE_PART, CorpusPart, parse_part
 from dist_llm.text.inputs import Input, open_inputs, sum_size_bytes
@@ -34,7 +34,7 @@ NOTHING_TO_DO = (
 RESUME_HINT = "The finished input files are kept in {}: fix this and run the same command again to resume."
 
 
-def prepare(options: PrepareOptions, log_stream: TextIO | None = None) -> Manifest:
+def prepare(options: PrepareOptions, log_stream: TextIO | None = None) -> CorpusManifest:
     """Build the corpus that `options` describe. Print progress and a summary to `log_stream` (default: stderr).
 
     Raises DataError for each error that the user can fix: options, files, tokenizer, rows, `OUT`, a full disk.
@@ -81,7 +81,7 @@ def prepare(options: PrepareOptions, log_stream: TextIO | None = None) -> Manife
 
 def _find_finished_corpus(
     options: PrepareOptions, out: Path, files: Sequence[Input], file_counts: InputFileCounts
-) -> Manifest | None:
+) -> CorpusManifest | None:
     """Return the manifest of `out` if the same options made it from the same number of files and bytes.
 
     Only the files that were read count, because other versions name the reasons to skip a file differently.
@@ -90,7 +90,7 @@ def _find_finished_corpus(
     if sum_size_bytes(files) is None:
         return None
     try:
-        report, manifest = PrepareReport.load(out), Manifest.load(out)
+        report, manifest = PrepareReport.load(out), CorpusManifest.load(out)
     except DataError:
         return None
     has_same_files = report.inputs.get("read") == file_counts.get("read")

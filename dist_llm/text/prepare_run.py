@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_llm.data.shard import SPLITS, Manifest, select_token_dtype
+from dist_llm.data.shard import SPLITS, CorpusManifest, select_token_dtype
 from dist_llm.errors import DataError
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.text.chunks import ChunkReader
@@ -58,7 +58,7 @@ class PrepareRun:
         self._trained_on: dict[int, list[str | int] | None] = {}
         self._resumed_bytes = 0  # bytes of text that an earlier run wrote
 
-    def write_corpus(self) -> Manifest:
+    def write_corpus(self) -> CorpusManifest:
         """Write the tokenizer, the shards and the report, then the manifest."""
         journal_lines = self.journal.read()
         tokenizer = self._load_trained_tokenizer(journal_lines) or self._build_tokenizer()
@@ -73,7 +73,7 @@ class PrepareRun:
             shards = writer.close()
         self.reader.row_tracker.check()
         self.report = self._build_report(writer)
-        manifest = Manifest(
+        manifest = CorpusManifest(
             dtype=select_token_dtype(tokenizer.vocab_size),
             vocab_size=tokenizer.vocab_size,
             tokenizer_sha256=tokenizer.sha256,
@@ -223,7 +223,7 @@ class PrepareRun:
             warnings=self.reader.list_warnings(reads_all_files=self.part.num_parts == 1),
         )
 
-    def _format_no_text_error(self, manifest: Manifest) -> str:
+    def _format_no_text_error(self, manifest: CorpusManifest) -> str:
         removed = sum(counts.documents for counts in self.report.removed.values())
         return (
             f"--source {' '.join(self.options.source)}: no text to train on, in {self.report.rows:,} rows "
@@ -231,7 +231,7 @@ class PrepareRun:
             f"{f', {removed:,} removed by rules' if removed else ''}). Give more text."
         )
 
-    def print_summary(self, manifest: Manifest) -> None:
+    def print_summary(self, manifest: CorpusManifest) -> None:
         """Print the counts, the report, the warnings and the first skipped rows and files."""
         num_tokens, text_bytes, num_documents = (
             sum(count(split) for split in SPLITS)

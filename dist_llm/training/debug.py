@@ -55,7 +55,7 @@ def debug(config: Config) -> None:
     plan = build_fresh_plan(config)
     directory = plan.sources[0].corpus.directory
     vocabulary = read_vocabulary(config, directory)
-    loader = build_loader(config, plan, vocabulary, 0, 1, pin=False)
+    loader = build_loader(config, plan, vocabulary, dp_rank=0, dp_size=1, pin=False)
     print_first_row(console, loader.load_batches(0)[0], Tokenizer.load(directory), vocabulary)
 
     engine = NativeEngine(config, device)

@@ -126,9 +126,9 @@ def _score_corpus(
         num_valid_tokens += batch.num_valid_tokens
         denominator += batch.loss_denominator
     return LossSum(
-        loss=float(engine.all_reduce_over_data(torch.stack(losses).double().sum())),
-        denominator=float(engine.all_reduce_over_data(denominator)),
-        num_tokens=int(engine.all_reduce_over_data(num_valid_tokens)),
+        loss=float(engine.all_reduce_over_dp_and_cp(torch.stack(losses).double().sum())),
+        denominator=float(engine.all_reduce_over_dp_and_cp(denominator)),
+        num_tokens=int(engine.all_reduce_over_dp_and_cp(num_valid_tokens)),
     )
 
 
@@ -158,7 +158,13 @@ def iter_heldout_batches(
         else:
             valid_ids = np.where(is_window, window_ids, 0)  # window 0 fills the rest; its targets are ignored below
             starts, with_documents = valid_ids * lengths.stride_tokens, objective.layout.has_document_mask
-            windows = read_windows(corpus, starts, lengths.window_tokens, setup.prompt_loss_weight, with_documents)
+            windows = read_windows(
+                corpus,
+                starts,
+                lengths.window_tokens,
+                prompt_loss_weight=setup.prompt_loss_weight,
+                document_mask=with_documents,
+            )
             batch = objective(windows, valid_ids, [component_index] * len(valid_ids))
             targets_BS = batch.targets_BS.masked_fill(~torch.from_numpy(is_window)[:, None], IGNORE_INDEX)
             batch = replace(batch, targets_BS=targets_BS, num_valid_tokens=int((targets_BS != IGNORE_INDEX).sum()))

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
-from dist_llm.config.load import load_saved
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint, read_progress
+from dist_llm.config.load import load_saved_config
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.config.schema import Config
 from dist_llm.config.sequence_lengths import compute_component_lengths
@@ -44,9 +45,9 @@ def evaluate_checkpoint(
     The model is sharded over all ranks, whatever its layout in training was. Raises ConfigError or DataError that names
     the option to change.
     """
-    path = store.fetch_verified_checkpoint(checkpoint, world.rank, world.world_size)
-    is_trained = store.read_progress(CheckpointFolder(path)).tokens > 0  # else the model was imported
-    config, seq_len_origin = _resolve_seq_len(load_saved(path), options.seq_len, is_trained)
+    path = fetch_verified_checkpoint(checkpoint, world.rank, world.world_size)
+    is_trained = read_progress(CheckpointFolder(path)).tokens > 0  # else the model was imported
+    config, seq_len_origin = _resolve_seq_len(load_saved_config(path), options.seq_len, is_trained)
     corpus_origin = f"--data {data}" if data else "the corpus of the run (choose another with --data)"
     corpora = _open_corpora(config, data, split, corpus_origin)
     _check_tokenizer(path, config, corpora.values(), corpus_origin)
@@ -65,7 +66,7 @@ def evaluate_checkpoint(
     device = select_device(world)
     with process_group(world, device):
         engine = NativeEngine(config, device)
-        progress = store.load_checkpoint(path, engine.state, with_moments=False)
+        progress = load_checkpoint(path, engine.state, with_moments=False)
         result = evaluate(engine, setup)
         del engine
     if world.is_main:

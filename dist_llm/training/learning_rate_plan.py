@@ -8,7 +8,7 @@ the checkpoint.
 import logging
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
-from dist_llm.checkpoint.store import read_progress
+from dist_llm.checkpoint.load_checkpoint import read_progress
 from dist_llm.config.derive import resolve_schedule
 from dist_llm.config.optim_sections import DecayKeys, OptimConfig, ScheduleConfig
 from dist_llm.config.schema import Config

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_llm.checkpoint import store as checkpoints
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import compare_for_init, compare_parameters, log_init_differences, read_config
 from dist_llm.checkpoint.init_from import init_from_checkpoint
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint, read_shapes
 from dist_llm.checkpoint.probe import PROBE_FILE, TOLERANCES, compare_probes, parse_probe
 from dist_llm.config.compare import PARAMETER_KEYS
-from dist_llm.config.load import parse_saved
+from dist_llm.config.load import parse_saved_config
 from dist_llm.config.schema import Config
 from dist_llm.config.upcycle import keeps_function
 from dist_llm.engines.base import Engine
@@ -39,8 +39,8 @@ LOSS_DATA_KEYS = (
 
 def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progress:
     """Read weights and optimizer state. Raises CheckpointError if the weights differ from the saved ones."""
-    compare_parameters(folder, checkpoints.read_shapes(folder), config.model, requested=False)
-    progress = checkpoints.load_checkpoint(folder, engine.state)
+    compare_parameters(folder, read_shapes(folder), config.model, allow_differences=False)
+    progress = load_checkpoint(folder, engine.state)
     if engine.loss_scale is not None and progress.loss_scale is not None:
         engine.loss_scale = progress.loss_scale
     check_probe(folder, engine, config, "move this checkpoint away to resume from the previous one")
@@ -52,7 +52,7 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     requested = compare_for_init(path, config)
     log_init_differences(path, config, requested)
     changes_parts = any(difference.key in PARAMETER_KEYS for difference in requested)
-    added, dropped = compare_parameters(path, checkpoints.read_shapes(path), config.model, changes_parts)
+    added, dropped = compare_parameters(path, read_shapes(path), config.model, allow_differences=changes_parts)
     dense_sources = _find_dense_sources(added, dropped)
     added = [name for name in added if name not in dense_sources]
     dropped = [name for name in dropped if name not in dense_sources.values()]
@@ -66,7 +66,15 @@ def start_from_weights(path: Path, engine: Engine, config: Config) -> None:
     num_known_ids = min(read_config(path).model.vocab_size, config.model.vocab_size)
     vocab_params = list_vocab_params(build_param_specs(config.model))
     keeps_optimizer = config.init_optimizer == "keep"
-    init_from_checkpoint(path, engine.state, keeps_optimizer, num_known_ids, vocab_params, added, dense_sources)
+    init_from_checkpoint(
+        path,
+        engine.state,
+        with_moments=keeps_optimizer,
+        num_known_ids=num_known_ids,
+        vocab_params=vocab_params,
+        added=added,
+        dense_sources=dense_sources,
+    )
     log.info("starting from %s, which knows %d of the token ids", path, num_known_ids)
     same_function = {"objective"}
     if keeps_function(read_config(path).model, config.model):
@@ -130,7 +138,7 @@ class EarlierSteps:
                     losses[row["step"]] = loss
             if not losses:
                 return EarlierSteps({})
-            saved_config = parse_saved((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
+            saved_config = parse_saved_config((directory / "config.yaml").read_text(encoding="utf-8"), str(directory))
         except (OSError, UnicodeDecodeError, UserError) as error:
             log.info("the losses of repeated steps are not compared with the earlier ones: %s", error)
             return EarlierSteps({})
@@ -139,7 +147,7 @@ class EarlierSteps:
                 "the losses of repeated steps are not compared with the earlier ones: %s changed", ", ".join(changed)
             )
             return EarlierSteps({})
-        return EarlierSteps(losses, TOLERANCES["fp8" if config.fp8 else config.precision][0])
+        return EarlierSteps(losses, TOLERANCES["fp8" if config.fp8 else config.precision].loss)
 
     def compare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return event rows for steps whose losses differ from the losses of the earlier start."""

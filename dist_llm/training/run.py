@@ -19,7 +19,9 @@ import torch
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState
 from dist_llm.checkpoint.compatibility import compare_for_init, compare_for_resume, log_harmless_differences
-from dist_llm.checkpoint.store import CheckpointStore, checkpoints_of_run, fetch_verified_checkpoint, read_progress
+from dist_llm.checkpoint.find_checkpoint import checkpoints_of_run, fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import read_progress
+from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.engine_names import NATIVE_ENGINE
 from dist_llm.config.load import dump_config
@@ -77,7 +79,7 @@ def train(config: Config, world: World) -> int:
     vocabulary = read_vocabulary(config, corpus_dir)
     run_dir = Path(config.run.dir)
     store = CheckpointStore(config.checkpoint.dir or run_dir / "checkpoints", config.checkpoint)
-    latest = store.peek_latest()
+    latest = store.find_latest_unverified()
     initial_weights: Path | None = None
     if latest is not None:
         compare_for_resume(latest, config)
@@ -94,7 +96,7 @@ def train(config: Config, world: World) -> int:
         watchdog = Watchdog(world, config.run.hang_seconds)
         with watchdog, process_group(world, device, even_if_single=config.engine != NATIVE_ENGINE):
             watchdog.register()
-            verified = store.latest_verified()
+            verified = store.find_latest_verified()
             if verified is not None:
                 log_harmless_differences(compare_for_resume(verified, config))  # `latest` may have been damaged
             if world.is_main:
@@ -211,7 +213,7 @@ class RunContext:
         self.watchdog.heartbeat("the rewind", LONG_ACTIVITY_TIMEOUT_FACTOR)
         trainer.loader.close()
         self.store.finish()
-        checkpoint = self.store.latest_verified()
+        checkpoint = self.store.find_latest_verified()
         assert checkpoint is not None, "the run has no checkpoint to rewind to, although it saves before its first step"
         progress, loader, guard_state = read_progress(checkpoint), trainer.loader, trainer.progress.guard
         num_steps = request.step - progress.step
@@ -264,7 +266,14 @@ def _build_history(
     skipped_ranges = (guard_state or progress.guard).skipped_ranges
     segment = segment.model_copy(update={"skip": merge_ranges((*segment.skip, *skipped_ranges))})
     may_change = config.data.on_change == "new_segment"
-    return extend_history(saved_history, segment, progress.step, progress.samples, progress.tokens, may_change)
+    return extend_history(
+        saved_history,
+        segment,
+        step=progress.step,
+        samples=progress.samples,
+        tokens=progress.tokens,
+        new_segment=may_change,
+    )
 
 
 def build_run_files(config: Config, corpus_dir: Path, start: CheckpointFolder | Path | None = None) -> dict[str, bytes]:

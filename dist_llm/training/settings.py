@@ -16,7 +16,7 @@ from dist_llm.config.load import Violation, load_config, raise_violations
 from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
-from dist_llm.data.shard import Manifest
+from dist_llm.data.shard import CorpusManifest
 from dist_llm.errors import DataError, UserError
 from dist_llm.launch.world import read_world
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
@@ -36,7 +36,7 @@ def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[s
     Return (the merged section, violations).
     """
     from dist_llm.checkpoint.compatibility import read_config  # imports torch, so only if needed
-    from dist_llm.checkpoint.store import resolve_checkpoint
+    from dist_llm.checkpoint.find_checkpoint import resolve_checkpoint
 
     checkpoint, own_keys = section[MODEL_FROM], {name: value for name, value in section.items() if name != MODEL_FROM}
     # After an error, a placeholder model lets `read_config` check the other sections.
@@ -67,12 +67,12 @@ def read_config(source: Path | Mapping[str, Any] | None, overrides: Sequence[str
     if config is None:
         raise_violations(violations)
         raise AssertionError("no config and no violation")
-    manifest: Manifest | None = None
+    manifest: CorpusManifest | None = None
     for source_index, data_source in enumerate(list_sources(config.data)):
         if not data_source.path:
             continue  # `check` reports the missing path
         try:
-            manifest = Manifest.load(localize_corpus(data_source.path, config.data.cache))
+            manifest = CorpusManifest.load(localize_corpus(data_source.path, config.data.cache))
         except DataError as error:
             key = f"data.sources.{source_index}.path" if data_source.name else "data.path"
             violations.append(Violation((key,), str(error)))

@@ -52,11 +52,11 @@ def train_step(
     losses = engine.accumulate(batches, replace_zero(denominator), step)
     by_source = None
     if num_sources > 1:
-        by_source = engine.all_reduce_over_data(_sum_by_source(batches, losses, num_sources))
+        by_source = engine.all_reduce_over_dp_and_cp(_sum_by_source(batches, losses, num_sources))
     loss_terms = _pop_loss_terms(engine, len(batches), losses)
     if with_loss_terms:
-        loss_terms = engine.all_reduce_over_data(loss_terms) / replace_zero(denominator)
-    loss = engine.all_reduce_over_data(losses.sum())
+        loss_terms = engine.all_reduce_over_dp_and_cp(loss_terms) / replace_zero(denominator)
+    loss = engine.all_reduce_over_dp_and_cp(losses.sum())
     norm = engine.update(lr, None if should_apply is None else partial(should_apply, loss))
     return StepReport(
         loss,
@@ -70,7 +70,7 @@ def train_step(
 
 def compute_loss_denominator(engine: Engine, batches: Sequence[Batch]) -> Tensor:
     """Return the sum of the weights of all targets of the global batch, [], which is their number without weights."""
-    return engine.all_reduce_over_data(sum(batch.loss_denominator for batch in batches))
+    return engine.all_reduce_over_dp_and_cp(sum(batch.loss_denominator for batch in batches))
 
 
 def replace_zero(denominator: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_consecutive_saves_contain_different_values(tmp_path: Path) -> None:
 def test_a_foreground_save_is_committed_on_return(tmp_path: Path) -> None:
     engine, checkpoints = build_engine_at_step(1), CheckpointStore(tmp_path, CheckpointConfig(background=False))
     checkpoints.save(engine.state, Progress(1), {})
-    assert checkpoints.latest_verified() is not None
+    assert checkpoints.find_latest_verified() is not None
     assert not checkpoints.staging.buffers
     assert are_states_equal(load_state(tmp_path / "step_00000001"), copy_state(engine))
 
@@ -141,7 +141,7 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
         checkpoints.save(engine.state, Progress(step), {"config.yaml": b"run: {}\n"})
         checkpoints.finish()
     assert [folder.name for folder in checkpoints.list_committed()] == ["step_00000002", "step_00000003"]
-    newest = checkpoints.latest_verified()
+    newest = checkpoints.find_latest_verified()
     assert newest is not None
     assert are_states_equal(load_state(newest), copy_state(engine))
 
@@ -154,7 +154,7 @@ def test_checkpoints_can_be_at_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = bytearray(memory.cat_file(name))
     content[len(content) // 2] ^= 1
     memory.pipe_file(name, bytes(content))
-    assert checkpoints.latest_verified() == checkpoints.list_committed()[-2]
+    assert checkpoints.find_latest_verified() == checkpoints.list_committed()[-2]
 
 
 def save_with_limit(directory: Path, limited_rank: int) -> str:

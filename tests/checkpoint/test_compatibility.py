@@ -106,9 +106,9 @@ def test_every_parameter_of_the_checkpoint_is_used(
         }
 
     old, new = make_config(ranks=1, model=before), make_config(ranks=1, model=current)
-    assert compare_parameters(tmp_path, shapes(old), old.model, requested=False) == ([], [])
+    assert compare_parameters(tmp_path, shapes(old), old.model, allow_differences=False) == ([], [])
     with pytest.raises(CheckpointError, match=r"the checkpoint (lacks|has) blocks"):
-        compare_parameters(tmp_path, shapes(old), new.model, requested=False)
-    added, dropped = compare_parameters(tmp_path, shapes(old), new.model, requested=True)
+        compare_parameters(tmp_path, shapes(old), new.model, allow_differences=False)
+    added, dropped = compare_parameters(tmp_path, shapes(old), new.model, allow_differences=True)
     assert bool(added) == (current == QWEN3)
     assert bool(dropped) == (current != QWEN3)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.flat_shard import FlatShard, flat_range_to_boxes, local_chunks
+from dist_llm.checkpoint.load_checkpoint import fill_tensors, load_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from tests.laws.worlds import get_world
 
@@ -88,7 +88,7 @@ def save_flat_state(directory: Path, background: bool) -> None:
 def load_flat_state(directory: Path) -> bool:
     """Load the checkpoint on this rank; return whether each element of the shard has its saved value."""
     shards = FlatState(fill=False)
-    store.load_checkpoint(directory, shards, with_moments=False)
+    load_checkpoint(directory, shards, with_moments=False)
     return torch.equal(shards.flat, FlatState(fill=True).flat)
 
 
@@ -99,6 +99,6 @@ def test_other_world_sizes_read_flat_shards(background: bool, tmp_path: Path) ->
     assert newest.local_path is not None
     assert all(get_world(2).run(load_flat_state, newest.local_path))
     full = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    store.fill_tensors(newest, dict(full))
+    fill_tensors(newest, dict(full))
     for name, value in make_tensors().items():
         assert torch.equal(full[name], value), name

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
 from dist_llm.checkpoint.manifest import MANIFEST_FILE, MARKER_FILE, read_manifest, verify_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig
@@ -68,7 +68,7 @@ def test_a_flipped_bit_at_a_random_position_is_detected(two_checkpoints: Path, t
     for number in range(draws):
         copy = Path(shutil.copytree(two_checkpoints, tmp_path / str(number)))
         flip_random_bit(copy / "step_00000002", random.Random(number))
-        assert CheckpointStore(copy).latest_verified() == CheckpointFolder(copy / "step_00000001"), number
+        assert CheckpointStore(copy).find_latest_verified() == CheckpointFolder(copy / "step_00000001"), number
 
 
 def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_a_flipped_bit_in_each_file_is_detected(two_checkpoints: Path, tmp_path:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        assert CheckpointStore(copy).latest_verified() == CheckpointFolder(copy / "step_00000001"), name
+        assert CheckpointStore(copy).find_latest_verified() == CheckpointFolder(copy / "step_00000001"), name
         with pytest.raises(CheckpointError, match="damaged"):
-            store.fetch_verified_checkpoint(copy / "step_00000002")
+            fetch_verified_checkpoint(copy / "step_00000002")
 
 
 def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
@@ -101,9 +101,9 @@ def test_a_checkpoint_of_format_1_is_verified(two_copies: Path) -> None:
     )
     (newest / MANIFEST_FILE).write_text(manifest)
     (newest / MARKER_FILE).write_text(hashlib.sha256(manifest.encode()).hexdigest())
-    assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(newest)
+    assert CheckpointStore(two_copies).find_latest_verified() == CheckpointFolder(newest)
     flip_random_bit(newest, random.Random(0))
-    assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(two_copies / "step_00000001")
+    assert CheckpointStore(two_copies).find_latest_verified() == CheckpointFolder(two_copies / "step_00000001")
 
 
 def truncate(path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_missing_or_truncated_file_is_reported(
     damage(two_copies / "step_00000002")
     with pytest.raises(CheckpointError, match=message):
         verify_checkpoint(CheckpointFolder(two_copies / "step_00000002"))
-    assert CheckpointStore(two_copies).latest_verified() == CheckpointFolder(two_copies / "step_00000001")
+    assert CheckpointStore(two_copies).find_latest_verified() == CheckpointFolder(two_copies / "step_00000001")
 
 
 def test_an_unreadable_file_is_not_reported_as_damaged(two_copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_an_unreadable_file_is_not_reported_as_damaged(two_copies: Path, monkeyp
 
     monkeypatch.setattr(CheckpointFolder, "compute_hash", raise_permission_error)
     with pytest.raises(CheckpointError, match=r"step_00000002: cannot be read: .*Permission denied"):
-        CheckpointStore(two_copies).latest_verified()
+        CheckpointStore(two_copies).find_latest_verified()
 
 
 def test_directories_of_other_names_are_not_removed(two_copies: Path) -> None:
@@ -152,13 +152,13 @@ def test_all_damaged_checkpoints_raise_an_error(two_copies: Path) -> None:
     for name in ("step_00000001", "step_00000002"):
         truncate(two_copies / name / "progress.json")
     with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged"):
-        CheckpointStore(two_copies).latest_verified()
-    assert CheckpointStore(two_copies / "empty").latest_verified() is None
+        CheckpointStore(two_copies).find_latest_verified()
+    assert CheckpointStore(two_copies / "empty").find_latest_verified() is None
 
 
 def find_latest_verified_name(directory: Path) -> str:
     """Return the folder name of the newest checkpoint that matches its manifest, on this rank."""
-    newest = CheckpointStore(directory).latest_verified()
+    newest = CheckpointStore(directory).find_latest_verified()
     assert newest is not None
     return newest.name
 
@@ -194,9 +194,9 @@ def test_a_damaged_later_checkpoint_does_not_replace_a_new_one(two_copies: Path,
     truncate(two_copies / "step_00000009" / "progress.json")
     checkpoints = CheckpointStore(two_copies, CheckpointConfig(keep=1))
     save_checkpoint(checkpoints, build_engine(), Progress(3), FILES)
-    assert checkpoints.latest_verified() == CheckpointFolder(two_copies / "step_00000003")
+    assert checkpoints.find_latest_verified() == CheckpointFolder(two_copies / "step_00000003")
     with pytest.raises(CheckpointError, match=r"step_00000009: damaged: .*; another: .*step_00000003"):
-        store.fetch_verified_checkpoint(make_run(two_copies, tmp_path))
+        fetch_verified_checkpoint(make_run(two_copies, tmp_path))
 
 
 def make_run(checkpoints: Path, directory: Path) -> Path:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.find_checkpoint import fetch_verified_checkpoint
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.checkpoint.manifest import MARKER_FILE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import CheckpointConfig, Config
@@ -48,7 +49,7 @@ def save_in_world(config: Config, directory: Path) -> dict[str, torch.Tensor]:
 def load_in_world(config: Config, path: Path) -> dict[str, torch.Tensor]:
     """Load a checkpoint into a new engine and return the full state, on each rank."""
     engine = NativeEngine(config, CPU)
-    store.load_checkpoint(path, engine.state)
+    load_checkpoint(path, engine.state)
     return copy_state(engine)
 
 
@@ -59,7 +60,7 @@ def test_load_restores_the_saved_state(tmp_path: Path) -> None:
     path = save_checkpoint(CheckpointStore(tmp_path), engine, progress, FILES)
 
     new_engine = NativeEngine(config, CPU)
-    assert store.load_checkpoint(path, new_engine.state) == progress
+    assert load_checkpoint(path, new_engine.state) == progress
     for name, value in copy_state(engine).items():
         assert torch.equal(copy_state(new_engine)[name], value), name
     assert (path / "config.yaml").read_bytes() == FILES["config.yaml"]
@@ -69,7 +70,7 @@ def test_optimizer_settings_come_from_the_config(tmp_path: Path) -> None:
     engine = build_trained_engine(make_config(ranks=1, optim=ADAMW))
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(2), FILES)
     other_engine = NativeEngine(make_config(ranks=1, optim=ADAMW | {"weight_decay": 0.3, "beta2": 0.9}), CPU)
-    store.load_checkpoint(path, other_engine.state)
+    load_checkpoint(path, other_engine.state)
     assert other_engine.optimizer.param_groups[0]["weight_decay"] == 0.3
     assert other_engine.optimizer.param_groups[0]["betas"] == (0.9, 0.9)
 
@@ -97,7 +98,7 @@ def train_uninterrupted_and_resumed(
     engine = build_trained_engine(config)
     path = save_checkpoint(CheckpointStore(directory), engine, Progress(step=2), FILES)
     resumed_engine = NativeEngine(config, CPU)
-    store.load_checkpoint(path, resumed_engine.state)
+    load_checkpoint(path, resumed_engine.state)
     for trained_engine in (engine, resumed_engine):
         for step in (2, 3):
             train_step(trained_engine, make_batches(config, trained_engine, step), lr=1e-3, step=step)
@@ -154,12 +155,12 @@ def test_a_directory_without_a_marker_is_not_a_checkpoint(tmp_path: Path) -> Non
     first = save_checkpoint(checkpoints, engine, Progress(1), FILES)
     second = save_checkpoint(checkpoints, engine, Progress(2), FILES)
     (second / MARKER_FILE).unlink()
-    assert store.fetch_verified_checkpoint(tmp_path) == first
+    assert fetch_verified_checkpoint(tmp_path) == first
     save_checkpoint(checkpoints, engine, Progress(2), FILES)  # the step can be saved again
-    assert store.fetch_verified_checkpoint(tmp_path) == second
+    assert fetch_verified_checkpoint(tmp_path) == second
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match="has no complete checkpoint"):
-        store.fetch_verified_checkpoint(tmp_path)
+        fetch_verified_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, model: dict[st
     engine = build_trained_engine(make_config(ranks=1, optim=ADAMW), num_steps=1)
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(1), FILES)
     with pytest.raises(CheckpointError, match=message):
-        store.load_checkpoint(
+        load_checkpoint(
             path, NativeEngine(make_config(ranks=1, model=model, optim=ADAMW), CPU).state, with_moments=False
         )
 
@@ -194,7 +195,7 @@ def test_a_checkpoint_of_any_layout_loads_into_one_process(layout: Layout, tmp_p
     for rank_state in get_world(layout.ranks).run(save_in_world, make_layout_config(layout, optim=ADAMW), tmp_path):
         state |= rank_state
     engine = NativeEngine(make_config(ranks=1, model=MODELS["tied"], optim=ADAMW), CPU)
-    assert store.load_checkpoint(CheckpointStore(tmp_path).list_committed()[-1], engine.state).step == 2
+    assert load_checkpoint(CheckpointStore(tmp_path).list_committed()[-1], engine.state).step == 2
     actual = copy_state(engine)
     assert actual.keys() == state.keys()
     for name, value in actual.items():
@@ -218,7 +219,7 @@ def test_loading_step_0_clears_the_moments(tmp_path: Path) -> None:
     initial = {name: copy_full_tensor(parameter) for name, parameter in engine.named_parameters()}
     folder = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(), {})
     losses = [train_step(engine, make_batches(config, engine, step), lr=1e-2, step=step).loss for step in range(3)]
-    store.load_checkpoint(folder, engine.state)
+    load_checkpoint(folder, engine.state)
     assert engine.state.moments() == {}
     assert all(torch.equal(copy_full_tensor(parameter), initial[name]) for name, parameter in engine.named_parameters())
     assert [

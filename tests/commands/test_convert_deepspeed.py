@@ -10,8 +10,10 @@ from tests.laws.layouts import ADAMW, COMPLETEP
 
 def test_groups_have_the_factors_of_the_parametrization_and_of_the_patterns() -> None:
     optim = {**ADAMW, "groups": [{"pattern": "head.out.weight", "lr_mult": 0.25}]}
-    names, settings, _ = build_optimizer_groups(make_config(ranks=1, model=COMPLETEP, optim=optim))
-    lr_mults = {name: setting["lr_mult"] for group, setting in zip(names, settings, strict=True) for name in group}
+    groups = build_optimizer_groups(make_config(ranks=1, model=COMPLETEP, optim=optim))
+    lr_mults = {
+        name: setting["lr_mult"] for group, setting in zip(groups.names, groups.settings, strict=True) for name in group
+    }
     assert lr_mults["head.out.weight"] == 0.25
     assert lr_mults["embed.tokens.weight"] == 1.0
     assert lr_mults["blocks.0.attention.q.weight"] == pytest.approx(0.25 * 2**-0.5)  # 4 times as wide, twice as deep

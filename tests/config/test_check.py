@@ -10,7 +10,7 @@ from dist_llm.config.derive import AXES, format_divisors, resolve_config, resolv
 from dist_llm.config.describe import describe_keys
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.sequence_lengths import SPECIAL_TOKENS, compute_component_lengths
-from dist_llm.data.shard import Manifest
+from dist_llm.data.shard import CorpusManifest
 from dist_llm.errors import ConfigError
 from dist_llm.training.settings import read_config
 
@@ -604,7 +604,7 @@ def test_order_of_mesh_axes_is_stable():
 @pytest.fixture
 def corpus_directory(tmp_path):
     """Write the manifest of a corpus of TOKENIZER_SIZE ids."""
-    Manifest("uint16", TOKENIZER_SIZE, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
+    CorpusManifest("uint16", TOKENIZER_SIZE, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
     return tmp_path
 
 

@@ -16,7 +16,7 @@ from dist_llm.config.parametrization_sections import Parametrization
 from dist_llm.config.rope_sections import RopeScaling
 from dist_llm.config.section import Section, get_union_members
 from dist_llm.config.sequence_lengths import compute_sequence_lengths
-from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.data.shard import CorpusManifest, ShardWriter
 from dist_llm.launch.world import World
 from dist_llm.text.build_tokenizer import build_tokenizer
 from dist_llm.training import settings
@@ -236,4 +236,4 @@ def write_corpus(directory: Path) -> None:
         with ShardWriter(directory, split, "uint16", max_tokens=1000) as writer:
             writer.add(tokenizer.encode(text), text_bytes=len(text))
             shards[split] = writer.close()
-    Manifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(directory)
+    CorpusManifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(directory)

@@ -8,7 +8,7 @@ import pytest
 from dist_llm.config.check import check, find_nearest_layouts
 from dist_llm.config.derive import AXES
 from dist_llm.config.schema import UnresolvedConfig
-from dist_llm.data.shard import Manifest
+from dist_llm.data.shard import CorpusManifest
 from dist_llm.errors import ConfigError
 from dist_llm.training.settings import read_config
 
@@ -111,7 +111,7 @@ def test_other_layout_settings_are_kept():
 
 
 def test_the_layouts_follow_the_problems(tmp_path):
-    Manifest("uint16", TOKENIZER_SIZE, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
+    CorpusManifest("uint16", TOKENIZER_SIZE, "", ("here",), {"train": (), "heldout": ()}).save(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{dir: r, steps: 20}}\nmodel: {{d_model: 32, n_layers: 4, n_heads: 8, n_kv_heads: 4}}\n"

@@ -12,7 +12,7 @@ import yaml
 from dist_llm.config.check import check
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.describe import describe_keys
-from dist_llm.config.load import dump_config, load_config, load_saved, parse_saved
+from dist_llm.config.load import dump_config, load_config, load_saved_config, parse_saved_config
 from dist_llm.config.objective_sections import MixtureConfig, ObjectiveSpec, SpanSpec
 from dist_llm.config.optim_sections import ConstantConfig, MuonConfig, OptimConfig, ScheduleConfig, SGDConfig
 from dist_llm.config.schema import UnresolvedConfig
@@ -102,7 +102,7 @@ def test_the_name_of_a_section_selects_its_class() -> None:
     assert isinstance(config.objective, MixtureConfig)
     assert config.objective.components[0] == SpanSpec(mode="R")
     resolved = resolve_config(config, world_size=1, tokenizer_size=300)
-    assert parse_saved(dump_config(resolved), "config.yaml") == resolved
+    assert parse_saved_config(dump_config(resolved), "config.yaml") == resolved
 
 
 # Version 0.1.0 saved all sizes, and 0 instead of null.
@@ -140,9 +140,9 @@ SAVED_UNIONS = {
 def test_a_config_of_0_1_0_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**RUN, **SAVED_SIZES, **SAVED_UNIONS}))
-    config = parse_saved(path.read_text(), "config.yaml")
+    config = parse_saved_config(path.read_text(), "config.yaml")
     assert load_config(path)[1] == []
-    assert load_saved(tmp_path) == config
+    assert load_saved_config(tmp_path) == config
     assert (config.model.attention_scale, config.model.logit_cap) == (None, None)
     assert config.optim == SGDConfig(lr=0.1, momentum=0.9)
     assert config.schedule == ConstantConfig(warmup_steps=2)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "even": {"d_model": 8, "head_dim": 8, "d_ff": 16, "vocab_size": 16},
     "shared": {"architecture": "encoder_decoder", "n_encoder_layers": 1, "positions": "none", "tie_embeddings": True},
 }
+# Model -> name of the parameter that is not trained, to test checkpoints with frozen parameters.
 FROZEN = {"shared": "blocks.0.norm_attention.weight"}
 OPTIM = AdamWConfig(lr=1e-2, implementation="foreach")
 NUM_ROWS, SEQ_LEN = 4, 8
@@ -62,11 +63,23 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[list[str]]]:
-    """Build the model `name` of MODELS and its optimizer.
+class TrainedModel(NamedTuple):
+    """A model and its optimizer."""
 
-    Returns (model, optimizer, names of the parameters of each optimizer group).
-    """
+    model: nn.Module
+    optimizer: optim.Optimizer
+    param_groups: list[list[str]]  # parameter names of each parameter group of the optimizer
+
+
+class DeepSpeedStates(NamedTuple):
+    """The state of DeepSpeed at two times of a run, with the names of our checkpoints."""
+
+    loaded: NamedTensors  # after loading; empty if the run loads nothing
+    final: NamedTensors
+
+
+def build_trained_model(name: str) -> TrainedModel:
+    """Build the model `name` of MODELS, with fixed weights, and its optimizer."""
     model = build_model(ModelConfig(**{**SIZES, **MODELS[name]}))
     for seed, parameter in enumerate(model.parameters()):
         nn.init.uniform_(parameter, -0.5, 0.5, generator=torch.Generator().manual_seed(seed))
@@ -77,7 +90,8 @@ def build_trained_model(name: str) -> tuple[nn.Module, optim.Optimizer, list[lis
     for param_name, parameter in model.named_parameters():
         parameter.requires_grad_(param_name != FROZEN.get(name))
     names = {parameter: param_name for param_name, parameter in trained}
-    return model, optimizer, [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    param_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    return TrainedModel(model, optimizer, param_groups)
 
 
 def compute_loss(model: Any, name: str, step: int, *, rank: int, world_size: int) -> Tensor:
@@ -105,8 +119,8 @@ def run_plain_torch(name: str, num_steps: int) -> Iterator[NamedTensors]:
         yield tensors
 
 
-def run_deepspeed(run: Run) -> tuple[NamedTensors, NamedTensors]:
-    """Return (state of DeepSpeed after loading, state at the end). Every rank must call this."""
+def run_deepspeed(run: Run) -> DeepSpeedStates:
+    """Load, train and save with DeepSpeed, as `run` says. Every rank must call this, and gets the full tensors."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK="0")
     import deepspeed
 
@@ -137,7 +151,7 @@ def run_deepspeed(run: Run) -> tuple[NamedTensors, NamedTensors]:
         engine.save_checkpoint(str(run.save))
     final = gather_state(engine, model, run)
     engine.destroy()
-    return loaded, final
+    return DeepSpeedStates(loaded, final)
 
 
 def gather_state(engine: Any, model: nn.Module, run: Run) -> NamedTensors:

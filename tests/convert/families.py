@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dist_llm.convert.hf_config import parse_hf_config
-from dist_llm.convert.hf_convert import from_huggingface
 from dist_llm.convert.hf_families import DECODER_FAMILIES
+from dist_llm.convert.hf_import import from_huggingface
 from dist_llm.convert.hf_moe_families import MOE_FAMILIES
 from dist_llm.convert.weights import DictWeights
 from dist_llm.models.build_model import build_model

@@ -8,19 +8,27 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.convert import deepspeed_read
+from dist_llm.convert import deepspeed_zero
 from dist_llm.convert.deepspeed_files import load_mapped
 from dist_llm.convert.deepspeed_layout import PartitionLayout, Shapes, contiguous_layout, per_param_layout
 from dist_llm.convert.deepspeed_read import open_deepspeed
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
 from dist_llm.errors import CheckpointError
-from tests.convert.deepspeed_runs import FROZEN, NamedTensors, Run, build_trained_model, run_deepspeed, run_plain_torch
+from tests.convert.deepspeed_runs import (
+    FROZEN,
+    DeepSpeedStates,
+    NamedTensors,
+    Run,
+    build_trained_model,
+    run_deepspeed,
+    run_plain_torch,
+)
 from tests.laws.worlds import GlooWorld
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -58,13 +66,20 @@ class InMemoryWeights:
         return self.tensors[name]
 
 
+class SavedRun(NamedTuple):
+    """A run of DeepSpeed that saved a checkpoint."""
+
+    directory: Path
+    state: NamedTensors  # of DeepSpeed, when it saved
+
+
 class DeepSpeedWorlds:
     """Processes for DeepSpeed, by world size. Only this module uses them, because DeepSpeed changes torch in them."""
 
     def __init__(self) -> None:
         self.worlds: dict[int, GlooWorld] = {}
 
-    def run(self, run: Run, world_size: int = 2) -> tuple[NamedTensors, NamedTensors]:
+    def run(self, run: Run, world_size: int = 2) -> DeepSpeedStates:
         """Return what `run_deepspeed` returns on rank 0 of a world."""
         for other_world_size, world in self.worlds.items():
             world.set_paused(other_world_size != world_size)
@@ -84,16 +99,14 @@ def deepspeed_worlds() -> Iterator[DeepSpeedWorlds]:
 
 @pytest.fixture(scope="module")
 def saved_run(deepspeed_worlds: DeepSpeedWorlds, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return a function (key of RUNS, world size) -> (directory of the run, state of DeepSpeed at the save).
+    """Return a function `save(key of RUNS, world_size=2)` that trains, saves and returns a SavedRun. It caches runs."""
+    runs_by_key: dict[tuple[str, int], SavedRun] = {}
 
-    The function caches runs.
-    """
-    runs_by_key: dict[tuple[str, int], tuple[Path, NamedTensors]] = {}
-
-    def save(key: str, world_size: int = 2) -> tuple[Path, NamedTensors]:
+    def save(key: str, world_size: int = 2) -> SavedRun:
         if (key, world_size) not in runs_by_key:
             path = tmp_path_factory.mktemp("saved")
-            runs_by_key[key, world_size] = path, deepspeed_worlds.run(replace(RUNS[key], save=path), world_size)[1]
+            states = deepspeed_worlds.run(replace(RUNS[key], save=path), world_size)
+            runs_by_key[key, world_size] = SavedRun(path, states.final)
         return runs_by_key[key, world_size]
 
     return save
@@ -102,21 +115,39 @@ def saved_run(deepspeed_worlds: DeepSpeedWorlds, tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def copy_run(saved_run: Any, tmp_path: Path) -> Any:
     """Return a function (key of RUNS) -> a copy of the directory of that run, which the test may damage."""
-    return lambda key: Path(shutil.copytree(saved_run(key)[0], tmp_path / "copy"))
+    return lambda key: Path(shutil.copytree(saved_run(key).directory, tmp_path / "copy"))
 
 
 def assert_equal_state(actual: Any, expected: NamedTensors) -> None:
-    """Compare names, shapes and bits."""
+    """Assert that `actual`, an object with the interface `Weights`, has the expected names, shapes and bits."""
     assert sorted(actual.shapes) == sorted(expected)
     for name, tensor in expected.items():
         assert actual.shapes[name] == tuple(tensor.shape), name
         assert torch.equal(actual.read(name), tensor.float()), name
 
 
-def get_optimizer_groups(model: str) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """Return the parameter groups and their settings, as the writer needs them."""
-    _, optimizer, groups = build_trained_model(model)
-    return groups, [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+def get_param_groups(model: str) -> list[list[str]]:
+    """Return the parameter names of each parameter group; `model` is a key of MODELS."""
+    return build_trained_model(model).param_groups
+
+
+def get_group_settings(model: str) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group, such as lr; `model` is a key of MODELS."""
+    param_groups = build_trained_model(model).optimizer.param_groups
+    return [{key: value for key, value in group.items() if key != "params"} for group in param_groups]
+
+
+def write_zero(
+    directory: Path, tensors: NamedTensors, *, model: str = "odd", stage: int, world_size: int = 2, **options: Any
+) -> Path:
+    """Write a checkpoint of a ZeRO stage with our writer, and return the directory with its files.
+
+    `model` is a key of MODELS. `options` are further arguments of `write_deepspeed`, at least `step`.
+    """
+    groups = {"param_groups": get_param_groups(model), "group_settings": get_group_settings(model)}
+    return write_deepspeed(
+        directory, InMemoryWeights(tensors), stage=stage, world_size=world_size, **{**groups, **options}
+    )
 
 
 def train_with_plain_torch(model: str, num_steps: int) -> NamedTensors:
@@ -134,11 +165,11 @@ def test_reader_matches_deepspeed_state(key: str, saved_run: Any, monkeypatch: p
     directory, expected = saved_run(key)
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # an import of deepspeed would fail
     model = RUNS[key].model
-    actual = open_deepspeed(directory, get_optimizer_groups(model)[0] if RUNS[key].stage == 0 else ())
+    actual = open_deepspeed(directory, get_param_groups(model) if RUNS[key].stage == 0 else ())
     if model == "shared":
         expected = {**expected, "model.source_embed.tokens.weight": expected["model.embed.tokens.weight"]}
     assert_equal_state(actual, expected)
-    assert_equal_state(open_deepspeed(resolve_tag_directory(directory), get_optimizer_groups(model)[0]), expected)
+    assert_equal_state(open_deepspeed(resolve_tag_directory(directory), get_param_groups(model)), expected)
 
 
 @pytest.mark.slow
@@ -166,14 +197,14 @@ def test_some_runs_have_partition_padding() -> None:
     model, _, groups = build_trained_model("odd")
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for group in groups:
-        flat = contiguous_layout({name: shapes[name] for name in group}, 2)
-        assert flat.unpadded_sizes[-1] < flat.sizes[-1]
+        layout = contiguous_layout({name: shapes[name] for name in group}, world_size=2)
+        assert layout.unpadded_sizes[-1] < layout.sizes[-1]
     assert any(parameter.numel() % 2 for parameter in model.parameters())
 
 
 def make_layout_without_padding(shapes: Shapes, world_size: int, gaps: Sequence[int] = ()) -> PartitionLayout:
     """Planted bug for stages 1 and 2: partitions without padding."""
-    full = contiguous_layout(shapes, 1, gaps)
+    full = contiguous_layout(shapes, world_size=1, gaps=gaps)
     partition_size = -(-full.unpadded_sizes[0] // world_size)
     slices = {
         name: [
@@ -210,14 +241,14 @@ def make_layout_with_padding(shapes: Shapes, world_size: int) -> PartitionLayout
         ("3", "per_param_layout", make_layout_with_padding),
         ("3", "per_param_layout", make_layout_in_reversed_order(per_param_layout)),
     ],
-    ids=["no padding", "order", "no gaps", "parts with padding", "order of parts"],
+    ids=["no padding", "order", "no gaps", "shards with padding", "order of shards"],
 )
 def test_a_planted_bug_is_detected(
     key: str, function: str, faulty: Any, saved_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, expected = saved_run(key)
     assert_equal_state(open_deepspeed(directory), expected)
-    monkeypatch.setattr(deepspeed_read, function, faulty)
+    monkeypatch.setattr(deepspeed_zero, function, faulty)
     with pytest.raises((AssertionError, RuntimeError, CheckpointError)):
         assert_equal_state(open_deepspeed(directory), expected)
 
@@ -227,11 +258,11 @@ def test_stage_0_without_groups_has_only_weights(saved_run: Any) -> None:
     assert_equal_state(
         open_deepspeed(directory), {name: tensor for name, tensor in expected.items() if name.startswith("model.")}
     )
-    groups, _ = get_optimizer_groups("odd")
-    with pytest.raises(CheckpointError, match="give its groups"):
-        open_deepspeed(directory, groups[:1])
-    with pytest.raises(CheckpointError, match="in order"):
-        open_deepspeed(directory, groups[::-1])
+    param_groups = get_param_groups("odd")
+    with pytest.raises(CheckpointError, match="give the parameter groups of this optimizer"):
+        open_deepspeed(directory, param_groups[:1])
+    with pytest.raises(CheckpointError, match="in the order of the optimizer"):
+        open_deepspeed(directory, param_groups[::-1])
 
 
 def convert_to_universal(tag: Path, output: Path) -> Path:
@@ -268,8 +299,7 @@ def test_deepspeed_resumes_from_written_checkpoint(
     before, after = list(run_plain_torch(model, 4))[-2:]
     if not moments:
         before = {name: tensor for name, tensor in before.items() if name.startswith("model.")}
-    groups, settings = get_optimizer_groups(model)
-    write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
+    write_zero(tmp_path, before, model=model, stage=stage, step=3)
     loaded, end = deepspeed_worlds.run(Run(stage=stage, model=model, steps=range(3, 4), load=tmp_path))
     assert_equal_state(InMemoryWeights(loaded), before)
     if moments:
@@ -285,8 +315,7 @@ def test_deepspeed_resumes_at_other_world_sizes(
     stage: int, world_size: int, deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path
 ) -> None:
     before, after = list(run_plain_torch("odd", 4))[-2:]
-    groups, settings = get_optimizer_groups("odd")
-    write_deepspeed(tmp_path, InMemoryWeights(before), stage, world_size, groups=groups, settings=settings, step=3)
+    write_zero(tmp_path, before, stage=stage, world_size=world_size, step=3)
     loaded, end = deepspeed_worlds.run(Run(stage=stage, steps=range(3, 4), load=tmp_path), world_size)
     assert_equal_state(InMemoryWeights(loaded), before)
     for name, tensor in after.items():
@@ -296,8 +325,7 @@ def test_deepspeed_resumes_at_other_world_sizes(
 @pytest.mark.parametrize("stage", [1, 3])
 def test_deepspeed_loads_only_weights(stage: int, deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path) -> None:
     before = train_with_plain_torch("odd", 3)
-    groups, settings = get_optimizer_groups("odd")
-    write_deepspeed(tmp_path, InMemoryWeights(before), stage, 2, groups=groups, settings=settings, step=3)
+    write_zero(tmp_path, before, stage=stage, step=3)
     loaded, _ = deepspeed_worlds.run(Run(stage=stage, steps=range(0), load=tmp_path, moments=False))
     assert_equal_state(
         InMemoryWeights(loaded), {name: tensor for name, tensor in before.items() if name.startswith("model.")}
@@ -306,10 +334,7 @@ def test_deepspeed_loads_only_weights(stage: int, deepspeed_worlds: DeepSpeedWor
 
 def test_deepspeed_loads_sub_groups(deepspeed_worlds: DeepSpeedWorlds, tmp_path: Path) -> None:
     before = train_with_plain_torch("odd", 3)
-    groups, settings = get_optimizer_groups("odd")
-    write_deepspeed(
-        tmp_path, InMemoryWeights(before), 3, 2, groups=groups, settings=settings, step=3, sub_group_size=100
-    )
+    write_zero(tmp_path, before, stage=3, step=3, sub_group_size=100)
     loaded, _ = deepspeed_worlds.run(Run(stage=3, steps=range(0), load=tmp_path, zero={"sub_group_size": 100}))
     assert_equal_state(InMemoryWeights(loaded), before)
 
@@ -332,8 +357,7 @@ def test_deepspeed_resumes_from_written_universal_checkpoint(
 @pytest.mark.slow
 def test_the_deepspeed_converter_reads_written_checkpoints(tmp_path: Path) -> None:
     before = train_with_plain_torch("odd", 3)
-    groups, settings = get_optimizer_groups("odd")
-    tag = write_deepspeed(tmp_path / "zero", InMemoryWeights(before), 1, 4, groups=groups, settings=settings, step=3)
+    tag = write_zero(tmp_path / "zero", before, stage=1, world_size=4, step=3)
     assert_equal_state(open_deepspeed(convert_to_universal(tag, tmp_path / "universal")), before)
 
 
@@ -341,20 +365,9 @@ def test_the_deepspeed_converter_reads_written_checkpoints(tmp_path: Path) -> No
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_reader_reads_written_checkpoints(stage: int, world_size: int, tmp_path: Path) -> None:
     before = train_with_plain_torch("odd", 2)
-    groups, settings = get_optimizer_groups("odd")
-    write_deepspeed(
-        tmp_path,
-        InMemoryWeights(before),
-        stage,
-        world_size,
-        groups=groups,
-        settings=settings,
-        step=2,
-        sub_group_size=50,
-        tag="mine",
-    )
+    write_zero(tmp_path, before, stage=stage, world_size=world_size, step=2, sub_group_size=50, tag="named")
     assert_equal_state(open_deepspeed(tmp_path), before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "named"]
 
 
 def test_reader_reads_written_universal_checkpoints(tmp_path: Path) -> None:
@@ -370,12 +383,11 @@ def test_a_shared_parameter_is_written_under_both_names(
     directory, _ = saved_run("2 shared")
     weights = open_deepspeed(directory)
     state = {name: weights.read(name) for name in weights.shapes}
-    groups, settings = get_optimizer_groups("shared")
-    shared = {"source_embed.tokens.weight": "embed.tokens.weight"}
-    with pytest.raises(CheckpointError, match=f"{FROZEN['shared']} is in no group"):
-        write_deepspeed(tmp_path, InMemoryWeights(state), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
+    shared_params = {"source_embed.tokens.weight": "embed.tokens.weight"}
+    with pytest.raises(CheckpointError, match=f"{FROZEN['shared']} is in no parameter group"):
+        write_zero(tmp_path, state, model="shared", stage=2, step=3, shared_params=shared_params)
     del state[f"model.{FROZEN['shared']}"]
-    write_deepspeed(tmp_path, InMemoryWeights(state), 2, 2, groups=groups, settings=settings, step=3, shared=shared)
+    write_zero(tmp_path, state, model="shared", stage=2, step=3, shared_params=shared_params)
     assert_equal_state(open_deepspeed(tmp_path), state)
 
 
@@ -408,18 +420,22 @@ def test_a_truncated_file_is_reported(key: str, copy_run: Any) -> None:
         open_deepspeed(path.parent)
 
 
-@pytest.mark.parametrize(("key", "flats"), [("1", "single_partition_of_fp32_groups"), ("3", "fp32_flat_groups")])
+@pytest.mark.parametrize(
+    ("key", "partitions_key"), [("1", "single_partition_of_fp32_groups"), ("3", "fp32_flat_groups")]
+)
 @pytest.mark.parametrize("change", [-1, 7])
-def test_a_partition_of_a_wrong_size_is_reported(key: str, flats: str, change: int, copy_run: Any) -> None:
+def test_a_partition_of_a_wrong_size_is_reported(key: str, partitions_key: str, change: int, copy_run: Any) -> None:
     path = resolve_tag_directory(copy_run(key)) / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = load_mapped(path)["optimizer_state_dict"]
     unneeded = ("param_slice_mappings", "loss_scaler", "zero_stage")  # instances of DeepSpeed's classes
     trimmed = {name: value for name, value in content.items() if name not in unneeded}
-    flat = trimmed[flats][1]
-    trimmed[flats][1] = torch.zeros(flat.numel() + change)
+    partition = trimmed[partitions_key][1]
+    trimmed[partitions_key][1] = torch.zeros(partition.numel() + change)
     path.unlink()  # the file is memory-mapped
     torch.save({"optimizer_state_dict": trimmed}, path)
-    with pytest.raises(CheckpointError, match=rf"rank_1.*weights of group 1 have {flat.numel() + change} elements"):
+    with pytest.raises(
+        CheckpointError, match=rf"rank_1.*weights of parameter group 1 have {partition.numel() + change} elements"
+    ):
         open_deepspeed(path.parent)
 
 
@@ -488,7 +504,9 @@ def test_memory_does_not_depend_on_the_checkpoint_size(tmp_path: Path, monkeypat
         lambda tensor, views: views[-1].fill_(7) if len(tensor) == 3 else None,
     )
     before = read_resident_bytes()
-    write_deepspeed(tmp_path, state, 3, 2, groups=[["big", "small"]], settings=[{}], step=0)
+    write_deepspeed(
+        tmp_path, state, stage=3, world_size=2, param_groups=[["big", "small"]], group_settings=[{}], step=0
+    )
     weights = open_deepspeed(tmp_path)
     assert weights.read("model.small").tolist() == [0.0, 0.0, 7.0]
     assert read_resident_bytes() - before < 2**27
@@ -496,7 +514,6 @@ def test_memory_does_not_depend_on_the_checkpoint_size(tmp_path: Path, monkeypat
 
 def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
     tensors = train_with_plain_torch("odd", 1)
-    groups, settings = get_optimizer_groups("odd")
 
     class FailingWeights(InMemoryWeights):
         def read(self, name: str) -> Tensor:
@@ -505,7 +522,15 @@ def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
             return super().read(name)
 
     for write in (
-        lambda: write_deepspeed(tmp_path, FailingWeights(tensors), 2, 2, groups=groups, settings=settings, step=1),
+        lambda: write_deepspeed(
+            tmp_path,
+            FailingWeights(tensors),
+            stage=2,
+            world_size=2,
+            param_groups=get_param_groups("odd"),
+            group_settings=get_group_settings("odd"),
+            step=1,
+        ),
         lambda: write_universal(tmp_path, FailingWeights(tensors), step=1),
     ):
         with pytest.raises(OSError, match="no space"):
@@ -515,22 +540,22 @@ def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
 
 def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
     tensors = train_with_plain_torch("odd", 1)
-    groups, settings = get_optimizer_groups("odd")
-    first = groups[0][0]
+    decayed, not_decayed = get_param_groups("odd")
+    first = decayed[0]
 
-    def write(tensors: NamedTensors = tensors, stage: int = 2, groups: Any = groups, settings: Any = settings) -> None:
-        write_deepspeed(tmp_path, InMemoryWeights(tensors), stage, 2, groups=groups, settings=settings, step=1)
+    def write(tensors: NamedTensors = tensors, stage: int = 2, **options: Any) -> None:
+        write_zero(tmp_path, tensors, stage=stage, step=1, **options)
 
     with pytest.raises(CheckpointError, match=r"stage 0: .* universal"):
         write(stage=0)
-    with pytest.raises(CheckpointError, match="2 groups, 1 settings"):
-        write(settings=settings[:1])
+    with pytest.raises(CheckpointError, match="2 parameter groups, 1 settings"):
+        write(group_settings=get_group_settings("odd")[:1])
     with pytest.raises(CheckpointError, match="twice"):
-        write(groups=[groups[0], [*groups[1], first]])
-    with pytest.raises(CheckpointError, match=f"{first} is in no group"):
-        write(groups=[groups[0][1:], groups[1]])
+        write(param_groups=[decayed, [*not_decayed, first]])
+    with pytest.raises(CheckpointError, match=f"{first} is in no parameter group"):
+        write(param_groups=[decayed[1:], not_decayed])
     with pytest.raises(CheckpointError, match="other is not in the weights"):
-        write(groups=[groups[0], [*groups[1], "other"]])
+        write(param_groups=[decayed, [*not_decayed, "other"]])
     with pytest.raises(CheckpointError, match=f"{first} lacks moments"):
         write({name: tensor for name, tensor in tensors.items() if name != f"optim.{first}.exp_avg"})
     with pytest.raises(CheckpointError, match=r"have taken \[1.0, 9.0\] steps"):
@@ -543,11 +568,11 @@ def test_unsupported_writes_are_refused(tmp_path: Path) -> None:
 
 def test_layouts_match_manual_examples() -> None:
     shapes = {"a": (3,), "b": (2, 2)}
-    flat = contiguous_layout(shapes, 2)  # 7 elements, 8 with padding, 4 per rank
-    assert flat.sizes == [4, 4]
-    assert flat.unpadded_sizes == [4, 3]
-    assert flat.slices == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
-    assert contiguous_layout(shapes, 2, [1, 0]).slices["b"] == [slice(4, 4), slice(0, 4)]
-    per_param = per_param_layout(shapes, 2)  # 2 and 2 elements per rank; rank 1 has 1 and 2 without padding
-    assert per_param.sizes == [4, 4]
-    assert per_param.slices == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}
+    stage_1 = contiguous_layout(shapes, world_size=2)  # 7 elements, 8 with padding, 4 per rank
+    assert stage_1.sizes == [4, 4]
+    assert stage_1.unpadded_sizes == [4, 3]
+    assert stage_1.slices == {"a": [slice(0, 3), slice(0, 0)], "b": [slice(3, 4), slice(0, 3)]}
+    assert contiguous_layout(shapes, world_size=2, gaps=[1, 0]).slices["b"] == [slice(4, 4), slice(0, 4)]
+    stage_3 = per_param_layout(shapes, world_size=2)  # 2 and 2 elements per rank; rank 1 has 1 and 2 without padding
+    assert stage_3.sizes == [4, 4]
+    assert stage_3.slices == {"a": [slice(0, 2), slice(0, 1)], "b": [slice(2, 4), slice(2, 4)]}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.convert.hf_convert import NATIVE_ONLY, OLDER_NAMES
-from dist_llm.convert.hf_tensor_mapping import TensorMapping, to_native
-from dist_llm.convert.hf_tensors import tensor_mappings
+from dist_llm.convert.hf_import import OLDER_NAMES
+from dist_llm.convert.hf_tensor_mapping import NATIVE_ONLY, TensorMapping, to_native
+from dist_llm.convert.hf_tensors import list_tensor_mappings
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.attention_mask import AttentionMask, EncoderInput
 from dist_llm.param_spec import iter_weights
@@ -114,15 +114,19 @@ def test_encoder_decoder_logits_match(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
     hf_model, native_model, config = build_models(family)
-    mappings = tensor_mappings(family, config)
+    mappings = list_tensor_mappings(family, config)
     names = {name: tensor for name, tensor in iter_weights(native_model) if not NATIVE_ONLY.fullmatch(name)}
     expected = [
         (name, expert)
         for name, tensor in names.items()
-        for expert in (range(len(tensor)) if any(m.native == name and m.expert == 1 for m in mappings) else [None])
+        for expert in (
+            range(len(tensor))
+            if any(mapping.native_name == name and mapping.expert == 1 for mapping in mappings)
+            else [None]
+        )
     ]
-    assert sorted([(mapping.native, mapping.expert) for mapping in mappings], key=str) == sorted(expected, key=str)
-    used = {mapping.hf for mapping in mappings} | {mapping.plus_row for mapping in mappings if mapping.plus_row}
+    assert sorted([(mapping.native_name, mapping.expert) for mapping in mappings], key=str) == sorted(expected, key=str)
+    used = {mapping.hf_name for mapping in mappings} | {mapping.plus_row for mapping in mappings if mapping.plus_row}
     parameters = {
         OLDER_NAMES.get(name, name) if family == "gpt_neox" else name: parameter
         for name, parameter in to_hub_tensors(hf_model, list_hf_tensors(hf_model)).items()
@@ -133,7 +137,7 @@ def test_each_tensor_is_mapped_exactly_once(family: str) -> None:
         "a tensor is neither mapped nor tied to a mapped tensor"
     )
     for mapping in mappings:
-        shape = names[mapping.native].shape
+        shape = names[mapping.native_name].shape
         shape = shape if mapping.expert is None else shape[1:]
         actual = to_native(mapping, parameters).shape
         assert actual == (shape if actual[0] != VOCAB else (VOCAB, *shape[1:])), (

@@ -16,7 +16,8 @@ from dist_llm.config.check_effect import check_effect
 from dist_llm.config.load import load_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
-from dist_llm.convert.hf_convert import from_huggingface, to_huggingface
+from dist_llm.convert.hf_export import to_huggingface
+from dist_llm.convert.hf_import import from_huggingface
 from dist_llm.convert.hf_moe_families import MOE_FAMILIES
 from dist_llm.convert.weights import DictWeights, LazyWeights, Weights
 from dist_llm.errors import CheckpointError

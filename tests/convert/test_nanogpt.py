@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import TorchState
-from dist_llm.config.load import load_saved
-from dist_llm.convert.nanogpt import to_nanogpt
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
+from dist_llm.config.load import load_saved_config
+from dist_llm.convert.nanogpt import build_nanogpt
 from dist_llm.convert.weights import load_torch
 from dist_llm.data.corpus import Corpus
 from dist_llm.errors import CheckpointError, DataError
@@ -170,9 +170,9 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
     save_nanogpt_checkpoint(nanogpt_model, bias=bias, file=tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native", "--tokenizer", corpus) == 0
 
-    config = load_saved(tmp_path / "native")
+    config = load_saved_config(tmp_path / "native")
     native = build_model(config.model).eval()
-    store.load_checkpoint(tmp_path / "native", TorchState(native), with_moments=False)
+    load_checkpoint(tmp_path / "native", TorchState(native), with_moments=False)
     ids = torch.randint(257, (3, 16))
     with torch.no_grad():
         torch.testing.assert_close(native(ids), nanogpt_model(ids), rtol=1e-5, atol=1e-5)
@@ -215,13 +215,13 @@ def test_a_model_that_nanogpt_cannot_express_is_refused(tmp_path: Path) -> None:
     run_convert = make_cli_runner("convert")
     save_nanogpt_checkpoint(build_nanogpt_model(bias=True), bias=True, file=tmp_path / "ckpt.pt")
     assert run_convert("from-nanogpt", tmp_path / "ckpt.pt", tmp_path / "native") == 0
-    config, weights = load_saved(tmp_path / "native"), None
+    config, weights = load_saved_config(tmp_path / "native"), None
     for changed_keys in ({"activation": "gelu_tanh"}, {"tie_embeddings": False}, {"d_ff": 64}, {"positions": "rope"}):
         changed_config = config.model_copy(update={"model": config.model.model_copy(update=changed_keys)})
         with pytest.raises(
             CheckpointError, match=f"nanoGPT does not support this model: it has .*{next(iter(changed_keys))}"
         ):
-            to_nanogpt(weights, changed_config)  # type: ignore[arg-type]
+            build_nanogpt(weights, changed_config)  # type: ignore[arg-type]
     content = load_torch(tmp_path / "ckpt.pt")
     content["model_args"]["n_head"] = 5
     torch.save(content, tmp_path / "odd.pt")

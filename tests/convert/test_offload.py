@@ -54,7 +54,7 @@ def test_offloaded_model_generates_the_same_tokens(model: str, num_loaded: int, 
 
 def test_memory_below_embedding_and_head_is_refused(tmp_path: Path) -> None:
     engine, path = build_native("llama", tmp_path)
-    with pytest.raises(ConfigError, match="--memory: embedding and head need"):
+    with pytest.raises(ConfigError, match="--memory: embedding and head must stay in memory"):
         load_offloaded(path, engine.config.model, CPU, tmp_path / "disk", 100)
     assert not (tmp_path / "disk").exists(), "the refused command wrote files"
 

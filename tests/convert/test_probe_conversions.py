@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE, Probe, parse_probe
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write_weights import write_native
-from tests.convert.test_hf_convert import NATIVE_MODELS, run_convert, write_native_checkpoint
+from tests.convert.test_hf_import import NATIVE_MODELS, run_convert, write_native_checkpoint
 
 __all__ = ["run_convert"]  # a fixture
 ERROR = "the weights do not compute what they computed when they were saved: the probe's loss was "
@@ -35,7 +35,7 @@ def write_checkpoint_with_probe(directory: Path, **changes: Any) -> Path:
     weights = NativeWeights(checkpoint)
     files = {entry.name: entry.read_bytes() for entry in checkpoint.iterdir() if entry.suffix in (".json", ".yaml")}
     tensors = DictWeights({name: weights.read(name) for name in weights.shapes})
-    files |= {PROBE_FILE: compute_probe_layerwise(tensors, load_saved(checkpoint).model).dump()}
+    files |= {PROBE_FILE: compute_probe_layerwise(tensors, load_saved_config(checkpoint).model).dump()}
     del files["manifest.json"]
     shutil.rmtree(checkpoint)
     write_native(checkpoint, tensors, files)

@@ -10,8 +10,10 @@ from dist_llm.config.compare import get_function_keys
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.convert.hf_config import build_hf_config, parse_hf_config
 from dist_llm.convert.hf_config_fields import HARMLESS_FIELDS
-from dist_llm.convert.hf_convert import find_unused_heads, from_huggingface, model_shapes, to_huggingface
-from dist_llm.convert.nanogpt import from_nanogpt
+from dist_llm.convert.hf_export import to_huggingface
+from dist_llm.convert.hf_import import find_unused_heads, from_huggingface
+from dist_llm.convert.nanogpt import parse_nanogpt
+from dist_llm.convert.native_shapes import list_native_shapes
 from dist_llm.convert.weights import DictWeights, open_huggingface
 from dist_llm.errors import CheckpointError
 from tests.cli_runner import make_cli_runner
@@ -126,7 +128,7 @@ def test_an_unsupported_feature_is_reported(changes: dict[str, Any], message: st
 def make_tensors(family: str) -> dict[str, torch.Tensor]:
     """Return zero tensors with the names and shapes of our export."""
     model = make_model(family)
-    native = {f"model.{name}": torch.zeros(shape) for name, shape in model_shapes(model).items()}
+    native = {f"model.{name}": torch.zeros(shape) for name, shape in list_native_shapes(model).items()}
     view = to_huggingface(DictWeights(native), model, family)
     return {name: view.read(name) for name in view.shapes}
 
@@ -163,10 +165,10 @@ def test_unused_heads_of_bert_are_reported() -> None:
 
 def test_an_unknown_argument_of_nanogpt_is_reported() -> None:
     arguments = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "bias": False, "vocab_size": VOCAB}
-    model, _ = from_nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
+    model, _ = parse_nanogpt({"model_args": arguments | {"dropout": 0.0}, "model": {}})
     assert model.n_layers == 1
     with pytest.raises(CheckpointError, match="use_rotary"):
-        from_nanogpt({"model_args": arguments | {"use_rotary": True}, "model": {}})
+        parse_nanogpt({"model_args": arguments | {"use_rotary": True}, "model": {}})
 
 
 @pytest.mark.parametrize("kind", ["pytorch_model.bin", "pytorch_model.bin of many", "pytorch_model.bin of old"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import Manifest, ShardWriter, select_token_dtype
+from dist_llm.data.shard import CorpusManifest, ShardWriter, select_token_dtype
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def make_corpus(tmp_path):
         writer = ShardWriter(directory, "train", dtype, max_tokens=1)  # one document per shard
         for document in documents:
             writer.add(document, text_bytes=3 * len(document))  # the size of the text is arbitrary
-        Manifest(
+        CorpusManifest(
             dtype,
             vocab_size,
             tokenizer_sha256="none",
@@ -57,7 +57,7 @@ def make_counting_corpus(tmp_path):
             writer.add(np.arange(start, min(start + document_tokens, num_tokens)), text_bytes=5)
         shards = {"train": (), "heldout": (), split: writer.close()}
         vocab_size = max(num_tokens, 1)
-        Manifest("uint32", vocab_size, tokenizer_sha256="none", source=("range",), shards=shards).save(tmp_path)
+        CorpusManifest("uint32", vocab_size, tokenizer_sha256="none", source=("range",), shards=shards).save(tmp_path)
         return Corpus(tmp_path, split)
 
     return write_counting_corpus

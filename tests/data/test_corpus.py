@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import MANIFEST_FILE, Manifest, Shard, ShardWriter, select_token_dtype
+from dist_llm.data.shard import MANIFEST_FILE, CorpusManifest, Shard, ShardWriter, select_token_dtype
 from dist_llm.errors import DataError
 
 SEQ_LEN = 8  # sequence length in tokens
@@ -103,7 +103,7 @@ def test_writer_closes_its_files_if_the_disk_is_full(tmp_path):
 
 def test_manifest_round_trip(tmp_path):
     shard = Shard("train-00000.bin", tokens=10, documents=2, text_bytes=33, sha256="ab")
-    manifest = Manifest(
+    manifest = CorpusManifest(
         "uint32",
         vocab_size=70_000,
         tokenizer_sha256="cd",
@@ -112,7 +112,7 @@ def test_manifest_round_trip(tmp_path):
         bad_rows=3,
     )
     manifest.save(tmp_path)
-    assert Manifest.load(tmp_path) == manifest
+    assert CorpusManifest.load(tmp_path) == manifest
     assert (manifest.count_tokens("train"), manifest.count_documents("train"), manifest.count_text_bytes("train")) == (
         20,
         4,
@@ -232,7 +232,7 @@ def test_a_malformed_manifest_is_rejected(fault, make_corpus):
     path = directory / MANIFEST_FILE
     path.write_text(json.dumps(MALFORMED_MANIFESTS[fault](json.loads(path.read_text()))))
     with pytest.raises(DataError, match=rf"^{path}: .* Prepare the corpus again"):
-        Manifest.load(directory)
+        CorpusManifest.load(directory)
 
 
 def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
@@ -241,9 +241,9 @@ def test_time_and_memory_do_not_depend_on_the_corpus_size(tmp_path):
     with (tmp_path / "train-00000.bin").open("wb") as file:
         file.truncate(shard_bytes)
     shard = Shard("train-00000.bin", tokens=shard_bytes // 2, documents=1, text_bytes=shard_bytes, sha256="")
-    Manifest("uint16", vocab_size=300, tokenizer_sha256="", source=(), shards={"train": (shard,), "heldout": ()}).save(
-        tmp_path
-    )
+    CorpusManifest(
+        "uint16", vocab_size=300, tokenizer_sha256="", source=(), shards={"train": (shard,), "heldout": ()}
+    ).save(tmp_path)
     code = """if True:
         import resource, sys, time
         from pathlib import Path

@@ -16,7 +16,7 @@ from dist_llm.data.data_history import (
     parse_history,
     segment_from_config,
 )
-from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.data.shard import CorpusManifest, ShardWriter
 from dist_llm.data.streams import derive_seed, open_sources
 from dist_llm.errors import DataError
 
@@ -30,7 +30,7 @@ def write_corpus(directory, seed, num_tokens=400):
     writer = ShardWriter(directory, "train", "uint16", max_tokens=100)
     for document in np.random.default_rng(seed).integers(0, 300, (num_tokens // 10, 10)):
         writer.add(document, text_bytes=10)
-    Manifest(
+    CorpusManifest(
         "uint16",
         vocab_size=300,
         tokenizer_sha256="tokenizer",
@@ -200,18 +200,18 @@ def test_error_names_a_changed_corpus_or_tokenizer(make_config, tmp_path):
     assert [source.num_consumed > 0 for source in extended[1].spec.sources] == [True, False], (
         "source a does not continue, or the new source b does not start at 0"
     )
-    manifest = Manifest.load(tmp_path / "b")
+    manifest = CorpusManifest.load(tmp_path / "b")
     for name in "ab":
-        Manifest("uint16", vocab_size=300, tokenizer_sha256="other", source=("random",), shards=manifest.shards).save(
-            tmp_path / name
-        )
+        CorpusManifest(
+            "uint16", vocab_size=300, tokenizer_sha256="other", source=("random",), shards=manifest.shards
+        ).save(tmp_path / name)
     with pytest.raises(DataError, match=r"\n  tokenizer: tokenizer -> other\n"):
         extend_history(history, build_segment(make_config()), **RESUME_POINT, new_segment=False)
 
 
 def test_sources_with_different_tokenizers_are_rejected(make_config, tmp_path):
-    manifest = Manifest.load(tmp_path / "b")
-    Manifest("uint16", vocab_size=300, tokenizer_sha256="other", source=("random",), shards=manifest.shards).save(
+    manifest = CorpusManifest.load(tmp_path / "b")
+    CorpusManifest("uint16", vocab_size=300, tokenizer_sha256="other", source=("random",), shards=manifest.shards).save(
         tmp_path / "b"
     )
     with pytest.raises(

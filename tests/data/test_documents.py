@@ -19,7 +19,7 @@ from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
-from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.data.shard import CorpusManifest, ShardWriter
 from dist_llm.data.streams import open_sources
 from dist_llm.errors import DataError
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
@@ -55,7 +55,7 @@ def write_corpus(kind, separators, directory):
         writer = ShardWriter(directory, "train", "uint16", max_tokens=56)
         for document in documents:
             writer.add(document, len(document))
-        Manifest(
+        CorpusManifest(
             "uint16",
             vocab_size=257,
             tokenizer_sha256="none",

@@ -7,6 +7,7 @@ import torch
 
 from dist_llm.config.objective_sections import CausalSpec, MaskedSpec
 from dist_llm.config.sequence_lengths import SequenceLengths
+from dist_llm.engines.base import DataParallelRank
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.objectives.build_objective import Objective
 from dist_llm.objectives.examples import BatchLayout
@@ -104,9 +105,9 @@ def test_max_windows_scores_the_first_windows(max_windows, dp_size, make_countin
 class TargetSumEngine:
     """An engine on one rank. The loss of a target is its token id."""
 
-    dp_rank_and_size = (0, 1)
+    dp_rank_and_size = DataParallelRank(rank=0, size=1)
 
-    def all_reduce_over_data(self, value):
+    def all_reduce_over_dp_and_cp(self, value):
         return torch.as_tensor(value)
 
     def to_local_batch(self, batch):

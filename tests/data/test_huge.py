@@ -14,7 +14,7 @@ import pytest
 
 from dist_llm.data import corpus as corpus_module
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import Manifest, Shard
+from dist_llm.data.shard import CorpusManifest, Shard
 
 NUM_SHARDS, SHARD_TOKENS = 1000, 10**9
 
@@ -64,7 +64,7 @@ def trillion_token_corpus(tmp_path_factory):
         with (directory / name).open("wb") as file:
             file.truncate(2 * SHARD_TOKENS)  # 2 bytes per token of uint16
         shards.append(Shard(name, SHARD_TOKENS, documents=1_000_000, text_bytes=4 * SHARD_TOKENS, sha256="0" * 64))
-    Manifest(
+    CorpusManifest(
         "uint16", vocab_size=50257, tokenizer_sha256="", source=(), shards={"train": tuple(shards), "heldout": ()}
     ).save(directory)
     return directory
@@ -116,9 +116,9 @@ def test_a_manifest_of_many_shards_loads_fast(tmp_path):
         Shard(f"train-{index:05d}.bin", tokens=10**8, documents=10**5, text_bytes=4 * 10**8, sha256="0" * 64)
         for index in range(20_000)
     )
-    Manifest("uint16", vocab_size=50257, tokenizer_sha256="", source=(), shards={"train": shards, "heldout": ()}).save(
-        tmp_path
-    )
+    CorpusManifest(
+        "uint16", vocab_size=50257, tokenizer_sha256="", source=(), shards={"train": shards, "heldout": ()}
+    ).save(tmp_path)
     start_time = time.process_time()
-    assert Manifest.load(tmp_path).count_tokens("train") == 20_000 * 10**8
+    assert CorpusManifest.load(tmp_path).count_tokens("train") == 20_000 * 10**8
     assert time.process_time() - start_time < 2

@@ -18,7 +18,7 @@ from dist_llm.data.corpus import Corpus
 from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.data.packed_windows import PackedWindows, pack_best_fit
-from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.data.shard import CorpusManifest, ShardWriter
 from dist_llm.data.streams import has_prompt_weights
 from dist_llm.losses.cross_entropy import IGNORE_INDEX
 from dist_llm.models.build_model import build_model
@@ -45,7 +45,7 @@ def write_corpus(directory, sizes=DOCUMENT_SIZES, prompts=None):
         prompt_lengths = None if prompts is None else np.array([prompts[index]])
         writer.extend(ids, np.array([size]), np.array([size - 1]), prompt_lengths)
     shards = {"train": writer.close(), "heldout": ()}
-    Manifest(
+    CorpusManifest(
         "uint16", vocab_size=100, tokenizer_sha256="none", source=("count",), shards=shards, prompts=prompts is not None
     ).save(directory)
     return Corpus(directory)

@@ -27,7 +27,7 @@ from dist_llm.data.data_history import build_fresh_plan
 from dist_llm.data.loader import build_loader
 from dist_llm.data.mirror import localize_corpus
 from dist_llm.data.remote import fetch
-from dist_llm.data.shard import Manifest, Shard, ShardWriter
+from dist_llm.data.shard import CorpusManifest, Shard, ShardWriter
 from dist_llm.errors import DataError
 from dist_llm.io import locks as file_locks
 from dist_llm.io import urls
@@ -112,7 +112,7 @@ def corpus(tmp_path):
     for document in documents:
         writer.add(document, text_bytes=len(document))
     digest = hashlib.sha256(TOKENIZER).hexdigest()
-    Manifest(
+    CorpusManifest(
         "uint16",
         vocab_size=300,
         tokenizer_sha256=digest,
@@ -165,7 +165,7 @@ def test_a_corpus_can_be_read_from_any_kind_of_url(scheme, server, corpus, tmp_p
     )()
     opened_corpus = open_corpus(url, cache)
     opened_corpus.check_shard_sizes()
-    assert opened_corpus.manifest.compute_fingerprint() == Manifest.load(directory).compute_fingerprint()
+    assert opened_corpus.manifest.compute_fingerprint() == CorpusManifest.load(directory).compute_fingerprint()
     assert (opened_corpus.directory / "tokenizer.json").read_bytes() == TOKENIZER
     if scheme in ("http", "memory"):
         assert [name.rsplit("/")[-1] for name in list_files(cache)] == ["manifest.json", "tokenizer.json", "url"]
@@ -211,7 +211,7 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     """One shard is local, one on another host, and one has a header."""
     directory, stream = corpus
     add_to_server(server, directory)
-    shards = list(Manifest.load(directory).shards["train"])
+    shards = list(CorpusManifest.load(directory).shards["train"])
     content = b"header" + (directory / "train-00002.bin").read_bytes()  # 6 bytes, and 22 tokens
     server.files["/elsewhere"] = content
     shards[1] = Shard(**{**vars(shards[1]), "file": f"{server.url}/c/train-00001.bin"})
@@ -226,7 +226,7 @@ def test_a_local_manifest_may_name_remote_shards(server, corpus, tmp_path):
     )
     for name in ("train-00001.bin", "train-00001.offsets", "train-00002.bin"):
         (directory / name).unlink()
-    Manifest(
+    CorpusManifest(
         "uint16", vocab_size=300, tokenizer_sha256="", source=(), shards={"train": tuple(shards), "heldout": ()}
     ).save(directory)
     opened_corpus = Corpus(directory, cache=str(tmp_path / "cache"))
@@ -444,7 +444,7 @@ def test_a_killed_download_leaves_no_complete_file(server, corpus, tmp_path):
     assert (tmp_path / "waiting0").read_bytes() == stream.astype("<u2").tobytes()
     assert not (tmp_path / "killed0").exists()
     complete = {name for name in list_files(shards) if "." not in name}
-    assert complete == {shard.sha256 for shard in Manifest.load(directory).shards["train"]}
+    assert complete == {shard.sha256 for shard in CorpusManifest.load(directory).shards["train"]}
     assert not list(shards.glob("*.lock"))
 
 

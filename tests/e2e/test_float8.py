@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.launch.world import World
 from dist_llm.parallel import parallelize
 from dist_llm.training.evaluate_checkpoint import EvaluationOptions, evaluate_checkpoint
@@ -20,7 +20,7 @@ def test_a_float8_run_is_resumed_and_evaluated_in_bf16(
     """Train on two ranks in float8, then on one process in bf16; evaluate in bf16, which every device supports."""
     run = commands.train(tmp_path, corpus, *FLOAT8, "run.steps=6", ranks=2)
     rows = commands.read_step_rows(run)
-    assert load_saved(commands.find_latest_checkpoint(run)).fp8
+    assert load_saved_config(commands.find_latest_checkpoint(run)).fp8
     with monkeypatch.context() as patch_context:
         patch_context.setattr(parallelize, "use_float8_linears", lambda model: pytest.fail("a model in float8"))
         result = evaluate_checkpoint(str(run), data=None, split="heldout", options=EvaluationOptions(), world=World())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dist_llm.cli import main
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.engines.native import NativeEngine
 from dist_llm.optim.schedule import learning_rate
 from tests.e2e import commands
@@ -26,7 +26,7 @@ def test_each_step_uses_its_own_learning_rate(corpus: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     keys = ("run.steps=5", "schedule.warmup_steps=2", "log.peak_tflops=1")
     assert main(list(map(str, commands.make_train_arguments(corpus, *keys)))) == 0
-    config = load_saved(commands.find_latest_checkpoint(tmp_path / "run"))
+    config = load_saved_config(commands.find_latest_checkpoint(tmp_path / "run"))
     assert rates == [learning_rate(config.optim, config.schedule, step) for step in range(1, 6)]
     assert rates == commands.get_column(commands.read_step_rows(tmp_path / "run"), "lr")
     assert len(set(rates)) == 5

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import PROBE_FILE
-from dist_llm.config.load import load_saved
+from dist_llm.config.load import load_saved_config
 from dist_llm.convert.weights import DictWeights
 from dist_llm.convert.write_weights import write_native
 
@@ -107,7 +107,7 @@ def test_the_model_section_can_come_from_a_checkpoint(run_dir: Path, corpus: Pat
         f"data: {{path: {corpus}, seq_len: 64, global_batch: 4}}\ninit_from: {run_dir}\n"
     )
     commands.run("train", "--config", config, cwd=run_dir.parent)
-    before, after = load_saved(run_dir).model, load_saved(run_dir.parent / "next").model
+    before, after = load_saved_config(run_dir).model, load_saved_config(run_dir.parent / "next").model
     assert after == before.model_copy(update={"dropout": 0.1})
     error = run_refused("train", "--config", config, "model.n_layers=3", "model.d_model=32", cwd=run_dir.parent)
     differs_from = f"differs from model.from: {run_dir} has"

@@ -10,7 +10,7 @@ import torch
 
 from dist_llm.config import engine_names
 from dist_llm.config.check import check
-from dist_llm.config.engine_names import ENTRY_POINT_GROUP, find_engine
+from dist_llm.config.engine_names import ENTRY_POINT_GROUP, find_engine_plugin
 from dist_llm.config.load import describe_keys
 from dist_llm.config.schema import Config
 from dist_llm.engines.build_engine import build_engine, check_engine_config
@@ -103,7 +103,7 @@ def test_outdated_metadata_of_our_package_is_reported(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["deepspeed", "accelerate"])
 def test_our_engines_are_registered(name: str) -> None:
-    entry_point = find_engine(name)
+    entry_point = find_engine_plugin(name)
     assert entry_point is not None, (
         f"the metadata of dist_llm is older than pyproject.toml: install it again ({ENTRY_POINT_GROUP})"
     )

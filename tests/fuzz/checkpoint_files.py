@@ -10,15 +10,17 @@ import torch
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.compatibility import read_config
+from dist_llm.checkpoint.load_checkpoint import read_progress
 from dist_llm.checkpoint.manifest import read_manifest, verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.checkpoint.probe import parse_probe
-from dist_llm.checkpoint.store import read_progress
 from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
-from dist_llm.convert import hf_convert
+from dist_llm.convert import hf_import
 from dist_llm.convert.deepspeed_write import write_deepspeed, write_universal
-from dist_llm.convert.nanogpt import from_nanogpt, to_nanogpt
+from dist_llm.convert.hf_export import export_hf
+from dist_llm.convert.nanogpt import build_nanogpt, parse_nanogpt
+from dist_llm.convert.native_shapes import list_native_shapes
 from dist_llm.convert.weights import DictWeights, Weights, load_torch, open_huggingface
 from dist_llm.convert.write_weights import write_native
 from dist_llm.data import data_history
@@ -46,7 +48,7 @@ def make_config(**model: Any) -> Config:
 def make_weights(config: Config, moments: Collection[str] = ()) -> DictWeights:
     """Return random weights, with the AdamW state of the parameters in `moments`."""
     tensors = {}
-    for name, shape in hf_convert.model_shapes(config.model).items():
+    for name, shape in list_native_shapes(config.model).items():
         tensors[f"model.{name}"] = torch.randn(shape)
         if name in moments:
             tensors |= {f"optim.{name}.{key}": torch.rand(shape) for key in ("exp_avg", "exp_avg_sq")}
@@ -93,7 +95,7 @@ def read_checkpoint(directory: Path) -> None:
         lambda: read_manifest(folder),
         lambda: verify_checkpoint(folder),
         lambda: read_all_weights(NativeWeights(directory)),
-        lambda: hf_convert.model_shapes(read_config(directory).model),
+        lambda: list_native_shapes(read_config(directory).model),
         lambda: read_progress(folder),
         lambda: data_history.parse_history(folder.read("data.json"), "data.json"),
         lambda: parse_probe(folder.read("probe.json"), "probe.json"),
@@ -112,7 +114,7 @@ def make_write_hf(family: str, model: dict[str, Any]) -> Callable[[Path], None]:
 
     def write(directory: Path) -> None:
         config = make_config(**model)
-        hf_convert.export_hf(
+        export_hf(
             make_weights(config), config, tokenizer=None, directory=directory / "hf", family=family, shard_bytes=3000
         )
         for file in (directory / "hf").iterdir():
@@ -146,23 +148,23 @@ def write_legacy_bin(directory: Path) -> None:
 
 def read_hf(directory: Path) -> None:
     """Read the config and all weights of a Hugging Face folder, as a native model needs them."""
-    family, model = hf_convert.read_config(directory)
-    hf_convert.read_token_ids(directory)
+    family, model = hf_import.read_hf_config(directory)
+    hf_import.read_token_ids(directory)
     weights = open_huggingface(directory)
     read_all_weights(weights)
-    read_all_weights(hf_convert.from_huggingface(weights, model, family))
+    read_all_weights(hf_import.from_huggingface(weights, model, family))
 
 
 def write_nanogpt(directory: Path) -> None:
     """Write the checkpoint of nanoGPT, ckpt.pt."""
     config = make_config(**GPT2 | {"activation": "gelu", "d_ff": 4 * MODEL["d_model"]})
-    torch.save(to_nanogpt(make_weights(config), config), directory / "ckpt.pt")
+    torch.save(build_nanogpt(make_weights(config), config), directory / "ckpt.pt")
 
 
 def read_nanogpt(directory: Path) -> None:
     """Read all weights of ckpt.pt, as a native model needs them."""
-    model, weights = from_nanogpt(load_torch(directory / "ckpt.pt"))
-    read_all_weights(hf_convert.from_huggingface(weights, model, "nanogpt"))
+    model, weights = parse_nanogpt(load_torch(directory / "ckpt.pt"))
+    read_all_weights(hf_import.from_huggingface(weights, model, "nanogpt"))
 
 
 def make_write_deepspeed(universal: bool, stage: int = 2) -> Callable[[Path], None]:
@@ -170,14 +172,19 @@ def make_write_deepspeed(universal: bool, stage: int = 2) -> Callable[[Path], No
 
     def write(directory: Path) -> None:
         config = make_config()
-        names = list(hf_convert.model_shapes(config.model))
+        names = list(list_native_shapes(config.model))
         weights = make_weights(config, names)
         if universal:
             write_universal(directory, weights, step=3)
         else:
-            settings = [{"lr": 0.1}]
             write_deepspeed(
-                directory, weights, stage, world_size=2, groups=[names], settings=settings, step=3, shared={}
+                directory,
+                weights,
+                stage=stage,
+                world_size=2,
+                param_groups=[names],
+                group_settings=[{"lr": 0.1}],
+                step=3,
             )
 
     return write

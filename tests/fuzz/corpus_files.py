@@ -10,7 +10,7 @@ import numpy as np
 from dist_llm.config.sequence_lengths import SequenceLengths
 from dist_llm.data.corpus import Corpus
 from dist_llm.data.packed_windows import PackedWindows
-from dist_llm.data.shard import SPLITS, Manifest, ShardWriter
+from dist_llm.data.shard import SPLITS, CorpusManifest, ShardWriter
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
 from dist_llm.text.bpe_tokenizer import SPLIT_PATTERNS, BPETokenizer
@@ -30,7 +30,7 @@ def write_corpus(directory: Path, has_prompts: bool = False) -> None:
                 writer.extend(ids, ends=np.array([length]), text_bytes=np.array([length]), prompt_tokens=np.array([3]))
             shards[split] = writer.close()
     BYTE_TOKENIZER.save(directory)
-    Manifest(
+    CorpusManifest(
         "uint16",
         vocab_size=257,
         tokenizer_sha256=BYTE_TOKENIZER.sha256,

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import fake_gpu
+from dist_llm.engines.base import DataParallelRank
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models import attention
 from dist_llm.training.step import train_step
@@ -85,7 +86,7 @@ def take_step(*, ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     # Three layers contain each kind of layer of the models, since no model repeats more than three kinds.
     config = make_config(ranks=ranks, model={"n_layers": 3} | sections.pop("model", {}), **sections)
     dp_size = config.parallel.dp_replicate * config.parallel.dp_shard
-    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=(0, dp_size)), step=0)  # type: ignore[arg-type]
+    batches = make_batches(config, SimpleNamespace(dp_rank_and_size=DataParallelRank(rank=0, size=dp_size)), step=0)  # type: ignore[arg-type]
     with fake_gpu.activate(ranks):
         engine = NativeEngine(config, fake_gpu.DEVICE)
         with MatmulDtypes() as matmul_dtypes:

@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dist_llm.checkpoint import store
 from dist_llm.engines.native import NativeEngine
 from dist_llm.losses import fused_linear_cross_entropy
 from dist_llm.models import softmax_attention
@@ -66,7 +65,7 @@ CPU = CaseContext("cpu", tiny=True, folder=Path("unused"))
             {},
         ),
         (
-            store,
+            gpu_steps,
             "load_checkpoint",
             lambda correct: lambda folder, state: _load_shifted(correct, folder, state),
             gpu_steps.check_checkpoint,

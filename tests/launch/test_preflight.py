@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -15,13 +16,15 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dist_llm.errors import ConfigError
-from dist_llm.launch import preflight
+from dist_llm.launch import node_measurements, preflight
+from dist_llm.launch.node_measurements import AllReduceRates
 from dist_llm.launch.node_report import NodeReport, diagnose_nodes, format_table
-from dist_llm.launch.preflight import PreflightTimeout, run_preflight
+from dist_llm.launch.preflight import PreflightTimeout, SharedFileResult, run_preflight
 from dist_llm.launch.world import World
 from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
+BYTES_8_MIB = 8 * 2**20  # LARGE_BYTES on a CPU
 VERSIONS = {"torch": "2.11.0", "NCCL": "2.27.5", "driver": "570.86"}
 
 
@@ -169,17 +172,24 @@ def test_two_ranks_measure_the_same_reports(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def measure_with_fake_gpus(directory: Path, gpus: list[str]) -> tuple[list[NodeReport], set[str]]:
-    """Measure with fake GPUs by rank; return the reports and the devices and backends of the collectives."""
-    gpu, used, new_group = gpus[dist.get_rank()], set(), dist.new_group
+class FakeGpuMeasurement(NamedTuple):
+    """The reports of all ranks, and which devices and backends the collectives used, such as cuda and nccl."""
+
+    reports: list[NodeReport]
+    devices_and_backends: set[str]
+
+
+def measure_with_fake_gpus(directory: Path, gpus: list[str]) -> FakeGpuMeasurement:
+    """Measure on this rank, with a fake GPU named `gpus[rank]`; "none" is a rank without a GPU."""
+    gpu, devices_and_backends, new_group = gpus[dist.get_rank()], set(), dist.new_group
     device = CPU if gpu == "none" else torch.device("cuda", 0)
 
     def record_device(device, group):
-        used.add(device.type)
-        return 1.0, 1.0
+        devices_and_backends.add(device.type)
+        return AllReduceRates(latency_us=1.0, gb_per_second=1.0)
 
     def create_gloo_group(ranks=None, backend=""):
-        used.add(backend)
+        devices_and_backends.add(backend)
         return new_group(ranks, backend="gloo")
 
     with (
@@ -190,16 +200,16 @@ def measure_with_fake_gpus(directory: Path, gpus: list[str]) -> tuple[list[NodeR
         mock.patch.object(preflight, "measure_all_reduce", record_device),
         mock.patch.object(dist, "new_group", create_gloo_group),
     ):
-        return measure_as_two_nodes(directory), used
+        return FakeGpuMeasurement(measure_as_two_nodes(directory), devices_and_backends)
 
 
 def test_nccl_is_used_only_if_all_nodes_have_gpus(tmp_path):
-    for reports, used in get_world(2).run(measure_with_fake_gpus, tmp_path, ["H100", "H100"]):
-        assert used == {"cuda", "nccl"}
-        assert diagnose_nodes(reports) == []
-    for reports, used in get_world(2).run(measure_with_fake_gpus, tmp_path, ["H100", "none"]):
-        assert used == {"cpu", "gloo"}
-        assert diagnose_nodes(reports) == ["node1: GPU is none, elsewhere H100"]
+    for measurement in get_world(2).run(measure_with_fake_gpus, tmp_path, ["H100", "H100"]):
+        assert measurement.devices_and_backends == {"cuda", "nccl"}
+        assert diagnose_nodes(measurement.reports) == []
+    for measurement in get_world(2).run(measure_with_fake_gpus, tmp_path, ["H100", "none"]):
+        assert measurement.devices_and_backends == {"cpu", "gloo"}
+        assert diagnose_nodes(measurement.reports) == ["node1: GPU is none, elsewhere H100"]
 
 
 def measure_shifted_clock(seconds: float) -> float:
@@ -208,7 +218,7 @@ def measure_shifted_clock(seconds: float) -> float:
     if dist.get_rank() == 1:
         time.time = lambda: original() + seconds
     try:
-        return preflight.measure_clock_offset()
+        return node_measurements.measure_clock_offset()
     finally:
         time.time = original
 
@@ -218,7 +228,7 @@ def test_a_clock_offset_is_measured():
     assert get_world(2).run(measure_shifted_clock, -5.0) == [0, pytest.approx(-5, abs=0.5)]
 
 
-def try_shared_file_of_rank(directories: list[Path]) -> tuple[bool | None, list[str]]:
+def try_shared_file_of_rank(directories: list[Path]) -> SharedFileResult:
     """Test whether the ranks share files; rank i uses the directory `directories[i]`."""
     rank = dist.get_rank()
     return preflight.try_shared_file(
@@ -274,30 +284,31 @@ def test_a_hanging_rank_reports_its_phase(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def measure_all_reduce_at_fixed_rate() -> tuple[float, float]:
+def measure_all_reduce_at_fixed_rate() -> AllReduceRates:
     """Measure latency and rate of an all-reduce that takes 1 s per 8 MiB."""
-    preflight._all_reduce_seconds, original = (lambda size, *rest: size / 2**23), preflight._all_reduce_seconds
-    try:
-        return preflight.measure_all_reduce(CPU, dist.group.WORLD)
-    finally:
-        preflight._all_reduce_seconds = original
+
+    def compute_seconds(num_bytes: int, *rest: object) -> float:
+        return num_bytes / BYTES_8_MIB
+
+    with mock.patch.object(node_measurements, "_measure_all_reduce_seconds", compute_seconds):
+        return node_measurements.measure_all_reduce(CPU, dist.group.WORLD)
 
 
 @pytest.mark.parametrize(("ranks", "traffic_factor"), [(2, 1.0), (4, 1.5)])
 def test_the_bandwidth_is_the_traffic_of_one_link(ranks, traffic_factor):
     """8 MiB in a second: with two ranks each link carries the tensor once, with four ranks 1.5 times."""
-    for latency, rate in get_world(ranks).run(measure_all_reduce_at_fixed_rate):
-        assert latency == pytest.approx(4 / 2**23 * 1e6)
-        assert rate == pytest.approx(traffic_factor * 2**23 / 1e9)
+    for rates in get_world(ranks).run(measure_all_reduce_at_fixed_rate):
+        assert rates.latency_us == pytest.approx(node_measurements.SMALL_BYTES / BYTES_8_MIB * 1e6)
+        assert rates.gb_per_second == pytest.approx(traffic_factor * BYTES_8_MIB / 1e9)
 
 
-def measure_neighbour_with_slow_link(hosts: list[str], slow: list[int], seconds: float) -> float:
-    """Measure the bandwidth between neighbours; all-reduces of the group `slow` take `seconds` longer."""
+def measure_neighbour_with_slow_link(hosts: list[str], slow_ranks: list[int], delay_seconds: float) -> float:
+    """Measure the bandwidth between neighbours. All-reduces of the group `slow_ranks` take `delay_seconds` longer."""
     rank, original = dist.get_rank(), dist.all_reduce
 
     def slow_all_reduce(tensor, group):
-        if tensor.numel() > 1 and dist.get_process_group_ranks(group) == slow:
-            time.sleep(seconds)
+        if tensor.numel() > 1 and dist.get_process_group_ranks(group) == slow_ranks:
+            time.sleep(delay_seconds)
         return original(tensor, group=group)
 
     dist.all_reduce = slow_all_reduce
@@ -311,9 +322,9 @@ def measure_neighbour_with_slow_link(hosts: list[str], slow: list[int], seconds:
 def test_neighbor_nodes_are_measured_in_pairs():
     """Three nodes; the last has two ranks and a slow link."""
     first, second, *last = get_world(4).run(
-        measure_neighbour_with_slow_link, ["a", "b", "c", "c"], [1, 2, 3], seconds=0.2
+        measure_neighbour_with_slow_link, ["a", "b", "c", "c"], slow_ranks=[1, 2, 3], delay_seconds=0.2
     )
-    assert second < 2**23 * 4 / 3 / 0.2 / 1e9
+    assert second < BYTES_8_MIB * 4 / 3 / 0.2 / 1e9  # 8 MiB over 3 ranks in at least 0.2 s
     assert first > 0
     assert all(map(math.isnan, last))
 
@@ -329,7 +340,7 @@ def test_a_rank_without_a_matmul_still_reports(tmp_path, monkeypatch, capsys):
 
 
 def test_problems_before_a_failed_collective_are_reported(tmp_path, monkeypatch):
-    def raise_error(device: torch.device, group: object) -> tuple[float, float]:
+    def raise_error(device: torch.device, group: object) -> AllReduceRates:
         raise RuntimeError("NCCL error:\nunhandled system error")
 
     monkeypatch.setattr(preflight, "measure_all_reduce", raise_error)

@@ -46,10 +46,10 @@ def test_no_rank_is_named_if_all_ranks_wait() -> None:
     assert line.startswith("all ranks wait for each other: 0 in gloo:send [[2]] of pp, 1 in gloo:all_reduce")
 
 
-def run_watchdog(limit_seconds: float, num_heartbeats: int, run_seconds: float, factor: int = 1) -> list[int]:
+def run_watchdog(hang_seconds: float, num_heartbeats: int, run_seconds: float, factor: int = 1) -> list[int]:
     """Send heartbeats, then none for `run_seconds`; return the exit codes with which the watchdog ended the process."""
     exit_codes: list[int] = []
-    with Watchdog(World(), limit_seconds, exit_process=exit_codes.append) as watchdog:
+    with Watchdog(World(), hang_seconds, exit_process=exit_codes.append) as watchdog:
         for step in range(num_heartbeats):
             watchdog.heartbeat(f"step {step}", factor)
         time.sleep(run_seconds)
@@ -63,7 +63,7 @@ def disable_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_without_progress_is_ended() -> None:
-    assert run_watchdog(limit_seconds=0.2, num_heartbeats=NUM_FIRST_HEARTBEATS + 1, run_seconds=0.8) == [EXIT_CODE]
+    assert run_watchdog(hang_seconds=0.2, num_heartbeats=NUM_FIRST_HEARTBEATS + 1, run_seconds=0.8) == [EXIT_CODE]
 
 
 def test_a_run_is_ended_if_the_store_does_not_answer(
@@ -79,7 +79,7 @@ def test_a_run_is_ended_if_the_store_does_not_answer(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", StoppedStore)
     exit_codes: list[int] = []
-    with Watchdog(World(rank=1, world_size=2), limit_seconds=0.2, exit_process=exit_codes.append) as watchdog:
+    with Watchdog(World(rank=1, world_size=2), hang_seconds=0.2, exit_process=exit_codes.append) as watchdog:
         for step in range(NUM_FIRST_HEARTBEATS + 1):
             watchdog.heartbeat(f"step {step}")
         deadline = time.monotonic() + 10
@@ -93,7 +93,7 @@ def test_a_run_that_resumes_is_not_ended(monkeypatch: pytest.MonkeyPatch, caplog
     """The network recovers while the diagnosis is collected."""
     monkeypatch.setattr("dist_llm.launch.watchdog.GRACE_SECONDS", 1.0)
     exit_codes: list[int] = []
-    with Watchdog(World(), limit_seconds=0.2, exit_process=exit_codes.append) as watchdog:
+    with Watchdog(World(), hang_seconds=0.2, exit_process=exit_codes.append) as watchdog:
         for step in range(NUM_FIRST_HEARTBEATS + 1):
             watchdog.heartbeat(f"step {step}")
         time.sleep(0.6)
@@ -116,7 +116,7 @@ def test_a_resumed_rank_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     exit_codes: list[int] = []
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         store.set("dist_llm/process/1", json.dumps((own_world.host, sleeper.pid, read_process_identity(sleeper.pid))))
-        with Watchdog(own_world, limit_seconds=0.4, exit_process=exit_codes.append) as watchdog:
+        with Watchdog(own_world, hang_seconds=0.4, exit_process=exit_codes.append) as watchdog:
             for step in range(NUM_FIRST_HEARTBEATS + 1):
                 watchdog.heartbeat(f"step {step}")
             time.sleep(0.7)
@@ -139,16 +139,16 @@ def test_a_longer_timeout_applies_to_slow_activities(limit: float, heartbeats: i
 
 
 def test_the_timeout_is_ten_times_the_median_of_long_steps() -> None:
-    watchdog = Watchdog(World(), limit_seconds=1.0)
+    watchdog = Watchdog(World(), hang_seconds=1.0)
     for step in range(NUM_FIRST_HEARTBEATS):
         watchdog.heartbeat(f"step {step}")
     for _ in range(3):
         watchdog.last_time -= 7.0
         watchdog.heartbeat("a step")
-    assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01)
+    assert watchdog.current_timeout_seconds == pytest.approx(70.0, rel=0.01)
     watchdog.last_time -= 60.0
     watchdog.heartbeat("a step that met a cut link")
-    assert watchdog.timeout_now == pytest.approx(70.0, rel=0.01), "one long step changed the timeout"
+    assert watchdog.current_timeout_seconds == pytest.approx(70.0, rel=0.01), "one long step changed the timeout"
 
 
 def test_only_the_registered_process_is_killed() -> None:

@@ -173,10 +173,10 @@ def loss_is_the_mean_of_rank_means() -> Iterator[Any]:
     """Each data-parallel rank divides by its own number of valid tokens."""
 
     def skip_all_reduce(self: NativeEngine, value: Any) -> torch.Tensor:
-        return torch.as_tensor(value) * self.dp_rank_and_size[1] if isinstance(value, int) else original(self, value)
+        return torch.as_tensor(value) * self.dp_rank_and_size.size if isinstance(value, int) else original(self, value)
 
-    original = NativeEngine.all_reduce_over_data
-    with patch.object(NativeEngine, "all_reduce_over_data", skip_all_reduce):
+    original = NativeEngine.all_reduce_over_dp_and_cp
+    with patch.object(NativeEngine, "all_reduce_over_dp_and_cp", skip_all_reduce):
         yield
 
 
@@ -188,7 +188,7 @@ def loss_is_the_mean_of_microbatch_means() -> Iterator[Any]:
         self: NativeEngine, batches: Any, denominator: torch.Tensor, step: int
     ) -> torch.Tensor:
         losses = [
-            original(self, [batch], self.all_reduce_over_data(batch.num_valid_tokens) * len(batches), step)
+            original(self, [batch], self.all_reduce_over_dp_and_cp(batch.num_valid_tokens) * len(batches), step)
             for batch in batches
         ]
         return torch.stack(losses).sum()
@@ -271,7 +271,7 @@ def only_the_last_microbatch_is_accumulated() -> Iterator[Any]:
 def all_ranks_read_the_same_samples() -> Iterator[Any]:
     """All data-parallel ranks read the samples of rank 0."""
     original = NativeEngine.dp_rank_and_size
-    with patch.object(NativeEngine, "dp_rank_and_size", property(lambda self: (0, original.fget(self)[1]))):  # type: ignore[attr-defined]
+    with patch.object(NativeEngine, "dp_rank_and_size", property(lambda self: original.fget(self)._replace(rank=0))):  # type: ignore[attr-defined]
         yield
 
 

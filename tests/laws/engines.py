@@ -21,8 +21,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import GuardState, Progress
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
+from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config, GuardConfig
 from dist_llm.engines.accelerate_engine import AccelerateEngine
 from dist_llm.engines.base import Engine
@@ -106,7 +107,7 @@ def run_steps(
             planted.enter_context((BUGS | FAULTS)[bug]())
         trace = EngineTrace()
         if load is not None:
-            store.load_checkpoint(load, engine.state)
+            load_checkpoint(load, engine.state)
         guard = Guard(GuardConfig(not_finite="skip"), GuardState(), engine, Path("unused"))
         for step in steps:
             report = train_step(
@@ -124,9 +125,9 @@ def run_steps(
             if step in (steps[0], steps[-1]):
                 trace.states.append(copy_local_shards((engine.state.weights() | engine.state.moments()).items()))
         (batch, *_) = make_batches(config, engine, step=HELDOUT_STEP)
-        trace.heldout_loss = engine.all_reduce_over_data(engine.score(engine.to_local_batch(batch)).sum()).item()
+        trace.heldout_loss = engine.all_reduce_over_dp_and_cp(engine.score(engine.to_local_batch(batch)).sum()).item()
         if save is not None:
-            save_checkpoint(store.CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
+            save_checkpoint(CheckpointStore(save), engine, Progress(steps[-1] + 1), {})
         return trace
 
 

@@ -84,7 +84,7 @@ def expert_gradients_are_averaged_over_expert_shards() -> Iterator[Any]:
 
 @register_bug
 def expert_gradients_are_averaged_over_data_ranks() -> Iterator[Any]:
-    with scale_expert_gradients(lambda engine: 1 / engine.dp_rank_and_size[1]):
+    with scale_expert_gradients(lambda engine: 1 / engine.dp_rank_and_size.size):
         yield
 
 

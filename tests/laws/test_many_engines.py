@@ -32,7 +32,7 @@ PARALLEL_SECTIONS = (
     {"pp": 2, "dp_shard": 2, "recompute": "selective"},
     {"dp_replicate": 2, "dp_shard": 2, "reshard": "always"},
 )
-LAYOUTS = list(itertools.product(PARALLEL_SECTIONS, ("bart", "encoder_decoder")))
+PIPELINE_CASES = list(itertools.product(PARALLEL_SECTIONS, ("bart", "encoder_decoder")))
 
 
 def train(config: Config, uses_p2p: bool) -> list[float]:
@@ -53,7 +53,7 @@ def test_many_engines_in_one_world_compute_the_same_losses(uses_p2p: bool) -> No
     world = get_world(RANKS)
     first_losses: dict[int, list[float]] = {}
     for _ in range(ROUNDS):
-        for layout_index, (parallel, model) in enumerate(LAYOUTS):
+        for layout_index, (parallel, model) in enumerate(PIPELINE_CASES):
             config = make_config(ranks=RANKS, model=MODELS[model], data={"micro_batch": 3}, parallel=parallel)
             losses_by_rank = world.run(train, config, uses_p2p)
             assert all(losses == losses_by_rank[0] for losses in losses_by_rank)

@@ -15,7 +15,7 @@ from tests.laws.law import make_batches, make_config, make_layout_config, merge_
 from tests.laws.layouts import SGD, Layout
 from tests.laws.worlds import get_world
 
-LAYOUTS = [
+PRECISION_LAYOUTS = [
     Layout(ranks=2, parallel={"dp_shard": 2}, micro_batch=4),
     Layout(ranks=2, parallel={"dp_replicate": 2}, model="gpt"),
     Layout(ranks=2, parallel={"tp": 2}, model="tied", micro_batch=8),
@@ -29,7 +29,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", PRECISION_LAYOUTS, ids=str)
 def test_half_precision_is_near_fp32(layout: Layout, precision: str) -> None:
     """The loss of one step agrees within 2e-3, the norm within 2e-2, and each gradient has a cosine above 0.99.
 
@@ -67,7 +67,7 @@ def record_rotation_dtypes(config: Any) -> set[torch.dtype]:
     return dtypes
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:4:3], ids=str)
+@pytest.mark.parametrize("layout", PRECISION_LAYOUTS[:4:3], ids=str)
 def test_rotary_positions_stay_in_fp32(layout: Layout) -> None:
     """FSDP casts the arguments of a block to bf16, and tensors inside tuples and dataclasses too."""
     config = make_layout_config(layout, optim=SGD, precision="bf16")

@@ -20,7 +20,7 @@ from tests.laws.law import GLOBAL_BATCH, SEQ_LEN, RankTrace, Trace, make_layout_
 from tests.laws.layouts import MOE, SGD, Layout
 from tests.laws.worlds import get_world
 
-LAYOUTS = [
+PRECISION_LAYOUTS = [
     Layout(ranks=2, parallel={"dp_shard": 2, "ep": 2}, micro_batch=4),
     Layout(ranks=2, parallel={"tp": 2, "ep": 2}),
     # Grouped products leave the padding uninitialized in half precision, unlike in fp64.
@@ -92,11 +92,11 @@ def assert_near_fp32(layout: Layout, precision: str, *, scales_balance_losses: b
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", PRECISION_LAYOUTS, ids=str)
 def test_experts_in_half_precision_are_near_fp32(layout: Layout, precision: str) -> None:
     assert_near_fp32(layout, precision)
 
 
 def test_balance_losses_without_the_loss_scale_are_detected() -> None:
     with pytest.raises(AssertionError, match="cosine"):
-        assert_near_fp32(LAYOUTS[0], "fp16", scales_balance_losses=False)
+        assert_near_fp32(PRECISION_LAYOUTS[0], "fp16", scales_balance_losses=False)

@@ -14,7 +14,7 @@ from tests.laws.law import make_batches, make_config
 from tests.laws.layouts import ADAMW
 from tests.laws.worlds import get_world, restart_world
 
-LAYOUTS: list[Any] = [
+RECOMPILED_LAYOUTS: list[Any] = [
     (1, {}),
     (2, {"dp_shard": 2}),
     pytest.param(2, {"tp": 2}, marks=pytest.mark.slow),
@@ -41,7 +41,7 @@ def count_graphs(config: Config) -> list[int]:
     return graphs
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS)
+@pytest.mark.parametrize(("ranks", "parallel"), RECOMPILED_LAYOUTS)
 def test_no_graph_is_compiled_after_step_3(ranks: int, parallel: dict[str, Any]) -> None:
     config = make_config(ranks=ranks, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
     restart_world(ranks)

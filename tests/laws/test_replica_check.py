@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dist_llm.config.schema import Config
+from dist_llm.engines.base import DataParallelRank
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.block import Block
 from dist_llm.objectives.batch import Batch
@@ -90,7 +91,9 @@ class StepLoader:
 
     def load_batches_of_rank(self, dp_rank: int, first_sample: int) -> list[Batch]:
         """Return the microbatches of a data-parallel rank; `first_sample` is taken as the number of the step."""
-        return make_batches(self.config, SimpleNamespace(dp_rank_and_size=(dp_rank, self.dp_size)), first_sample)  # type: ignore[arg-type]
+        return make_batches(
+            self.config, SimpleNamespace(dp_rank_and_size=DataParallelRank(dp_rank, self.dp_size)), first_sample
+        )  # type: ignore[arg-type]
 
 
 def replay_and_step(config: Config, faulty_rank: int, fault_in: str) -> tuple[list[str], float]:
@@ -112,7 +115,7 @@ def replay_and_step(config: Config, faulty_rank: int, fault_in: str) -> tuple[li
     is_faulty = torch.distributed.get_rank() == faulty_rank
     with patch.object(Block, "forward", corrupt_forward) if is_faulty else nullcontext():
         mismatches = replay_step(
-            engine, StepLoader(config, engine.dp_rank_and_size[1]), first_sample=0, step=0, precision="fp32"
+            engine, StepLoader(config, engine.dp_rank_and_size.size), first_sample=0, step=0, precision="fp32"
         )  # type: ignore[arg-type]
     return mismatches, train_step(engine, make_batches(config, engine, step=0), lr=1e-3, step=0).loss.item()
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_state import Progress
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
@@ -78,10 +78,10 @@ def run_steps(
     engine = NativeEngine(config, torch.device("cpu"))
     checkpoints = CheckpointStore(directory) if directory else None
     if checkpoints and steps.start:
-        newest = checkpoints.latest_verified()
+        newest = checkpoints.find_latest_verified()
         assert newest is not None
         initial_buffers = [(buffer, buffer.clone()) for _, buffer in engine.named_buffers()]
-        store.load_checkpoint(newest, engine.state)
+        load_checkpoint(newest, engine.state)
         for _, moment in engine.state.moments().items() if lost == "moments" else []:
             moment.zero_()
         for buffer, initial in initial_buffers if lost == "buffers" else []:

@@ -30,7 +30,7 @@ def measure_heldout_losses(config: Config) -> list[float]:
     engine, losses = NativeEngine(config, torch.device("cpu")), []
     for step in range(3):
         heldout = [engine.to_local_batch(batch) for batch in make_batches(config, engine, step=HELDOUT_STEP)]
-        losses.append(sum(engine.all_reduce_over_data(engine.score(batch).sum()).item() for batch in heldout))
+        losses.append(sum(engine.all_reduce_over_dp_and_cp(engine.score(batch).sum()).item() for batch in heldout))
         train_step(engine, make_batches(config, engine, step), config.optim.lr, step)
     return losses
 
@@ -51,7 +51,7 @@ def measure_loss_terms(config: Config) -> MeasuredLosses:
     """Evaluate, take a step and return its losses on this rank."""
     engine = NativeEngine(config, torch.device("cpu"))
     heldout = [engine.to_local_batch(batch) for batch in make_batches(config, engine, step=HELDOUT_STEP)]
-    heldout_loss = sum(engine.all_reduce_over_data(engine.score(batch).sum()).item() for batch in heldout)
+    heldout_loss = sum(engine.all_reduce_over_dp_and_cp(engine.score(batch).sum()).item() for batch in heldout)
     report = train_step(engine, make_batches(config, engine, step=0), config.optim.lr, with_loss_terms=True)
     assert report.loss_terms is not None
     cross_entropy, z_loss = report.loss_terms.tolist()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_llm.data.shard import Manifest, ShardWriter
+from dist_llm.data.shard import CorpusManifest, ShardWriter
 from dist_llm.launch.world import World
 from dist_llm.observe.console import ConsoleSink
 from dist_llm.observe.metrics import MetricsFile
@@ -23,7 +23,7 @@ def config(tmp_path):
     with ShardWriter(tmp_path, "train", "uint16", max_tokens=100) as writer:
         writer.add(tokenizer.encode("to be or not to be, that is the question"), text_bytes=40)
         shards = {"train": writer.close(), "heldout": ()}
-    Manifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(tmp_path)
+    CorpusManifest("uint16", tokenizer.vocab_size, tokenizer.sha256, ("here",), shards).save(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(
         f"run: {{dir: '{tmp_path / 'run'}', steps: 2}}\nmodel: {{d_model: 8, n_layers: 1, n_heads: 1}}\n"

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_llm.data.shard import Manifest, Split
+from dist_llm.data.shard import CorpusManifest, Split
 from dist_llm.text.options import PrepareOptions
 from dist_llm.text.prepare import prepare
 from dist_llm.text.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def write_megabytes(path: Path, megabytes: int) -> str:
     return str(path)
 
 
-def run_prepare(source: str | Sequence[str], out: Path, **changes: Any) -> Manifest:
+def run_prepare(source: str | Sequence[str], out: Path, **changes: Any) -> CorpusManifest:
     """Prepare with the tokenizer `byte` and one worker, unless `changes` has other options."""
     options: dict[str, Any] = {"tokenizer": "byte", "workers": 1, **changes}
     sources = (source,) if isinstance(source, str) else tuple(source)
@@ -57,7 +57,7 @@ def run_prepare(source: str | Sequence[str], out: Path, **changes: Any) -> Manif
 
 def read_documents(out: Path, split: Split) -> list[str]:
     """Return the texts of a split. Check that each document has one `<|endoftext|>`, at its end."""
-    manifest, tokenizer, texts = Manifest.load(out), Tokenizer.load(out), list[str]()
+    manifest, tokenizer, texts = CorpusManifest.load(out), Tokenizer.load(out), list[str]()
     for shard in manifest.shards[split]:
         ids = np.fromfile(out / shard.file, dtype=np.dtype(manifest.dtype).newbyteorder("<"))
         starts = np.fromfile((out / shard.file).with_suffix(".offsets"), dtype="<u8").astype(int)

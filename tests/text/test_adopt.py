@@ -13,7 +13,7 @@ import pytest
 
 from dist_llm import cli
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import Manifest
+from dist_llm.data.shard import CorpusManifest
 from dist_llm.errors import DataError
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import DTYPES, FORMATS, AdoptOptions
@@ -81,7 +81,7 @@ def test_adopted_corpus_equals_the_prepared_corpus(kind, dtype, prepared_corpus,
     assert np.array_equal(corpus.read(np.array([0]), len(ids))[0], ids)
     assert np.array_equal(corpus.read(np.array([7, 350]), 40), [ids[7:47], ids[350:390]])
     expected = prepared_corpus.manifest
-    for count in (Manifest.count_tokens, Manifest.count_documents, Manifest.count_text_bytes):
+    for count in (CorpusManifest.count_tokens, CorpusManifest.count_documents, CorpusManifest.count_text_bytes):
         assert count(manifest, "train") == count(expected, "train"), count.__name__
     assert np.array_equal(corpus.get_document_offsets(0), prepared_corpus.get_document_offsets(0))
     assert (manifest.tokenizer_sha256, manifest.vocab_size) == (expected.tokenizer_sha256, expected.vocab_size)

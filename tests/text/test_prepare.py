@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.data.shard import MANIFEST_FILE, SPLITS, Manifest
+from dist_llm.data.shard import MANIFEST_FILE, SPLITS, CorpusManifest
 from dist_llm.errors import DataError
 from dist_llm.text import prepare_run, progress
 from dist_llm.text.bpe_tokenizer import BPETokenizer
@@ -55,7 +55,7 @@ def test_the_corpus_has_the_documents_of_the_source(tokenizer, tmp_path):
         expected = [text for text in texts if is_heldout(text.encode(), fraction=0.01) == (split == "heldout")]
         assert read_documents(tmp_path / "out", split) == expected
         assert manifest.count_text_bytes(split) == sum(len(text.encode()) for text in expected)
-    assert manifest == Manifest.load(tmp_path / "out")
+    assert manifest == CorpusManifest.load(tmp_path / "out")
     assert manifest.tokenizer_sha256 == Tokenizer.load(tmp_path / "out").sha256
     assert [path.name for path in tmp_path.iterdir() if path.name != "a.jsonl"] == ["out"]
 
@@ -205,7 +205,7 @@ def test_a_killed_run_leaves_no_corpus_and_no_process(tmp_path):
     assert not (partial / MANIFEST_FILE).exists()
 
     run_prepare(source, out, workers=2)
-    assert sum(Manifest.load(out).count_documents(split) for split in SPLITS) == count_rows(source)
+    assert sum(CorpusManifest.load(out).count_documents(split) for split in SPLITS) == count_rows(source)
     assert not partial.exists()
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import MANIFEST_FILE, SPLITS, Manifest
+from dist_llm.data.shard import MANIFEST_FILE, SPLITS, CorpusManifest
 from dist_llm.errors import DataError
 from dist_llm.text import chunks
 from dist_llm.text.encode import is_heldout
@@ -57,7 +57,7 @@ def test_merged_parts_equal_one_run(num_files, options, tmp_path):
     for split in SPLITS:
         assert Counter(read_documents(tmp_path / "parts", split)) == Counter(read_documents(tmp_path / "one", split))
         Corpus(tmp_path / "parts", split, verify="hash")
-    assert merged == Manifest.load(tmp_path / "parts")
+    assert merged == CorpusManifest.load(tmp_path / "parts")
     assert merged.bad_rows == one_run.bad_rows == 1
     assert Tokenizer.load(tmp_path / "parts") == Tokenizer.load(tmp_path / "one")
     one_report, parts_report = PrepareReport.load(tmp_path / "one"), PrepareReport.load(tmp_path / "parts")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dist_llm.data.corpus import Corpus
-from dist_llm.data.shard import Manifest, ShardWriter, Split
+from dist_llm.data.shard import CorpusManifest, ShardWriter, Split
 from dist_llm.launch.world import World
 from dist_llm.text.adopt import adopt
 from dist_llm.text.adopt_options import AdoptOptions
@@ -62,7 +62,7 @@ def write_native_corpus(directory: Path, end_tokens: bool) -> Path:
             shards[split] = writer.close()
     tokenizer = build_tokenizer("byte")
     tokenizer.save(out)
-    Manifest("uint16", vocab_size=257, tokenizer_sha256=tokenizer.sha256, source=("x",), shards=shards).save(out)
+    CorpusManifest("uint16", vocab_size=257, tokenizer_sha256=tokenizer.sha256, source=("x",), shards=shards).save(out)
     return out
 
 

@@ -8,7 +8,7 @@ import pytest
 from dist_llm import cli
 from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.config.schema import Config
-from dist_llm.convert import hf_convert
+from dist_llm.convert.hf_export import export_hf
 from dist_llm.convert.weights import LazyWeights
 from dist_llm.errors import ConfigError, DataError
 from dist_llm.launch.world import World
@@ -57,7 +57,7 @@ def imported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("imported")
     config = make_config(vocab_size=257)
     weights = make_weights(config)
-    hf_convert.export_hf(
+    export_hf(
         LazyWeights(weights.shapes, weights.read), config, tokenizer=None, directory=directory / "hf", family="llama"
     )
     assert make_cli_runner("convert")("from-hf", directory / "hf", directory / "ours") == 0

@@ -16,17 +16,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dist_llm.checkpoint import store
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import TorchState
+from dist_llm.checkpoint.load_checkpoint import load_checkpoint
 from dist_llm.checkpoint.manifest import verify_checkpoint
 from dist_llm.checkpoint.native_weights import NativeWeights
 from dist_llm.config.compare import get_function_keys
 from dist_llm.config.load import dump_config, load_config
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.schema import Config
-from dist_llm.convert import hf_convert
+from dist_llm.convert import hf_import
 from dist_llm.convert.hf_config import WRITERS, build_hf_config, parse_hf_config
+from dist_llm.convert.native_shapes import list_native_shapes
 from dist_llm.convert.weights import DictWeights, LazyWeights, SafetensorsWeights
 from dist_llm.convert.write_weights import verify_written, write_atomically, write_native, write_safetensors
 from dist_llm.errors import CheckpointError
@@ -158,7 +159,7 @@ def test_token_ids_survive_a_round_trip(run_convert: Callable[..., int], tmp_pat
     assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native") == 0
     assert run_convert("to-hf", tmp_path / "native", tmp_path / "round_trip") == 0
     actual = json.loads((tmp_path / "round_trip" / "generation_config.json").read_text())
-    assert [actual[key] for key in hf_convert.TOKEN_ID_KEYS] == [1, 2, 0, 1]
+    assert [actual[key] for key in hf_import.TOKEN_ID_KEYS] == [1, 2, 0, 1]
 
 
 @pytest.mark.parametrize("family", NATIVE_MODELS)
@@ -198,15 +199,15 @@ def test_missing_rotary_permutation_is_detected(
 ) -> None:
     """With queries in Meta's pairing of rotary dimensions the bits match but the logits do not."""
     save_hf_model("llama", tmp_path / "hf_model")
-    original = hf_convert.to_native
+    original = hf_import.to_native
 
     def permute_queries(pair: Any, hf_tensors: Any) -> Tensor:
         tensor = original(pair, hf_tensors)
-        if pair.native.endswith("attention.q.weight"):
+        if pair.native_name.endswith("attention.q.weight"):
             return tensor.view(4, 2, 4, 32).transpose(1, 2).reshape(32, 32)
         return tensor
 
-    monkeypatch.setattr(hf_convert, "to_native", permute_queries)
+    monkeypatch.setattr(hf_import, "to_native", permute_queries)
     assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native", "--check") == 2
     assert not (tmp_path / "native").exists(), "the wrong output is left"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf_model"]
@@ -273,7 +274,7 @@ SIMPLER_FAMILIES = {"mistral": "llama", "phi3": "mistral", "glm": "qwen2", "opt"
 
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_family_is_detected_from_its_config(family: str) -> None:
-    config = hf_convert.parse_hf_config(build_hf_model(family).config.to_dict())
+    config = parse_hf_config(build_hf_model(family).config.to_dict())
     exported = build_hf_config(config, family)
     assert exported["model_type"] == family
     assert get_function_keys(parse_hf_config(exported)) == get_function_keys(config)
@@ -311,7 +312,7 @@ def test_unsupported_config_fields_are_refused(
     hf_config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(hf_config))
     with pytest.raises(CheckpointError, match=message):
-        hf_convert.read_config(tmp_path)
+        hf_import.read_hf_config(tmp_path)
 
 
 def test_unmapped_or_missing_tensors_are_refused(run_convert: Callable[..., int], tmp_path: Path) -> None:
@@ -403,7 +404,7 @@ def load_native_model(path: Path) -> tuple[Any, Config]:
     assert not violations
     assert config is not None
     model = build_model(config.model).eval()
-    store.load_checkpoint(path, TorchState(model), with_moments=False)
+    load_checkpoint(path, TorchState(model), with_moments=False)
     return model, config
 
 
@@ -500,7 +501,7 @@ def test_conversion_of_two_gigabytes_needs_little_memory(tmp_path: Path) -> None
             "data": {"seq_len": 32, "global_batch": 1, "micro_batch": 1},
         }
     )
-    shapes = hf_convert.model_shapes(model)
+    shapes = list_native_shapes(model)
     size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     assert size > 2e9
     weights = LazyWeights(

@@ -16,9 +16,8 @@ from dist_llm.engines.native import NativeEngine
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.sample_audit import SampleAudit
-
-from .law import make_config
-from .worlds import get_world
+from tests.laws.law import make_config
+from tests.laws.worlds import get_world
 
 
 def run_audit(config: Config, shift: Callable[[int], int] | None) -> str:
