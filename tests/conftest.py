@@ -17,7 +17,7 @@ from importlib.metadata import version
 import pytest
 from hypothesis import settings
 
-from dist_llm.config.derive import SPLIT_BACKWARD, splits_backward
+from dist_llm.config.derive import SPLIT_BACKWARD, can_split_backward
 
 # In a background job of a shell, or under nohup, these signals are ignored, also in child processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,7 +30,7 @@ settings.load_profile("shared")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """If torch cannot split the backward pass, skip the tests of schedules that do. Their ids name the schedule."""
     torch_version = version("torch")
-    if not splits_backward(torch_version):
+    if not can_split_backward(torch_version):
         for item in items:
             if any(schedule in item.name for schedule in SPLIT_BACKWARD):
                 item.add_marker(pytest.mark.skip(reason=f"torch {torch_version} cannot split backward"))

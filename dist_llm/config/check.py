@@ -63,8 +63,8 @@ def check(config: UnresolvedConfig, world_size: int, tokenizer_size: int) -> lis
         *check_each_kind(config, check_one_layer),
         *check_each_kind(config, check_moe),
         *check_residuals(config.model),
-        *_check_relative(config.model),
-        *_check_lengths(config, tokenizer_size),
+        *_check_relative_positions(config.model),
+        *_check_vocab_and_lengths(config, tokenizer_size),
         *_check_schedule(config),
         *_check_checkpoints(config),
         *check_init(config),
@@ -123,7 +123,8 @@ def _factorizations(product: int, num_factors: int) -> Iterator[tuple[int, ...]]
                 yield (factor, *remaining_factors)
 
 
-def _check_relative(model: UnresolvedModelConfig) -> Iterator[Violation]:
+def _check_relative_positions(model: UnresolvedModelConfig) -> Iterator[Violation]:
+    # An encoder uses half of its buckets for each direction. Half of the buckets of a direction hold a single distance.
     num_directions = 1 if model.architecture == "decoder" else 2
     num_exact = model.relative_buckets // (2 * num_directions)
     if model.positions == "relative" and (num_exact < 1 or model.relative_distance <= num_exact):
@@ -158,7 +159,7 @@ def _check_objective(config: UnresolvedConfig) -> Iterator[Violation]:
             yield Violation(("data.seq_len", f"{section}.name"), f"{config.data.seq_len} is too short: {error}")
 
 
-def _check_lengths(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
+def _check_vocab_and_lengths(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
     vocab_size, max_seq_len = config.model.vocab_size, config.model.max_seq_len
     num_objective_ids = count_objective_ids(config)
     if vocab_size and vocab_size < (min_vocab_size := tokenizer_size + num_objective_ids):

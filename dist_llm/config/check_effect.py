@@ -18,7 +18,7 @@ from dist_llm.config.schema import UnresolvedConfig
 Rule = tuple[str, Callable[[UnresolvedConfig], Any], str]
 
 
-def _some_layer(key: str, value: str) -> Callable[[UnresolvedConfig], bool]:
+def _any_layer_has(key: str, value: str) -> Callable[[UnresolvedConfig], bool]:
     """Return a function that returns whether a layer of a config has this value of a key of `model`.
 
     `key` may name a key of a section, such as `feedforward.name`.
@@ -28,12 +28,12 @@ def _some_layer(key: str, value: str) -> Callable[[UnresolvedConfig], bool]:
 
 
 RULES: tuple[Rule, ...] = (
-    ("model.d_ff", _some_layer("feedforward.name", "dense"), "a layer with feedforward.name=dense"),
-    ("parallel.ep", _some_layer("feedforward.name", "moe"), "a layer with model.feedforward.name=moe"),
+    ("model.d_ff", _any_layer_has("feedforward.name", "dense"), "a layer with feedforward.name=dense"),
+    ("parallel.ep", _any_layer_has("feedforward.name", "moe"), "a layer with model.feedforward.name=moe"),
     ("parallel.ep_dispatch", lambda config: config.parallel.ep > 1, "parallel.ep above 1"),
-    ("model.rope_theta", _some_layer("positions", "rope"), "model.positions=rope"),
-    ("model.rotary_fraction", _some_layer("positions", "rope"), "model.positions=rope"),
-    ("model.rope_scaling", _some_layer("positions", "rope"), "model.positions=rope"),
+    ("model.rope_theta", _any_layer_has("positions", "rope"), "model.positions=rope"),
+    ("model.rotary_fraction", _any_layer_has("positions", "rope"), "model.positions=rope"),
+    ("model.rope_scaling", _any_layer_has("positions", "rope"), "model.positions=rope"),
     *(
         (f"model.{name}", lambda config: not config.model.bias, "model.bias=false")
         for name in ("qkv_bias", "out_bias", "feedforward_bias")
@@ -44,8 +44,8 @@ RULES: tuple[Rule, ...] = (
         "model.norm=layernorm and bias=false",
     ),
     ("model.head_bias", lambda config: config.model.head != "mlm", "model.head=linear"),
-    ("model.relative_buckets", _some_layer("positions", "relative"), "model.positions=relative"),
-    ("model.relative_distance", _some_layer("positions", "relative"), "model.positions=relative"),
+    ("model.relative_buckets", _any_layer_has("positions", "relative"), "model.positions=relative"),
+    ("model.relative_distance", _any_layer_has("positions", "relative"), "model.positions=relative"),
     (
         "optim.implementation",
         lambda config: config.optim.name == "sgd" or config.optim.moments == "fp32",
@@ -62,7 +62,11 @@ RULES: tuple[Rule, ...] = (
         lambda config: "rewind" in (config.guard.not_finite, config.guard.spike),
         "guard.not_finite or guard.spike=rewind",
     ),
-    ("guard.budget", lambda config: {"rewind", "skip"} & _policies(config), "a policy of guard that skips or rewinds"),
+    (
+        "guard.budget",
+        lambda config: {"rewind", "skip"} & _get_guard_policies(config),
+        "a policy of guard that skips or rewinds",
+    ),
     ("eval.sample_tokens", lambda config: config.eval.sample_prompt, "eval.sample_prompt"),
 )
 
@@ -95,5 +99,6 @@ def _is_changed(section: Any, name: str) -> bool:
     return bool(getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True))
 
 
-def _policies(config: UnresolvedConfig) -> set[str]:
+def _get_guard_policies(config: UnresolvedConfig) -> set[str]:
+    """Return what the guard does after a bad step or a hardware error, such as `rewind`."""
     return {config.guard.not_finite, config.guard.spike, config.guard.corrupt}

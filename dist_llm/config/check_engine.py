@@ -16,7 +16,7 @@ UNSUPPORTED_AXES = {
 NATIVE_DEFAULTS = {"reshard": "default", "reduce_each_microbatch": False, "cpu_offload": False, "activations_gib": None}
 
 
-def check_engine(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
+def check_engine(config: UnresolvedConfig, world_size: int) -> Iterator[Violation]:
     """Yield violations of `engine` and of the engine's section."""
     engine = config.engine
     if not config.uses_deepspeed and config.deepspeed != DeepSpeedConfig():
@@ -31,10 +31,10 @@ def check_engine(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
         )
     yield from check_engine_name(engine)
     if engine in UNSUPPORTED_AXES:
-        yield from _check_third_party(config, ranks)
+        yield from _check_third_party(config, world_size)
 
 
-def _check_third_party(config: UnresolvedConfig, ranks: int) -> Iterator[Violation]:
+def _check_third_party(config: UnresolvedConfig, world_size: int) -> Iterator[Violation]:
     """Yield violations for DeepSpeed and accelerate. An engine of another package has its own `check_config`."""
     engine = config.engine
     for package in {engine, "deepspeed" if config.uses_deepspeed else engine}:
@@ -58,7 +58,7 @@ def _check_third_party(config: UnresolvedConfig, ranks: int) -> Iterator[Violati
             ("precision", "engine"), f"fp16 is not supported under engine: {engine}; set bf16, or engine to native"
         )
     if config.uses_deepspeed:
-        yield from check_deepspeed(config, max(1, ranks // config.parallel.pp))
+        yield from check_deepspeed(config, max(1, world_size // config.parallel.pp))
         yield from _check_pipeline(config)
 
 

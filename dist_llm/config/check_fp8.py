@@ -1,6 +1,7 @@
 """Check rules of matrix products in float8."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from dist_llm.config.derive import resolve_d_ff
 from dist_llm.config.feedforward_sections import MoEConfig, RegisteredConfig
@@ -8,6 +9,14 @@ from dist_llm.config.load import Violation
 from dist_llm.config.schema import UnresolvedConfig
 
 FP8_MULTIPLE = 16  # the float8 kernels require that all dimensions of a matrix product are multiples of 16
+
+
+class MatrixDimension(NamedTuple):
+    """A dimension of the matrices of a block, and the keys that set it."""
+
+    keys: tuple[str, ...]
+    size: int
+    num_shards: int
 
 
 def check_fp8(config: UnresolvedConfig) -> Iterator[Violation]:
@@ -33,13 +42,15 @@ def check_fp8_sizes(config: UnresolvedConfig) -> Iterator[Violation]:
         )
         return
     head_dim = model.head_dim or model.d_model // model.n_heads
-    dimensions: tuple[tuple[tuple[str, ...], int, int], ...] = (  # (keys, full size, number of shards)
-        (("model.d_model",), model.d_model, 1),
-        (("model.n_heads", "model.head_dim"), model.n_heads * head_dim, tp),
-        (("model.n_kv_heads", "model.head_dim"), (model.n_kv_heads or model.n_heads) * head_dim, tp),
-        (("model.d_ff",), resolve_d_ff(model), tp),
-        *(((("model.n_heads", "model.output_gate"), model.n_heads, tp),) if model.output_gate == "per_head" else ()),
-    )
+    num_kv_heads = model.n_kv_heads or model.n_heads
+    dimensions = [
+        MatrixDimension(("model.d_model",), model.d_model, num_shards=1),
+        MatrixDimension(("model.n_heads", "model.head_dim"), model.n_heads * head_dim, num_shards=tp),
+        MatrixDimension(("model.n_kv_heads", "model.head_dim"), num_kv_heads * head_dim, num_shards=tp),
+        MatrixDimension(("model.d_ff",), resolve_d_ff(model), num_shards=tp),
+    ]
+    if model.output_gate == "per_head":
+        dimensions.append(MatrixDimension(("model.n_heads", "model.output_gate"), model.n_heads, num_shards=tp))
     for keys, size, num_shards in dimensions:
         if size % num_shards == 0 and size // num_shards % FP8_MULTIPLE:
             shard_text = f", {size // num_shards} on a rank of tp {num_shards}," if num_shards > 1 else ""

@@ -1,7 +1,7 @@
 """Check the layers of a model: the names of their kinds, and the rules of one layer for each kind."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from dist_llm.config.derive import count_rotated_dims, format_divisors, iter_layer_models, resolve_d_ff
 from dist_llm.config.feedforward_sections import DenseConfig, MoEConfig
@@ -12,6 +12,14 @@ from dist_llm.config.rope_sections import DynamicScaling, Llama3Scaling, Longrop
 from dist_llm.config.schema import UnresolvedConfig
 
 LayerCheck = Callable[[UnresolvedConfig], Iterator[Violation]]
+
+
+class ShardedSize(NamedTuple):
+    """A size of a layer that must be a multiple of tp, and the keys that set it."""
+
+    keys: tuple[str, ...]
+    description: str
+    size: int
 
 
 def check_layers(model: UnresolvedModelConfig) -> Iterator[Violation]:
@@ -72,12 +80,12 @@ def check_each_kind(config: UnresolvedConfig, check_layer: LayerCheck) -> Iterat
     """Yield the violations of `check_layer` for each kind of layer. They name the keys of the kind that it sets."""
     for kind, model in iter_layer_models(config.model):
         for violation in check_layer(config.model_copy(update={"model": model})):
-            keys = [_key_of_kind(config.model, kind, key) for key in violation.keys]
+            keys = [_get_key_of_kind(config.model, kind, key) for key in violation.keys]
             # Keys of the kind come first, because the message starts with the first key.
             yield Violation(tuple(sorted(keys, key=lambda key: key in violation.keys)), violation.message)
 
 
-def _key_of_kind(model: UnresolvedModelConfig, kind: str | None, key: str) -> str:
+def _get_key_of_kind(model: UnresolvedModelConfig, kind: str | None, key: str) -> str:
     """Return the key of the kind instead of the key of `model`, if the kind sets it."""
     section, _, name = key.partition(".")
     if kind is None or section != "model" or name.split(".")[0] not in model.kinds[kind].model_fields_set:
@@ -114,22 +122,21 @@ def check_one_layer(config: UnresolvedConfig) -> Iterator[Violation]:
 def check_layer_layout(config: UnresolvedConfig) -> Iterator[Violation]:
     """Yield violations of the sizes of a layer that are sharded over tp, and of registered classes under the layout."""
     model, tp = config.model, config.parallel.tp
-    sizes: list[tuple[tuple[str, ...], str, int]] = []
-    moe = model.feedforward
-    if isinstance(moe, DenseConfig):
-        sizes.append((("model.d_ff", "model.d_model"), "hidden units", resolve_d_ff(model)))
-    elif isinstance(moe, MoEConfig) and moe.n_shared_experts:
-        keys_of_size = ("model.feedforward.d_expert", "model.feedforward.n_shared_experts")
-        sizes.append((keys_of_size, "hidden units of shared experts", moe.d_expert * moe.n_shared_experts))
+    sizes: list[ShardedSize] = []
     if model.mixer == ATTENTION:
         num_kv_heads = model.n_kv_heads or model.n_heads
-        sizes[:0] = [
-            (("model.n_heads",), "query heads", model.n_heads),
-            (("model.n_kv_heads", "model.n_heads"), "key-value heads", num_kv_heads),
-        ]
-    for keys, description, size in sizes:
-        if size % tp:
-            yield indivisible_by_tp(keys, description, size, tp)
+        sizes.append(ShardedSize(("model.n_heads",), "query heads", model.n_heads))
+        sizes.append(ShardedSize(("model.n_kv_heads", "model.n_heads"), "key-value heads", num_kv_heads))
+    feedforward = model.feedforward
+    if isinstance(feedforward, DenseConfig):
+        sizes.append(ShardedSize(("model.d_ff", "model.d_model"), "hidden units", resolve_d_ff(model)))
+    elif isinstance(feedforward, MoEConfig) and feedforward.n_shared_experts:
+        keys = ("model.feedforward.d_expert", "model.feedforward.n_shared_experts")
+        num_hidden_units = feedforward.d_expert * feedforward.n_shared_experts
+        sizes.append(ShardedSize(keys, "hidden units of shared experts", num_hidden_units))
+    for sharded in sizes:
+        if sharded.size % tp:
+            yield indivisible_by_tp(sharded.keys, sharded.description, sharded.size, tp)
     yield from check_registered_layout(model, tp, config.parallel.cp)
 
 

@@ -12,11 +12,11 @@ from dist_llm.config.derive import (
     AXES,
     SPLIT_BACKWARD,
     TWO_STAGE_SCHEDULES,
+    can_split_backward,
     count_encoder_layers,
     format_layout,
     resolve_dp_shard,
     round_up,
-    splits_backward,
 )
 from dist_llm.config.load import Violation
 from dist_llm.config.parallel_section import UnresolvedParallelConfig
@@ -28,20 +28,20 @@ def check_layout(config: UnresolvedConfig, world_size: int, tokenizer_size: int)
     """Yield violations of the layout: ranks, batches, matrices and layers must divide over the mesh dimensions."""
     parallel = config.parallel
     sizes = {axis: getattr(parallel, axis) for axis in AXES} | {"dp_shard": resolve_dp_shard(parallel, world_size)}
-    product = math.prod(sizes.values())
-    if product != world_size:
+    num_layout_ranks = math.prod(sizes.values())
+    if num_layout_ranks != world_size:
         yield Violation(
             tuple(f"parallel.{axis}" for axis in ("dp_shard", "dp_replicate", "cp", "tp", "pp")),
-            f"the layout ({format_layout(sizes)}) needs {product} ranks, but {world_size} were started; set "
-            f"dp_shard to null, or start with: torchrun --nproc-per-node {product} -m dist_llm train ...",
+            f"the layout ({format_layout(sizes)}) needs {num_layout_ranks} ranks, but {world_size} were started; set "
+            f"dp_shard to null, or start with: torchrun --nproc-per-node {num_layout_ranks} -m dist_llm train ...",
         )
     yield from _check_batch(config, sizes["dp_replicate"] * sizes["dp_shard"])
     yield from check_each_kind(config, check_layer_layout)
     num_expert_ranks = sizes["dp_shard"] * parallel.cp * parallel.tp
     yield from check_each_kind(config, partial(check_expert_layout, num_ranks=num_expert_ranks))
-    yield from _check_tensor(config, tokenizer_size)
+    yield from _check_tensor_parallel(config, tokenizer_size)
     yield from check_each_kind(config, check_fp8_sizes)
-    yield from _check_context(config)
+    yield from _check_context_parallel(config)
     yield from _check_pipeline(config, sizes["dp_replicate"] * sizes["dp_shard"])
 
 
@@ -73,7 +73,7 @@ def _format_nearest_multiples(number: int, divisor: int) -> str:
     return f"{number // divisor * divisor} or {round_up(number, divisor)}"
 
 
-def _check_tensor(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
+def _check_tensor_parallel(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Violation]:
     model, tp = config.model, config.parallel.tp
     num_vocab_rows = round_up(model.vocab_size or tokenizer_size + count_objective_ids(config), model.vocab_multiple)
     if num_vocab_rows % tp:
@@ -101,7 +101,7 @@ def _check_tensor(config: UnresolvedConfig, tokenizer_size: int) -> Iterator[Vio
         )
 
 
-def _check_context(config: UnresolvedConfig) -> Iterator[Violation]:
+def _check_context_parallel(config: UnresolvedConfig) -> Iterator[Violation]:
     num_chunks, seq_len = 2 * config.parallel.cp, config.data.seq_len
     if config.parallel.cp > 1 and config.model.architecture == "encoder_decoder":
         yield Violation(
@@ -165,7 +165,7 @@ def _check_split_backward(config: UnresolvedConfig) -> Iterator[Violation]:
             f"{parallel.pp_schedule} splits backward in two, which torch does not support for the encoder output: a "
             "stage both uses it and sends it on; set pp_schedule to 1f1b, gpipe or interleaved_1f1b",
         )
-    if not splits_backward(torch_version := version("torch")):
+    if not can_split_backward(torch_version := version("torch")):
         yield Violation(
             ("parallel.pp_schedule",),
             f"{parallel.pp_schedule} splits backward in two, which torch {torch_version} does not support with FSDP "

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from dist_llm.config.derive import round_up
 from dist_llm.config.feedforward_sections import DenseConfig, MoEConfig
-from dist_llm.config.load import Violation
+from dist_llm.config.load import MergedModelSection, Violation
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, LayerKeys, ModelConfig
 from dist_llm.config.objective_sections import ObjectiveSpec, PrefixSpec, SpanSpec, get_mode_token
 from dist_llm.config.parametrization import resolve_attention_scale
@@ -195,7 +195,7 @@ def find_function_differences(saved: Config, current: Config) -> list[Difference
     if any(key in LayerKeys.model_fields for key in set(keys) - set(changed_keys)):
         changed_keys += [key for key in ("layers", "kinds") if saved_values[key] != current_values[key]]
     differences = [Difference(f"model.{key}", saved_values[key], current_values[key]) for key in changed_keys]
-    saved_objective, current_objective = _objective_of(saved), _objective_of(current)
+    saved_objective, current_objective = _describe_objective(saved), _describe_objective(current)
     if saved_objective != current_objective:
         differences.append(Difference("objective", saved_objective, current_objective))
     return differences
@@ -221,15 +221,14 @@ def find_resume_differences(saved: Config, current: Config) -> list[Difference]:
     saved_rows = round_up(saved.model.vocab_size, saved.model.vocab_multiple)
     current_rows = round_up(current.model.vocab_size, current.model.vocab_multiple)
     if saved.model.vocab_size == current.model.vocab_size and saved_rows != current_rows:
-        multiples = saved.model.vocab_multiple, current.model.vocab_multiple
-        differences.append(Difference("model.vocab_multiple", *multiples))
-    masks = saved.data.document_mask, current.data.document_mask
-    if masks[0] != masks[1] and current.data.on_change == "refuse":
-        differences.append(Difference("data.document_mask", *masks))
+        differences.append(Difference("model.vocab_multiple", saved.model.vocab_multiple, current.model.vocab_multiple))
+    saved_mask, current_mask = saved.data.document_mask, current.data.document_mask
+    if saved_mask != current_mask and current.data.on_change == "refuse":
+        differences.append(Difference("data.document_mask", saved_mask, current_mask))
     return differences
 
 
-def _objective_of(config: Config) -> str:
+def _describe_objective(config: Config) -> str:
     """Describe the distinct objectives that the model learns, each as `prefix (mode S, see_prefix true)`."""
     is_decoder = config.model.architecture == "decoder"
     return ", ".join(sorted({_describe_spec(spec, is_decoder) for spec in config.objective.components}))
@@ -244,11 +243,10 @@ def _describe_spec(spec: ObjectiveSpec, is_decoder: bool) -> str:
 
 def merge_model_keys(
     user_keys: Mapping[str, Any], saved_keys: Mapping[str, Any], checkpoint: str, init_allow: object
-) -> tuple[dict[str, Any], list[Violation]]:
+) -> MergedModelSection:
     """Merge `model: {from: checkpoint, **user_keys}` onto the model section of the checkpoint.
 
-    Keys that decide the function must agree with the checkpoint, unless `init_allow` names them. Returns (merged
-    section, violations).
+    Keys that decide the function must agree with the checkpoint, unless `init_allow` names them.
     """
     allowed_keys = list(init_allow) if isinstance(init_allow, list | tuple) else []
     conflicts = [
@@ -270,7 +268,7 @@ def merge_model_keys(
     merged = {**saved_keys, **changes, **{name: saved_keys[name] for name, _ in conflicts}}
     if not merged["layers"] and merged["feedforward"] != saved_keys["feedforward"]:
         merged["d_ff"] = changes.get("d_ff")  # a model of only experts has no d_ff
-    return merged, violations
+    return MergedModelSection(merged, violations)
 
 
 def check_init(config: UnresolvedConfig) -> Iterator[Violation]:

@@ -15,7 +15,7 @@ TWO_STAGE_SCHEDULES = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv")  # 
 SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv")  # compute activation gradients first, weight gradients later
 
 
-def splits_backward(version: str) -> bool:
+def can_split_backward(version: str) -> bool:
     """Return whether this torch version can split backward of an autograd.Function, which FSDP and the loss use."""
     return not version.startswith(("2.11.", "2.12."))
 

@@ -33,10 +33,10 @@ def describe_keys() -> Iterator[KeyHelp]:
         "base", "path", "none", "another config to build on, relative to this file; keys of this file override its keys"
     )
     for name, field in UnresolvedConfig.model_fields.items():
-        if not _sections_of(field.annotation):
+        if not _get_sections(field.annotation):
             yield _describe_field(name, field)
     for name, field in UnresolvedConfig.model_fields.items():
-        yield from _describe_section(name, _sections_of(field.annotation))
+        yield from _describe_section(name, _get_sections(field.annotation))
         if name == "model":
             yield KeyHelp(
                 f"model.{MODEL_FROM}",
@@ -57,8 +57,8 @@ def search_keys(text: str) -> list[KeyHelp]:
 
 def format_help(keys: Sequence[KeyHelp]) -> Iterator[str]:
     """Yield lines for a terminal: the keys of each section under its name and description."""
-    for section, section_keys in groupby(keys, lambda key: _section_of(key.name)):
-        yield f"{section}: {_description_of(section)}"
+    for section, section_keys in groupby(keys, lambda key: _get_section_name(key.name)):
+        yield f"{section}: {_get_section_description(section)}"
         for key in section_keys:
             yield f"  {key.name}"
             yield f"      {key.type}; default: {key.default}"
@@ -68,26 +68,27 @@ def format_help(keys: Sequence[KeyHelp]) -> Iterator[str]:
 
 def format_markdown() -> Iterator[str]:
     """Yield the lines of docs/config.md."""
-    for section, section_keys in groupby(describe_keys(), lambda key: _section_of(key.name)):
-        yield f"## {section}\n\n{_description_of(section).capitalize()}.\n"
+    for section, section_keys in groupby(describe_keys(), lambda key: _get_section_name(key.name)):
+        yield f"## {section}\n\n{_get_section_description(section).capitalize()}.\n"
         yield "| key | type | default | description |\n| --- | --- | --- | --- |"
         for key in section_keys:
             cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.description)
-            yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+            escaped_cells = [cell.replace("|", r"\|") for cell in cells]
+            yield f"| {' | '.join(escaped_cells)} |"
         yield ""
 
 
-def _section_of(name: str) -> str:
+def _get_section_name(name: str) -> str:
     return name.split(".")[0] if "." in name else TOP_LEVEL
 
 
-def _description_of(section: str) -> str:
+def _get_section_description(section: str) -> str:
     if section == TOP_LEVEL:
         return "keys outside the sections"
     return UnresolvedConfig.model_fields[section].description or ""
 
 
-def _sections_of(annotation: Any) -> dict[str, type[Section]]:
+def _get_sections(annotation: Any) -> dict[str, type[Section]]:
     """Return {tag: section} for a union of sections, {"": section} for one section, and {} for a value."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return {"": annotation}
@@ -110,10 +111,10 @@ def _describe_section(prefix: str, members: Mapping[str, type[Section]]) -> Iter
         elif len(members) > 1 and len(tags_with_key) < len(named_members):
             description = f"{', '.join(tags_with_key)}: {description}"
         yield KeyHelp(full_name, kind, default, description)
-        yield from _describe_section(f"{prefix}.{name}", _sections_of(field.annotation))
+        yield from _describe_section(f"{prefix}.{name}", _get_sections(field.annotation))
         entry = strip_metadata(field.annotation)
         if get_origin(entry) is tuple and not get_union_members(get_args(entry)[0]):
-            yield from _describe_section(f"{prefix}.{name}.*", _sections_of(get_args(entry)[0]))
+            yield from _describe_section(f"{prefix}.{name}.*", _get_sections(get_args(entry)[0]))
 
 
 def _describe_field(name: str, field: Any) -> KeyHelp:

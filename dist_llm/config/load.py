@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
@@ -37,11 +37,25 @@ class Violation:
         return f"{self.keys[0]}: {self.message}"
 
 
-ModelReader = Callable[[dict[str, Any], object], tuple[dict[str, Any], list[Violation]]]
+class MergedModelSection(NamedTuple):
+    """A `model` section, merged onto that of the checkpoint that its key `from` names."""
+
+    section: dict[str, Any]
+    violations: list[Violation]
+
+
+class LoadedConfig(NamedTuple):
+    """A config without its invalid keys, which `violations` name. None: the config is not valid without them."""
+
+    config: UnresolvedConfig | None
+    violations: list[Violation]
+
+
+ModelReader = Callable[[dict[str, Any], object], MergedModelSection]  # (model section, init_allow) -> merged section
 
 
 def raise_violations(violations: Sequence[Violation]) -> None:
-    """Raise one ConfigError that lists all violations; return if there are none."""
+    """Raise one ConfigError that lists all violations, if there are any."""
     if violations:
         lines = "\n".join(f"  {violation}" for violation in violations)
         noun = "1 problem" if len(violations) == 1 else f"{len(violations)} problems"
@@ -53,15 +67,13 @@ def load_config(
     overrides: Sequence[str] = (),
     read_model: ModelReader | None = None,
     log_outdated: bool = False,
-) -> tuple[UnresolvedConfig | None, list[Violation]]:
+) -> LoadedConfig:
     """Read `source` (a file or a mapping) and its bases, apply the `section.key=value` overrides, and validate.
 
-    Returns (config, violations). Invalid keys are removed from the config, so `check` can still check the other keys.
-    A required number with an invalid value becomes 1. The caller must ignore violations of `check` that involve an
-    invalid key. The config is None if the config without the invalid keys is not valid.
+    Invalid keys are removed from the config, so `check` can still check the other keys. A required number with an
+    invalid value becomes 1. The caller must ignore violations of `check` that involve an invalid key.
 
-    `read_model` takes (model section, init_allow), where the section has `from: CHECKPOINT`. It returns (the section
-    merged onto the model section of the checkpoint, violations).
+    `read_model` is called for a model section with `from: CHECKPOINT`.
 
     With `log_outdated`, renamed keys are logged, and each 0 or -1 of version 0.1.0 that is null or off now.
     """
@@ -86,33 +98,35 @@ def load_config(
     return _validate(raw, violations)
 
 
-def _drop_model_from(model: dict[str, Any], allowed_keys: object) -> tuple[dict[str, Any], list[Violation]]:
-    return {name: value for name, value in model.items() if name != MODEL_FROM}, []
+def _drop_model_from(model: dict[str, Any], allowed_keys: object) -> MergedModelSection:
+    return MergedModelSection({name: value for name, value in model.items() if name != MODEL_FROM}, [])
 
 
-def _validate(raw: dict[str, Any], violations: list[Violation]) -> tuple[UnresolvedConfig | None, list[Violation]]:
+def _validate(raw: dict[str, Any], violations: list[Violation]) -> LoadedConfig:
     """Return the config with the valid keys of `raw`, and `violations` followed by the violations of invalid keys."""
     raw = update_outdated_keys(UnresolvedConfig, raw)
     while True:
         try:
-            return UnresolvedConfig.model_validate(raw), violations
+            return LoadedConfig(UnresolvedConfig.model_validate(raw), violations)
         except ValidationError as error:
             details = error.errors()
         reported = {violation.keys for violation in violations}
         violations += [violation for violation in map(_to_violation, details) if violation.keys not in reported]
         is_changed = [
-            _set_placeholder(raw, _key_of(detail)) if detail["type"] == "missing" else _remove(raw, _key_of(detail))
+            _set_placeholder(raw, _get_location(detail))
+            if detail["type"] == "missing"
+            else _remove(raw, _get_location(detail))
             for detail in details
         ]
         if not any(is_changed):
-            return None, violations
+            return LoadedConfig(None, violations)
 
 
 def load_saved_config(directory: Path) -> Config:
     """Return the resolved config in a run or checkpoint directory. Raises ConfigError if it is not valid."""
     path = directory / "config.yaml"
     raw = _read(path, ())
-    raise_violations(_validate(raw, [])[1])
+    raise_violations(_validate(raw, []).violations)
     try:
         return Config.model_validate(update_outdated_keys(Config, raw))
     except ValidationError as error:
@@ -194,7 +208,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node[name] = parse_yaml(value, f"override '{override}'")
 
 
-def _key_of(detail: ErrorDetails) -> tuple[int | str, ...]:
+def _get_location(detail: ErrorDetails) -> tuple[int | str, ...]:
     """Return the location of a validation error, without tags of unions and without the `name` of an unknown tag."""
     location = strip_tags(UnresolvedConfig, detail["loc"])
     return (*location, "name") if detail["type"] == "union_tag_invalid" else location
@@ -202,7 +216,7 @@ def _key_of(detail: ErrorDetails) -> tuple[int | str, ...]:
 
 def _to_violation(detail: ErrorDetails) -> Violation:
     """Convert an error of pydantic to a violation, with a suggestion for an unknown key."""
-    key = ".".join(str(name) for name in _key_of(detail) if name != "[key]")
+    key = ".".join(str(name) for name in _get_location(detail) if name != "[key]")
     if detail["type"] == "union_tag_invalid":
         return Violation((key,), f"input should be {detail['ctx']['expected_tags']}, found {detail['ctx']['tag']!r}")
     if detail["type"] == "extra_forbidden" and (message := _describe_misplaced_key(key, detail["loc"])):

@@ -78,7 +78,7 @@ def select_by_name(default: str, known_names: Sequence[str] = (), other_tag: str
 
     def select(value: Any) -> str:
         if isinstance(value, Mapping):
-            tag = _tag_of(value, default)
+            tag = _get_tag(value, default)
         else:
             tag = str(getattr(value, "name", MIXTURE if hasattr(value, MIXTURE) else default))
         return tag if other_tag is None or tag in known_names else other_tag
@@ -86,7 +86,8 @@ def select_by_name(default: str, known_names: Sequence[str] = (), other_tag: str
     return Discriminator(select)
 
 
-def _tag_of(raw: Mapping[str, Any], default: str) -> str:
+def _get_tag(raw: Mapping[str, Any], default: str) -> str:
+    """Return the tag of the member of a union that a raw section selects."""
     return MIXTURE if raw.get(MIXTURE) else str(raw.get("name", default))
 
 
@@ -127,7 +128,9 @@ def update_outdated_keys(section: type[BaseModel], raw: Any) -> Any:
         return raw
     raw = _rename_keys(section, raw)
     return {
-        name: _drop_in_value(section.model_fields[name].annotation, value) if name in section.model_fields else value
+        name: _update_outdated_value(section.model_fields[name].annotation, value)
+        if name in section.model_fields
+        else value
         for name, value in raw.items()
     }
 
@@ -151,16 +154,17 @@ def _find_renamed_keys(section: type[BaseModel], raw: Any) -> Iterator[tuple[str
                 yield old_name, renamed_key
 
 
-def _drop_in_value(annotation: Any, raw: Any) -> Any:
+def _update_outdated_value(annotation: Any, raw: Any) -> Any:
+    """Apply `update_outdated_keys` to a value: a section, a list of sections, or the selected member of a union."""
     annotation = strip_metadata(annotation)
     if get_origin(annotation) is tuple and isinstance(raw, list | tuple):
-        return [_drop_in_value(get_args(annotation)[0], entry) for entry in raw]
+        return [_update_outdated_value(get_args(annotation)[0], entry) for entry in raw]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return update_outdated_keys(annotation, raw)
     members = get_union_members(annotation)
     if not members or not isinstance(raw, Mapping):
         return raw
-    member = members.get(_tag_of(raw, next(iter(members))))  # the first member is the default
+    member = members.get(_get_tag(raw, next(iter(members))))  # the first member is the default
     if member is None:
         return raw
     tags_of_key = {name: find_tags_with_key(annotation, name) for name in raw.keys() - member.model_fields.keys()}
@@ -209,13 +213,13 @@ def _iter_entries(annotation: Any, raw: Any) -> Iterator[tuple[str, Any, type[Ba
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield "", raw, annotation
     elif (members := get_union_members(annotation)) and isinstance(raw, Mapping):
-        yield "", raw, members.get(_tag_of(raw, next(iter(members))), Section)
+        yield "", raw, members.get(_get_tag(raw, next(iter(members))), Section)
 
 
 def parse_union(annotation: Any, raw: Mapping[str, Any]) -> Any:
     """Parse the section of a union from saved keys. Unknown keys, which another version saved, are ignored."""
     known_keys = {name: value for name, value in raw.items() if name == "name" or find_tags_with_key(annotation, name)}
-    return TypeAdapter(annotation).validate_python(_drop_in_value(annotation, known_keys))
+    return TypeAdapter(annotation).validate_python(_update_outdated_value(annotation, known_keys))
 
 
 def strip_tags(section: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:

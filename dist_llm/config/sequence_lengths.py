@@ -8,6 +8,7 @@ short.
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec, get_mode_token
 from dist_llm.config.schema import UnresolvedConfig
@@ -28,10 +29,19 @@ class SequenceLengths:
     num_spans: int = 0  # span corruption: removed spans; a sentinel replaces each span
 
 
+class TargetNoise(NamedTuple):
+    """What span corruption should remove from a window, before the number of spans is rounded."""
+
+    num_noise_tokens: int
+    num_spans: float
+
+
 @lru_cache(maxsize=256)
 def compute_sequence_lengths(spec: ObjectiveSpec, architecture: str, seq_len: int) -> SequenceLengths:
     """Return the lengths of a sample. Raises ValueError if `seq_len` is too short for the objective."""
     num_mode_tokens = 1 if get_mode_token(spec) else 0
+    # Inputs of one span. Encoder: text token, sentinel, end. Decoder: also the sentinel and the token of the span; the
+    # final end is only a target.
     min_span_tokens = (3 if architecture == "encoder_decoder" else 5) + num_mode_tokens
     min_tokens = {"prefix": 2 + num_mode_tokens, "fim": 7, "masked": 2, "span": min_span_tokens}.get(spec.name, 1)
     if seq_len < min_tokens:
@@ -55,17 +65,17 @@ def count_noise_tokens(window_tokens: int, noise_density: float) -> int:
     return min(max(round(window_tokens * noise_density), 1), window_tokens - 1)
 
 
-def _compute_target_noise(spec: SpanSpec, window_tokens: int) -> tuple[int, float]:
-    """Return the number of tokens to remove from a window, and the ideal number of spans, which is not rounded."""
+def _compute_target_noise(spec: SpanSpec, window_tokens: int) -> TargetNoise:
     num_noise_tokens = count_noise_tokens(window_tokens, spec.noise_density)
     num_spans = min(max(num_noise_tokens / spec.mean_span, 1.0), num_noise_tokens, window_tokens - num_noise_tokens)
-    return num_noise_tokens, num_spans
+    return TargetNoise(num_noise_tokens, num_spans)
 
 
 def _compute_encoder_decoder_span_lengths(spec: SpanSpec, seq_len: int, num_mode_tokens: int) -> SequenceLengths:
     """Grow the window until the input of the encoder ([mode] text with sentinels, end) fills `seq_len`."""
     density = spec.noise_density
     encoder_tokens_per_window_token = 1 - density + min(density / spec.mean_span, 1 - density)
+    # Start a few tokens below the expected length, because the numbers of removed tokens and spans are rounded.
     window_tokens = max(2, int((seq_len - num_mode_tokens - 6) / encoder_tokens_per_window_token))
     while True:
         num_noise_tokens, target_spans = _compute_target_noise(spec, window_tokens)

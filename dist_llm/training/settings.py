@@ -12,7 +12,7 @@ from dist_llm.config.check_data import list_sources
 from dist_llm.config.compare import get_function_keys, merge_model_keys
 from dist_llm.config.derive import resolve_config
 from dist_llm.config.describe import MODEL_FROM
-from dist_llm.config.load import Violation, load_config, raise_violations
+from dist_llm.config.load import MergedModelSection, Violation, load_config, raise_violations
 from dist_llm.config.objective_sections import MaskedSpec
 from dist_llm.config.schema import Config
 from dist_llm.data.mirror import localize_corpus
@@ -30,11 +30,8 @@ def read_vocabulary(config: Config, directory: Path) -> ObjectiveVocabulary:
     return Tokenizer.load(directory).build_objective_vocabulary(needs_words)
 
 
-def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[str, Any], list[Violation]]:
-    """Merge the model of the checkpoint `section["from"]` into a raw `model` section that has the key `from`.
-
-    Return (the merged section, violations).
-    """
+def read_model_section(section: dict[str, Any], allowed: object) -> MergedModelSection:
+    """Merge a raw `model` section onto the model section of the checkpoint that its key `from` names."""
     from dist_llm.checkpoint.compatibility import read_config  # imports torch, so only if needed
     from dist_llm.checkpoint.find_checkpoint import resolve_checkpoint
 
@@ -42,13 +39,12 @@ def read_model_section(section: dict[str, Any], allowed: object) -> tuple[dict[s
     # After an error, a placeholder model lets `read_config` check the other sections.
     placeholder = {"d_model": 2, "n_layers": 1, "n_heads": 1, **own_keys}
     if not isinstance(checkpoint, str) or not checkpoint:
-        return placeholder, [
-            Violation((f"model.{MODEL_FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")
-        ]
+        violation = Violation((f"model.{MODEL_FROM}",), f"must be a checkpoint or a run, found {checkpoint!r}")
+        return MergedModelSection(placeholder, [violation])
     try:
         model = read_config(resolve_checkpoint(checkpoint)).model
     except (UserError, OSError) as error:
-        return placeholder, [Violation((f"model.{MODEL_FROM}",), str(error))]
+        return MergedModelSection(placeholder, [Violation((f"model.{MODEL_FROM}",), str(error))])
     saved = model.model_dump()
     if get_function_keys(model)["d_ff"] is None:
         saved["d_ff"] = None  # all layers have experts, and a config may not set a key without effect
