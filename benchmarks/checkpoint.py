@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,13 +29,14 @@ from dist_llm.checkpoint.checkpoint_state import Progress
 from dist_llm.checkpoint.probe import PROBE_FILE
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.derive import resolve_config
-from dist_llm.config.schema import CheckpointConfig, UnresolvedConfig
+from dist_llm.config.schema import CheckpointConfig, Config, UnresolvedConfig
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.engines.native import NativeEngine
 from dist_llm.launch.run_lock import RunLock, describe_this_process
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
+from measure import measure_seconds
 
 VOCAB_SIZE = 8192
 SEQ_LEN = 256
@@ -72,58 +74,68 @@ def measure_saves(options: argparse.Namespace, directory: Path) -> list[dict[str
         "model": {"d_model": options.d_model, "n_layers": options.layers, "n_heads": 8, "vocab_size": VOCAB_SIZE},
         "data": {"path": "unused", "seq_len": SEQ_LEN, "global_batch": num_sequences},
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = resolve_config(UnresolvedConfig.model_validate(raw), world_size=1, tokenizer_size=0)
-    engine = NativeEngine(config, device)
-    tokens = torch.randint(VOCAB_SIZE, (num_sequences, SEQ_LEN + 1))
-    batch = Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)
+    rounds = Rounds(config, directory)
+    return [rounds.measure() for _ in range(options.saves + 1)][1:]
 
-    def measure_step() -> float:
-        start_time = time.perf_counter()
-        train_step(engine, [batch], lr=1e-4, step=0).loss.item()
-        return time.perf_counter() - start_time
 
-    store = CheckpointStore(directory / "checkpoints", CheckpointConfig(keep=1))
-    measure_step()
-    state_bytes = sum(tensor.nbytes for tensor in (engine.state.weights() | engine.state.moments()).values())
-    rows = []
-    for round_index in range(options.saves + 1):
-        step_seconds = statistics.median(measure_step() for _ in range(3))
+class Rounds:
+    """Take steps of a model on one batch of random tokens, and measure the saves between and during the steps."""
+
+    def __init__(self, config: Config, directory: Path) -> None:
+        self.config, self.directory = config, directory
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.engine = NativeEngine(config, self.device)
+        tokens = torch.randint(VOCAB_SIZE, (config.data.global_batch, SEQ_LEN + 1))
+        self.batch = Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)
+        self.store = CheckpointStore(directory / "checkpoints", CheckpointConfig(keep=1))
+        self.num_saves = 0
+        self.take_step()  # creates the optimizer state
+        tensors = self.engine.state.weights() | self.engine.state.moments()
+        self.state_bytes = sum(tensor.nbytes for tensor in tensors.values())
+
+    def take_step(self) -> None:
+        """Take a step and wait for its loss."""
+        train_step(self.engine, [self.batch], lr=1e-4, step=0).loss.item()
+
+    def start_save(self, files: Mapping[str, bytes]) -> None:
+        """Start to save a checkpoint with these files; return when the next step may begin."""
+        self.num_saves += 1
+        self.store.save(self.engine.state, Progress(self.num_saves), files)
+
+    def measure(self) -> dict[str, float]:
+        """Measure a round: steps without a write, a save without steps, and steps during a write."""
+        step_seconds = statistics.median(measure_seconds(self.take_step, self.device) for _ in range(3))
         start_time = time.perf_counter()
-        probe = measure_probe(engine, config)
+        probe = measure_probe(self.engine, self.config)
         probe_seconds = time.perf_counter() - start_time
 
         start_time = time.perf_counter()
-        store.save(engine.state, Progress(2 * round_index + 1), {PROBE_FILE: probe.dump()})
-        store.finish()
-        bytes_per_second = state_bytes / (time.perf_counter() - start_time)
+        self.start_save({PROBE_FILE: probe.dump()})
+        self.store.finish()
+        bytes_per_second = self.state_bytes / (time.perf_counter() - start_time)
 
-        start_time = time.perf_counter()
-        store.save(engine.state, Progress(2 * round_index + 2), {})
-        stall_seconds, concurrent_step_seconds = time.perf_counter() - start_time, []
-        while store.current_write is not None and store.current_write.is_alive():
-            concurrent_step_seconds.append(measure_step())
-        store.finish()
+        stall_seconds, concurrent_step_seconds = measure_seconds(lambda: self.start_save({}), self.device), []
+        while self.store.current_write is not None and self.store.current_write.is_alive():
+            concurrent_step_seconds.append(measure_seconds(self.take_step, self.device))
+        self.store.finish()
         slowdown = statistics.median(concurrent_step_seconds) / step_seconds if concurrent_step_seconds else 1.0
+        return {
+            "step_seconds": step_seconds,
+            "megabytes": self.state_bytes / 1e6,
+            "stall": stall_seconds / step_seconds,
+            "slower": slowdown,
+            "probe": probe_seconds / step_seconds,
+            "probe_seconds": probe_seconds,
+            "lock_seconds": measure_seconds(self.take_and_release_lock, self.device),
+            "megabytes_per_second": bytes_per_second / 1e6,
+            "bandwidth": bytes_per_second / measure_dd(self.directory / "dd", self.state_bytes),
+        }
 
-        start_time = time.perf_counter()
-        with RunLock(directory / "run", describe_this_process("localhost")):
+    def take_and_release_lock(self) -> None:
+        """Lock a run directory and release the lock."""
+        with RunLock(self.directory / "run", describe_this_process("localhost")):
             pass
-        lock_seconds = time.perf_counter() - start_time
-        rows.append(
-            {
-                "step_seconds": step_seconds,
-                "megabytes": state_bytes / 1e6,
-                "stall": stall_seconds / step_seconds,
-                "slower": slowdown,
-                "probe": probe_seconds / step_seconds,
-                "probe_seconds": probe_seconds,
-                "lock_seconds": lock_seconds,
-                "megabytes_per_second": bytes_per_second / 1e6,
-                "bandwidth": bytes_per_second / measure_dd(directory / "dd", state_bytes),
-            }
-        )
-    return rows[1:]
 
 
 def measure_dd(target: Path, num_bytes: int) -> float:

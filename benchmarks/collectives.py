@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -84,19 +84,27 @@ def measure_size(num_elements: int, device: torch.device, rounds: int) -> list[d
     times_by_kind = take_turns(timers, rounds)
     rows = []
     for name, times in times_by_kind.items():
-        wall_seconds, cpu_seconds = (statistics.median(values) for values in zip(*times, strict=True))
+        wall_seconds = statistics.median(time.wall_seconds for time in times)
+        cpu_seconds = statistics.median(time.cpu_seconds for time in times)
         sent_bytes = full_tensor.nbytes * (ranks - 1) / ranks * (2 if name == "all_reduce" else 1)
         row = {"kind": name, "ranks": ranks, "bytes": full_tensor.nbytes, "seconds": wall_seconds, "cpu": cpu_seconds}
         rows.append({**row, "rate": sent_bytes / wall_seconds / 1e9})
     return rows
 
 
-def time_collective(collective: Collective, device: torch.device) -> tuple[float, float]:
-    """Return (wall seconds, CPU seconds of this rank) per call."""
+class CallTimes(NamedTuple):
+    """The time that this rank takes for one call of a collective."""
+
+    wall_seconds: float
+    cpu_seconds: float
+
+
+def time_collective(collective: Collective, device: torch.device) -> CallTimes:
+    """Measure CALLS_PER_TURN calls after a barrier, and return the times of one call."""
     dist.barrier()
     usage = ResourceUsage()
     wall_seconds = measure_seconds(lambda: [collective() for _ in range(CALLS_PER_TURN)], device)
-    return wall_seconds / CALLS_PER_TURN, usage.read()["cpu_seconds"] / CALLS_PER_TURN
+    return CallTimes(wall_seconds / CALLS_PER_TURN, usage.read()["cpu_seconds"] / CALLS_PER_TURN)
 
 
 def make_collectives(full_tensor: Tensor, shard: Tensor) -> dict[str, Collective]:

@@ -7,7 +7,7 @@ only the predicted peak memory. Times are in microseconds (`micros`).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -58,15 +58,22 @@ def profile_step(
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if context.device_kind == "cuda" else [])]
     with profile(activities=activities) as profiler:
         run_steps(1)
-    device_spans, host_spans = collect_spans(profiler.events() or [], context.device_kind)
+    spans = collect_spans(profiler.events() or [], context.device_kind)
     trace = context.folder / f"gpu-{context.device_kind}-{'compiled' if config.compile else 'eager'}-trace.json.gz"
     context.folder.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
-    return {"trace": trace.name, **summarize_spans(device_spans, host_spans)}
+    return {"trace": trace.name, **summarize_spans(spans.device, spans.host)}
 
 
-def collect_spans(events: Iterable[Any], device_kind: str) -> tuple[list[Span], list[Span]]:
-    """Return (device spans, host spans), each sorted by start."""
+class ProfileSpans(NamedTuple):
+    """The spans of a profile on the device and on the host, each sorted by start."""
+
+    device: list[Span]
+    host: list[Span]
+
+
+def collect_spans(events: Iterable[Any], device_kind: str) -> ProfileSpans:
+    """Return the spans of the events. On a CPU, the operators that call no other operators count as device spans."""
     device_spans, host_spans = [], []
     for event in events:
         if event.is_user_annotation:  # a range of record_function; it would hide the gaps within the range
@@ -77,7 +84,9 @@ def collect_spans(events: Iterable[Any], device_kind: str) -> tuple[list[Span], 
             device_spans.append(span)
         if not is_on_gpu:
             host_spans.append(span)
-    return sorted(device_spans, key=lambda span: span.start), sorted(host_spans, key=lambda span: span.start)
+    device_spans.sort(key=lambda span: span.start)
+    host_spans.sort(key=lambda span: span.start)
+    return ProfileSpans(device_spans, host_spans)
 
 
 def summarize_spans(device_spans: Sequence[Span], host_spans: Sequence[Span]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -68,6 +69,19 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+class Module(NamedTuple):
+    """A module of the package, and the names that its code imports or uses."""
+
+    path: Path  # relative to the package
+    package: str  # such as `models`; for a module of dist_llm itself its name, such as `cli`
+    imported_names: set[str]
+    used_names: set[str]  # dotted names of imports and expressions
+
+    def get_names_within(self, *packages: str) -> set[str]:
+        """Return the used names that belong to one of the packages or modules."""
+        return {name for name in self.used_names for package in packages if is_within(name, package)}
+
+
 def find_violations(root: Path) -> list[str]:
     """List the violations of the rules in the package at `root`."""
     violations = []
@@ -79,53 +93,45 @@ def find_violations(root: Path) -> list[str]:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
         imported_names = set(iter_imports(tree, ("dist_llm", *relative.parts[:-1])))
-        used_names = imported_names | set(iter_attributes(tree))
+        module = Module(relative, package, imported_names, imported_names | set(iter_attributes(tree)))
+        messages = []
         if path.stem == "utils":
-            violations.append(f"{relative}: a module needs a name of its own")
+            messages.append("a module needs a name of its own")
         if len(source.splitlines()) > 5 and not ast.get_docstring(tree):
-            violations.append(f"{relative}: no docstring")
-        if package not in LEVEL:
-            violations.append(f"{relative}: {package} is in no layer")
-            continue
-        imported_packages = {name.split(".")[1] for name in imported_names if name.startswith("dist_llm.")} - {
-            package,
-            "__version__",
-        }
-        for imported_package in sorted(imported_packages):
-            if imported_package not in LEVEL:
-                violations.append(f"{relative}: imports {imported_package}, which is in no layer")
-            elif LEVEL[imported_package] >= LEVEL[package] and (package, imported_package) not in SAME_LEVEL_IMPORTS:
-                violations.append(f"{relative}: {package} may not import {imported_package}")
-        rank_names = {name for name in used_names if is_within(name, "torch.distributed")}
-        rank_names -= {
-            name
-            for name in rank_names
-            for allowed_package, allowed_module in ALLOWED_RANK_MODULES
-            if allowed_package == package and is_within(name, allowed_module)
-        }
-        if rank_names and package not in RANK_AWARE:
-            violations.append(f"{relative}: {package} may not use torch.distributed, but uses {min(rank_names)}")
-        environment_names = {
-            name
-            for name in used_names
-            for reader in ("os.environ", "os.getenv", "os.putenv")
-            if is_within(name, reader)
-        }
-        if environment_names and package != "launch":
-            violations.append(f"{relative}: only launch reads the environment, not {package}")
-        disk_names = {
-            name
-            for name in used_names
-            for module in ("os.fsync", "os.replace", "os.rename", "fcntl")
-            if is_within(name, module)
-        }
-        if disk_names and package != "io":
-            violations.append(
-                f"{relative}: only io syncs files and locks them, not {package} through {min(disk_names)}"
-            )
-        if package in {"errors", "io", "config"} and any(is_within(name, "torch") for name in used_names):
-            violations.append(f"{relative}: {package} imports torch")
+            messages.append("no docstring")
+        if package in LEVEL:
+            messages += [*iter_layer_violations(module), *iter_use_violations(module)]
+        else:
+            messages.append(f"{package} is in no layer")
+        violations += [f"{relative}: {message}" for message in messages]
     return violations
+
+
+def iter_layer_violations(module: Module) -> Iterator[str]:
+    """Yield a message for each imported package that the package of the module may not import."""
+    package = module.package
+    imported_packages = {name.split(".")[1] for name in module.imported_names if name.startswith("dist_llm.")}
+    for imported_package in sorted(imported_packages - {package, "__version__"}):
+        if imported_package not in LEVEL:
+            yield f"imports {imported_package}, which is in no layer"
+        elif LEVEL[imported_package] >= LEVEL[package] and (package, imported_package) not in SAME_LEVEL_IMPORTS:
+            yield f"{package} may not import {imported_package}"
+
+
+def iter_use_violations(module: Module) -> Iterator[str]:
+    """Yield a message for a use of ranks, the environment, the disk or torch that the package of the module may not."""
+    package = module.package
+    allowed_modules = [allowed for allowed_package, allowed in ALLOWED_RANK_MODULES if allowed_package == package]
+    rank_names = module.get_names_within("torch.distributed") - module.get_names_within(*allowed_modules)
+    if rank_names and package not in RANK_AWARE:
+        yield f"{package} may not use torch.distributed, but uses {min(rank_names)}"
+    if module.get_names_within("os.environ", "os.getenv", "os.putenv") and package != "launch":
+        yield f"only launch reads the environment, not {package}"
+    disk_names = module.get_names_within("os.fsync", "os.replace", "os.rename", "fcntl")
+    if disk_names and package != "io":
+        yield f"only io syncs files and locks them, not {package} through {min(disk_names)}"
+    if package in {"errors", "io", "config"} and module.get_names_within("torch"):
+        yield f"{package} imports torch"
 
 
 def test_no_module_violates_the_import_rules():

@@ -13,6 +13,7 @@ from collections import Counter
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -50,7 +51,7 @@ def format_table() -> str:
 
     layouts = {str(layout): layout for layout in LAYOUTS.values()}.values()
     num_layouts_by_ranks = Counter(layout.ranks for layout in layouts)
-    num_default_tests, num_slow_tests = count_tests()
+    test_counts = count_tests()
     counts = {
         f"cases of the covering array; each compatible pair of values of {len(FACTORS)} factors occurs in a case": len(
             covering.load_array()[0]
@@ -63,15 +64,22 @@ def format_table() -> str:
         "layouts of other architectures and objectives": len({str(layout) for layout in ARCHITECTURE_LAYOUTS.values()}),
         "layouts with `torch.compile` and recomputation": len({str(layout) for layout in COMPILED_LAYOUTS.values()}),
         "planted bugs; each makes the comparison fail": len(BUGS),
-        "tests of `tests/laws` in `make test`": num_default_tests,
-        "additional tests with `pytest -m slow`, skipped combinations included": num_slow_tests,
+        "tests of `tests/laws` in `make test`": test_counts.num_default,
+        "additional tests with `pytest -m slow`, skipped combinations included": test_counts.num_slow,
     }
     heading = [f"| in version {__version__} | count |", "| --- | --- |"]
     return "\n".join([*heading, *(f"| {label} | {count} |" for label, count in counts.items())]) + "\n"
 
 
-def count_tests() -> tuple[int, int]:
-    """Return how many tests of tests/laws pytest runs by default, and how many have the marker `slow`."""
+class TestCounts(NamedTuple):
+    """How many tests of tests/laws pytest runs by default, and how many have the marker `slow`."""
+
+    num_default: int
+    num_slow: int
+
+
+def count_tests() -> TestCounts:
+    """Collect the tests of tests/laws and count them. Raises RuntimeError if pytest cannot collect them."""
     counts: Counter[str] = Counter()
 
     class TestCounter:
@@ -86,7 +94,7 @@ def count_tests() -> tuple[int, int]:
         exit_code = pytest.main(["--collect-only", "-p", "no:cacheprovider", str(LAWS)], [TestCounter()])
     if exit_code != pytest.ExitCode.OK or not counts:
         raise RuntimeError(f"pytest cannot collect {LAWS}:\n{output.getvalue()}")
-    return counts["default"], counts["slow"]
+    return TestCounts(counts["default"], counts["slow"])
 
 
 if __name__ == "__main__":

@@ -92,7 +92,9 @@ READ_ELSEWHERE = {
     *(f"GuardConfig.{name}" for name in ("spike_z", "skip_steps", "budget")),
     "AccelerateConfig.plugin",
     "CheckpointConfig.probe",  # read if a probe differs
-    "LayerKeys.mixer_options",  # read by the mixer of another package (tests/test_custom_mixer.py)
+    # Read by a mixer and a feed-forward layer of another package (tests/test_custom_layers.py).
+    "LayerKeys.mixer_options",
+    "RegisteredConfig.name",
     *(
         f"{section.__name__}.name"  # selects the class
         for union in (RopeScaling, Parametrization)
