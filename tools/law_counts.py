@@ -44,7 +44,7 @@ def format_table() -> str:
     """Return the counts as a Markdown table."""
     sys.path.insert(0, str(REPOSITORY))
     from dist_llm import __version__
-    from tests.laws import covering
+    from tests.laws import covering, moe_bugs  # noqa: F401  # moe_bugs adds its bugs to BUGS
     from tests.laws.bugs import BUGS
     from tests.laws.layouts import ARCHITECTURE_LAYOUTS, COMPILED_LAYOUTS, LAYOUTS
     from tests.laws.run_space import FACTORS
