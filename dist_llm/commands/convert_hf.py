@@ -47,10 +47,7 @@ def to_hf(
     """
     path, torch_dtype = fetch_verified_checkpoint(checkpoint), DTYPES[dtype]
     config, tokenizer = load_saved_config(path), _load_tokenizer(path, no_tokenizer)
-    token_ids = (
-        json.loads((path / TOKEN_IDS_FILE).read_text(encoding="utf-8")) if (path / TOKEN_IDS_FILE).exists() else None
-    )
-    generation_config = (path / GENERATION_FILE).read_bytes() if (path / GENERATION_FILE).exists() else None
+    token_ids = _read_if_exists(path / TOKEN_IDS_FILE)
     with write_atomically(Path(out)) as temporary:
         shard_bytes = int(shard_gb * 1e9)
         with show_progress(NativeWeights(path), "converting") as weights:
@@ -62,8 +59,8 @@ def to_hf(
                 family=family,
                 dtype=torch_dtype,
                 shard_bytes=shard_bytes,
-                token_ids=token_ids,
-                generation_config=generation_config,
+                token_ids=None if token_ids is None else json.loads(token_ids),
+                generation_config=_read_if_exists(path / GENERATION_FILE),
             )
         with show_progress(exported, "checking") as tracked:
             verify_written(SafetensorsWeights(temporary), tracked, torch_dtype)
@@ -78,6 +75,10 @@ def to_hf(
             console.print(compare_logits(path, temporary, torch_dtype))
     console.print(f"wrote {out}: {len(exported.shapes)} tensors, {dtype}")
     _report_tokenizer(tokenizer, config, family)
+
+
+def _read_if_exists(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _load_tokenizer(checkpoint: Path, no_tokenizer: bool) -> Tokenizer | None:

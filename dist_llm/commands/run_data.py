@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -17,12 +18,19 @@ BLOCK_TOKENS = 1 << 16  # tokens that are read at once
 console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
-def open_run(run: Path) -> tuple[Config, DataHistory]:
+class OpenedRun(NamedTuple):
+    """The config of a run and the history of the data that it reads."""
+
+    config: Config
+    history: DataHistory
+
+
+def open_run(run: Path) -> OpenedRun:
     """Read the config and the data history of a run. Raises DataError if the directory is not a run."""
     path = run / HISTORY_FILE
     if not path.exists():
         raise DataError(f"--run {run}: has no {HISTORY_FILE}; give the run.dir of a `dist-llm train`")
-    return load_saved_config(run), parse_history(path.read_bytes(), str(path))
+    return OpenedRun(load_saved_config(run), parse_history(path.read_bytes(), str(path)))
 
 
 def select_corpora(corpora: Sequence[Path], run: Path | None) -> list[Path]:
@@ -34,5 +42,4 @@ def select_corpora(corpora: Sequence[Path], run: Path | None) -> list[Path]:
         raise DataError("give either corpora or a run with --run")
     if run is None:
         return [Path(localize_corpus(str(corpus), CACHE)) for corpus in corpora]
-    _, history = open_run(run)
-    return [Path(source.path) for source in history[-1].spec.sources]
+    return [Path(source.path) for source in open_run(run).history[-1].spec.sources]

@@ -117,8 +117,8 @@ def _plan_flat_tensors(
         shapes,
         layouts=[build_layout(flat_shapes, world_size) for flat_shapes in shapes],
         group_indices=group_indices,
-        steps=[_common_step(weights, flat_shapes) for flat_shapes in shapes],
-        moment_keys=_moment_keys(weights, [name for group in param_groups for name in group]),
+        steps=[_read_common_step(weights, flat_shapes) for flat_shapes in shapes],
+        moment_keys=_get_moment_keys(weights, [name for group in param_groups for name in group]),
     )
 
 
@@ -135,7 +135,7 @@ def write_universal(directory: Path, weights: Weights, *, step: int, tag: str = 
     Raises CheckpointError for moments of only some parameters, and if `tag` exists.
     """
     shapes = {name.removeprefix("model."): shape for name, shape in weights.shapes.items() if name.startswith("model.")}
-    moments, steps = _moment_keys(weights, list(shapes)), _common_step(weights, shapes)
+    moments, steps = _get_moment_keys(weights, list(shapes)), _read_common_step(weights, shapes)
     tag = tag or f"global_step{step}"
     with write_tagged_directory(directory, tag, "latest_universal") as temporary:
         for name in shapes:
@@ -185,7 +185,7 @@ def _check_param_groups(
         )
 
 
-def _moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
+def _get_moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
     """Return the keys of the moments, such as exp_avg; all parameters must have the same. Empty without moments."""
     keys: dict[str, set[str]] = {name: set() for name in names}
     for full_name in weights.shapes:
@@ -198,7 +198,7 @@ def _moment_keys(weights: Weights, names: Sequence[str]) -> list[str]:
     return sorted(all_keys - {"step"})
 
 
-def _common_step(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> float | None:
+def _read_common_step(weights: Weights, names: Iterator[str] | Mapping[str, Any]) -> float | None:
     """Return the number of optimizer steps of these parameters; None if it is not stored."""
     step_names = [f"optim.{name}.step" for name in names]
     steps = {float(weights.read(step_name)) for step_name in step_names if step_name in weights.shapes}
@@ -286,11 +286,11 @@ def _build_stage_1_states(
         "param_alignment_paddings": [[0] * len(layout.slices) for layout in layouts],
         "partition_count": [len(layout.sizes) for layout in layouts],
         "ds_version": DEEPSPEED_VERSION,
-        "param_slice_mappings": [_fragment_addresses(layout, rank) for layout in layouts],
+        "param_slice_mappings": [_get_fragment_addresses(layout, rank) for layout in layouts],
     }
 
 
-def _fragment_addresses(layout: PartitionLayout, rank: int) -> "OrderedDict[str, FragmentAddress]":
+def _get_fragment_addresses(layout: PartitionLayout, rank: int) -> "OrderedDict[str, FragmentAddress]":
     """Return the range of each parameter on a rank, which DeepSpeed's converter to universal checkpoints reads."""
     slices = ((name, by_rank[rank]) for name, by_rank in layout.slices.items())
     return OrderedDict(

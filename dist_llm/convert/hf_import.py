@@ -1,11 +1,11 @@
-"""Convert between our checkpoints and directories that Hugging Face's `transformers` loads, one tensor at a time.
+"""Read directories of Hugging Face's `transformers` as our weights and model config, one tensor at a time.
 
 `hf_tensors.py` has the tables of tensor names, and `hf_config.py` converts the config.
 """
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,59 +65,78 @@ def from_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weigh
 
     Raises CheckpointError if a tensor is missing, has another shape, or has no counterpart in our model.
     """
-    native_shapes, table = list_native_shapes(model), list_tensor_mappings(family, model)
-    vocab_params = list_vocab_params(build_param_specs(model))
+    table = list_tensor_mappings(family, model)
     mapped_names = {name for mapping in table for name in (mapping.hf_name, mapping.plus_row)}
     stored_names = {_add_body_prefix(name, mapped_names): name for name in weights.shapes}
     _check_unmapped(weights, stored_names, mapped_names, family, find_prediction_layer(weights, model, family))
-    by_native_name = {name: list(group) for name, group in groupby(table, key=lambda mapping: mapping.native_name)}
+    mappings = {name: list(group) for name, group in groupby(table, key=lambda mapping: mapping.native_name)}
     hf_only = {
         name
         for mapping in table
         if mapping.skip or mapping.plus_row
         for name in (mapping.hf_name, mapping.plus_row)
-        if name
+        if name in stored_names
     }
+    reader = _HuggingFaceReader(weights, model, family, stored_names, mappings)
+    shapes = {f"model.{name}": shape for name, shape in reader.native_shapes.items()}
+    shapes |= {HF_ONLY_PREFIX + name: weights.shapes[stored_names[name]] for name in sorted(hf_only)}
+    return LazyWeights(shapes, reader.compute_tensor)
 
-    def read_hf(name: str) -> Tensor:
-        """Read the Hugging Face tensor `name` in fp32."""
-        if family == "t5" and name == "lm_head.weight" and name not in stored_names:
-            name = "shared.weight"  # the head is tied to the embedding, which the config of T5 v1.1 does not record
-        if name not in stored_names:
-            raise CheckpointError(f"the Hugging Face checkpoint lacks {name}")
-        return weights.read(stored_names[name]).float()
 
-    def compute_tensor(name: str) -> Tensor:
+class _HuggingFaceReader:
+    """Reads Hugging Face tensors and converts them to our tensors.
+
+    `stored_names` maps the names of the tables to names in `weights`. `mappings` has the mappings of each of our
+    tensors: one, or one for each expert.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        model: ModelConfig,
+        family: str,
+        stored_names: Mapping[str, str],
+        mappings: Mapping[str, Sequence[TensorMapping]],
+    ) -> None:
+        self.weights, self.family, self.vocab_size = weights, family, model.vocab_size
+        self.stored_names, self.mappings = stored_names, mappings
+        self.native_shapes = list_native_shapes(model)
+        self.vocab_params = list_vocab_params(build_param_specs(model))
+
+    def compute_tensor(self, name: str) -> Tensor:
         """Return our tensor `name`, which has the prefix `model.` or HF_ONLY_PREFIX."""
         if name.startswith(HF_ONLY_PREFIX):
-            return read_hf(name.removeprefix(HF_ONLY_PREFIX))
+            return self._read_hf(name.removeprefix(HF_ONLY_PREFIX))
         name = name.removeprefix("model.")
-        shape = native_shapes[name]
+        shape = self.native_shapes[name]
         if NATIVE_ONLY.fullmatch(name):
             return torch.full(shape, 1 / shape[0])  # a uniform load; the shape is [experts]
-        (mapping, *_) = mappings = by_native_name[name]
-        if mapping.expert is not None:
-            tensor = torch.empty(shape)
-            for expert_mapping in mappings:
-                tensor[expert_mapping.expert] = read_mapped(expert_mapping, name, shape[1:])
-            return tensor
-        return read_mapped(mapping, name, shape)
+        (mapping, *_) = mappings = self.mappings[name]
+        if mapping.expert is None:
+            return self._read_mapped(mapping, name, shape)
+        tensor = torch.empty(shape)
+        for expert_mapping in mappings:
+            tensor[expert_mapping.expert] = self._read_mapped(expert_mapping, name, shape[1:])
+        return tensor
 
-    def read_mapped(mapping: TensorMapping, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _read_hf(self, name: str) -> Tensor:
+        """Read the Hugging Face tensor `name` in fp32."""
+        if self.family == "t5" and name == "lm_head.weight" and name not in self.stored_names:
+            name = "shared.weight"  # the head is tied to the embedding, which the config of T5 v1.1 does not record
+        if name not in self.stored_names:
+            raise CheckpointError(f"the Hugging Face checkpoint lacks {name}")
+        return self.weights.read(self.stored_names[name]).float()
+
+    def _read_mapped(self, mapping: TensorMapping, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return our tensor `name` of this shape, or its part for one expert."""
-        tensor = to_native(mapping, {key: read_hf(key) for key in (mapping.hf_name, mapping.plus_row) if key})
-        if name in vocab_params and tuple(tensor.shape) == (model.vocab_size, *shape[1:]):
+        tensor = to_native(mapping, {key: self._read_hf(key) for key in (mapping.hf_name, mapping.plus_row) if key})
+        if name in self.vocab_params and tuple(tensor.shape) == (self.vocab_size, *shape[1:]):
             tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{mapping.hf_name} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}"
             )
         return tensor
-
-    shapes = {f"model.{name}": shape for name, shape in native_shapes.items()}
-    hf_only &= stored_names.keys()
-    shapes |= {HF_ONLY_PREFIX + name: weights.shapes[stored_names[name]] for name in sorted(hf_only)}
-    return LazyWeights(shapes, compute_tensor)
 
 
 def _add_body_prefix(name: str, mapped_names: set[str]) -> str:
