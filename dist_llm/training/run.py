@@ -44,7 +44,8 @@ from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
 from dist_llm.launch.environment import set_network_variables
 from dist_llm.launch.failures import annotate_failure
 from dist_llm.launch.flight_recorder import start_recording
-from dist_llm.launch.process_group import keep_freed_memory, process_group, select_device
+from dist_llm.launch.host_memory import keep_freed_memory
+from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
@@ -72,7 +73,8 @@ def train(config: Config, world: World) -> int:
     """
     set_network_variables(config.run.network)
     device = select_device(world)
-    keep_freed_memory(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     check_engine_config(config, device)
     sources = open_sources(config)
     corpus_dir = sources[0].corpus.directory
