@@ -119,6 +119,23 @@ def test_the_comparison_finds_a_window_of_another_length() -> None:
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
 
 
+def drop_weights_on_rank() -> tuple[Tensor, Tensor]:
+    """Return the output of this rank, and its values, for a window of one token and a dropout of a half."""
+    size = dist.get_world_size()
+    q, k, v = (torch.randn(B, 32, H, E, dtype=torch.float64) for _ in range(3))
+    kernel = ContextParallelAttention(AttentionKernel(0.5, E**-0.5), init_device_mesh("cpu", (size,))).train()
+    mask = replace(CAUSAL.with_query_positions(torch.zeros(B, 32), 32 * size), window=1)
+    return kernel(q, k, v, mask), v
+
+
+def test_dropout_drops_the_weights_of_a_window() -> None:
+    """A query attends to itself with weight 1, so its output is 0 or 2 times its value."""
+    for out, values in get_world(2).run(drop_weights_on_rank):
+        is_dropped = out.eq(0).all(-1)
+        assert 0.3 < is_dropped.double().mean() < 0.7
+        torch.testing.assert_close(out[~is_dropped], 2 * values[~is_dropped], rtol=1e-12, atol=1e-12)
+
+
 class LargestMask(TorchDispatchMode):
     """Records the number of elements of the largest boolean tensor that an operation returns."""
 
