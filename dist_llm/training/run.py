@@ -50,11 +50,13 @@ from dist_llm.models.build_model import format_parameter_counts
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.observe.console import start_logging, stop_logging
 from dist_llm.text.tokenizer import TOKENIZER_FILE
+from dist_llm.training.callback import LONG_ACTIVITY_TIMEOUT_FACTOR
 from dist_llm.training.directories import open_directories
+from dist_llm.training.extensions import NO_EXTENSIONS, Extensions
 from dist_llm.training.guard import RewindRequest
 from dist_llm.training.learning_rate_plan import plan_learning_rate
 from dist_llm.training.settings import read_vocabulary
-from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR, Trainer
+from dist_llm.training.trainer import Trainer
 
 log = logging.getLogger("dist_llm")
 
@@ -62,12 +64,14 @@ log = logging.getLogger("dist_llm")
 EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}
 
 
-def train(config: Config, world: World) -> int:
+def train(config: Config, world: World, extensions: Extensions = NO_EXTENSIONS) -> int:
     """Train with the resolved config, from the latest checkpoint of run.dir if there is one.
 
+    `extensions` are callbacks and evaluators of the user.
     Return 0, or the stop signal after which the run was saved before its end. Raises ConfigError or DataError before
     any process group starts if the input is wrong or another run uses the directory.
     """
+    extensions.check()
     set_network_variables(config.run.network)
     device = select_device(world)
     keep_freed_memory(device)
@@ -106,7 +110,7 @@ def train(config: Config, world: World) -> int:
             if world.is_main:
                 log.info("parameters: %s", format_parameter_counts(config.model))
             planned_config = plan_learning_rate(config, verified)
-            context = RunContext(planned_config, world, sources, vocabulary, store, engine, watchdog)
+            context = RunContext(planned_config, world, sources, vocabulary, store, engine, watchdog, extensions)
             stop_signal = context.run(verified or initial_weights)
             del context, engine  # before the process group ends, see `process_group`
         return stop_signal
@@ -163,6 +167,7 @@ class RunContext:
     store: CheckpointStore
     engine: Engine
     watchdog: Watchdog
+    extensions: Extensions
 
     def run(self, start: CheckpointFolder | Path | None) -> int:
         """Train from `start`, and rewind if the guard requests it. Return the result of `train`."""
@@ -197,7 +202,18 @@ class RunContext:
         plan = history[-1].build_plan(self.sources)
         pin_memory = self.engine.device.type == "cuda"
         loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin_memory)
-        trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guard_state, self.watchdog)
+        trainer = Trainer(
+            config,
+            self.world,
+            self.engine,
+            loader,
+            self.store,
+            start,
+            files,
+            guard_state,
+            self.watchdog,
+            self.extensions,
+        )
         if self.world.is_main:  # the trainer has accepted the weights
             for name, content in files.items():
                 (Path(config.run.dir) / name).write_bytes(content)
