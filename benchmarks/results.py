@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.training.run import describe_environment
+from dist_llm.training.run_files import describe_environment
 from measure import count_cores, read_cpu_name
 
 DIRECTORY = Path(__file__).parent / "results"
