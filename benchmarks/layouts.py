@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.process_group import keep_freed_memory
+from dist_llm.launch.host_memory import keep_freed_memory
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
@@ -95,7 +95,8 @@ def _run_rank(rank: int, model: str, layout: str, overrides: list[str], steps: i
     """Train in a layout on one rank and write its measurements to the folder `scratch`."""
     device, is_ideal = torch.device("cpu"), layout in ("ideal", "ideal muon")
     torch.set_num_threads(1)
-    keep_freed_memory(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     store = dist.FileStore(f"{scratch}/store", RANKS)
     global_batch = make_config(model, overrides).data.global_batch
     if is_ideal:

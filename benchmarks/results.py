@@ -1,6 +1,7 @@
 """The output that benchmark programs share: JSON lines on stdout, a table on stderr, and a file with --write.
 
-The file results/<program>-<device>.json contains the rows, the machine, the versions, the commit and the command.
+The file results/<program><variant>-<device>.json contains the rows, the machine, the versions, the commit and the
+command.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dist_llm.training.run import describe_environment
+from dist_llm.training.run_files import describe_environment
 from measure import count_cores, read_cpu_name
 
 DIRECTORY = Path(__file__).parent / "results"
@@ -23,10 +24,13 @@ Row = Mapping[str, Any]
 
 
 class Results:
-    """The rows that one run of a benchmark program has measured; a row is one line of JSON."""
+    """The rows that one run of a benchmark program has measured; a row is one line of JSON.
 
-    def __init__(self, program: str, device: torch.device) -> None:
-        self.program, self.device = program, device
+    `variant` is a part of the name of the file, for programs with options of which each has a file.
+    """
+
+    def __init__(self, program: str, device: torch.device, variant: str = "") -> None:
+        self.program, self.device, self.variant = program, device, variant
         self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
@@ -39,7 +43,7 @@ class Results:
         """Print the machine and a table; write the rows if `directory` is not None."""
         print(f"{self.describe_machine()}\n\n{table}", file=sys.stderr)
         if directory is not None:
-            path = directory / f"{self.program}-{self.make_device_slug()}.json"
+            path = directory / f"{self.program}{self.variant}-{self.make_device_slug()}.json"
             path.parent.mkdir(exist_ok=True)
             command = f"python benchmarks/{self.program}.py {shlex.join(sys.argv[1:])}".strip()
             content = {"command": command, "machine": self.collect_environment(), "rows": self.rows}

@@ -47,7 +47,7 @@ from torch.profiler import ProfilerActivity, profile
 from bare import Loop, Model
 from dist_llm.config.schema import Config
 from dist_llm.engines.native import NativeEngine
-from dist_llm.launch.process_group import keep_freed_memory
+from dist_llm.launch.host_memory import keep_freed_memory
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.models.build_model import build_param_specs
 from dist_llm.models.init import init_param_
@@ -205,7 +205,8 @@ def compute_exact_flops(config: Config) -> float:
 def make_native_stepper(config: Config, device: torch.device) -> Turn:
     """Make the function that takes turns of the native engine."""
     peak = start_memory_peak(config, device)
-    keep_freed_memory(device)  # as training does
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     engine = NativeEngine(config, device)
     tokens = make_tokens(config)
     batches = [Batch.build(tokens[:, :-1], tokens[:, 1:], CAUSAL)]

@@ -11,25 +11,39 @@ process, so that other work on the machine affects all cases alike. `ratio` is t
 `of_dense` is the CPU time of the case over that of the dense mask of the same window. `chosen` marks the case that the
 model uses for a window.
 
+With --cp N, the sequence is split over N gloo processes as in context parallelism, and each case includes the exchange
+of keys and values: `causal` and `dense` all-gather them, `bands` receives those that the windows reach. The figures are
+those of rank 0, and its CPU seconds include its gloo thread.
+
 A window is a number of tokens, or S/N for the N-th part of the sequence. Windows that are not shorter than the sequence
 are left out.
 
   python benchmarks/window.py
   python benchmarks/window.py --seq-len 8192 --windows 512 S/8 S/2 --heads 32 --kv-heads 8 --head-dim 128
+  python benchmarks/window.py --cp 2 --seq-len 4096
 """
 
 import argparse
+import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from dist_llm.models.attention import materialize_mask, scaled_dot_product
+from dist_llm.models.attention import AttentionKernel, materialize_mask, scaled_dot_product
 from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.banded_attention import can_use_bands
+from dist_llm.parallel.context_parallel import ContextParallelAttention
+from dist_llm.parallel.halo_exchange import chunks_of_rank
 from measure import ResourceUsage, measure_seconds, take_turns
 from results import Results, format_table, make_parser
 
@@ -40,10 +54,9 @@ def main() -> None:
     """Measure and print each case."""
     options = parse_arguments()
     torch.set_num_threads(options.threads)
-    results = Results("window", CPU)
-    for seq_len in options.seq_len:
-        for row in measure_seq_len(seq_len, options):
-            results.add({"seq_len": seq_len, **row})
+    results = Results("window", CPU, f"-cp{options.cp}" if options.cp > 1 else "")
+    for row in measure_rows(options) if options.cp == 1 else measure_in_processes(options):
+        results.add(row)
     sizes = f"{options.batch} sequences, {options.heads} heads ({options.kv_heads} of keys) of {options.head_dim}"
     results.finish(
         f"{sizes}, fp32; {options.rounds} rounds; *: the choice of the model\n\n{make_report(results)}", options.write
@@ -62,17 +75,41 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, default=2, help="key and value heads; default: %(default)s")
     parser.add_argument("--head-dim", type=int, default=64, help="dimension of a head; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; default: %(default)s")
+    parser.add_argument("--cp", type=int, default=1, help="context-parallel ranks; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=10, help="turns of each case; default: %(default)s")
     return parser.parse_args()
 
 
+def measure_in_processes(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Start a gloo process per context-parallel rank, and return the rows of rank 0."""
+    with tempfile.TemporaryDirectory() as scratch:
+        torch.multiprocessing.spawn(_run_rank, (options, scratch), nprocs=options.cp)
+        return [dict(row) for row in json.loads((Path(scratch) / "rows.json").read_text())]
+
+
+def _run_rank(rank: int, options: argparse.Namespace, scratch: str) -> None:
+    torch.set_num_threads(options.threads)
+    store = dist.FileStore(f"{scratch}/store", options.cp)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=options.cp)
+    rows = measure_rows(options)
+    if rank == 0:
+        (Path(scratch) / "rows.json").write_text(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def measure_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all cases of all sequence lengths on this rank."""
+    return [{"seq_len": seq_len, **row} for seq_len in options.seq_len for row in measure_seq_len(seq_len, options)]
+
+
 def measure_seq_len(seq_len: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all cases of a sequence length; return one row per case, first that of `causal`."""
-    shape = (options.batch, seq_len, seq_len)
-    masks: dict[tuple[str, int], AttentionMask] = {("causal", 0): CAUSAL}
+    shape = (options.batch, seq_len // options.cp, seq_len)
+    full_mask = CAUSAL if options.cp == 1 else shard_mask(seq_len, options)
+    masks: dict[tuple[str, int], AttentionMask] = {("causal", 0): full_mask}
     windows = {parse_window(text, seq_len) for text in options.windows}
     for window in sorted(window for window in windows if window < seq_len):
-        mask = replace(CAUSAL, window=window)
+        mask = replace(full_mask, window=window)
         masks["dense", window] = materialize_mask(mask, shape, CPU, dense=True, allow_bands=False)
         masks["bands", window] = mask
     steps = {case: make_step(mask, seq_len, options) for case, mask in masks.items()}
@@ -96,10 +133,17 @@ def measure_seq_len(seq_len: int, options: argparse.Namespace) -> list[dict[str,
         if window:
             dense_turns = turns_by_case[format_case(("dense", window))]
             row["of_dense"] = statistics.median(divide_by_round(turns, dense_turns, "cpu_seconds"))
-            uses_bands = can_use_bands(replace(CAUSAL, window=window), seq_len, seq_len)
+            uses_bands = can_use_bands(replace(full_mask, window=window), *shape[1:])
             row["chosen"] = kernel == ("bands" if uses_bands else "dense")
         rows.append(row)
     return rows
+
+
+def shard_mask(seq_len: int, options: argparse.Namespace) -> AttentionMask:
+    """Return the causal mask of the queries of this context-parallel rank."""
+    chunks = torch.arange(seq_len).chunk(2 * options.cp)
+    positions = torch.cat([chunks[chunk] for chunk in chunks_of_rank(dist.get_rank(), options.cp)])
+    return CAUSAL.with_query_positions(positions.expand(options.batch, -1), seq_len)
 
 
 def parse_window(text: str, seq_len: int) -> int:
@@ -112,13 +156,17 @@ def make_step(mask: AttentionMask, seq_len: int, options: argparse.Namespace) ->
     generator = torch.Generator().manual_seed(1)
 
     def make_random(num_heads: int) -> Tensor:
-        shape = (options.batch, seq_len, num_heads, options.head_dim)
+        shape = (options.batch, seq_len // options.cp, num_heads, options.head_dim)
         return torch.randn(shape, generator=generator).requires_grad_()
 
+    attend: Callable[..., Tensor] = partial(scaled_dot_product, dropout=0.0)
+    if options.cp > 1:
+        kernel = AttentionKernel(dropout=0.0, scale=options.head_dim**-0.5)
+        attend = ContextParallelAttention(kernel, init_device_mesh("cpu", (options.cp,)))
     heads = make_random(options.heads), make_random(options.kv_heads), make_random(options.kv_heads)
 
     def run_once() -> None:
-        out_BSHE = scaled_dot_product(*heads, mask, dropout=0.0)
+        out_BSHE = attend(*heads, mask)
         torch.autograd.grad(out_BSHE, heads, torch.ones_like(out_BSHE))
 
     return run_once

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from dist_llm.config.schema import Config
     from dist_llm.data.shard import CorpusManifest, Split
     from dist_llm.generation import LoadedModel
+    from dist_llm.training.callback import Callback
     from dist_llm.training.evaluate import Evaluation
+    from dist_llm.training.evaluator import Evaluator
 
 __all__ = ["UserError", "evaluate", "generate", "load_model", "prepare", "read_config", "train"]
 
@@ -63,8 +65,16 @@ def read_config(config: str | Path | Mapping[str, Any], *overrides: str) -> Conf
     return read_resolved_config(source, overrides, read_world().world_size)
 
 
-def train(config: str | Path | Mapping[str, Any], *overrides: str) -> Path:
+def train(
+    config: str | Path | Mapping[str, Any],
+    *overrides: str,
+    callbacks: Sequence[Callback] = (),
+    evaluators: Sequence[Evaluator] = (),
+) -> Path:
     """Train, from the latest checkpoint of run.dir if there is one, and return run.dir. For `config` see read_config.
+
+    The trainer calls `callbacks` (dist_llm/training/callback.py) at fixed points of the loop, and `evaluators`
+    (dist_llm/training/evaluator.py) every eval.every steps. Every rank must pass the same ones, in the same order.
 
     Raises UserError if an input is wrong. After signal N, the run is saved and SystemExit(128 + N) is raised.
     """
@@ -72,9 +82,10 @@ def train(config: str | Path | Mapping[str, Any], *overrides: str) -> Path:
 
     world = read_world()
     resolved_config = read_config(config, *overrides)
+    from dist_llm.training.extensions import Extensions
     from dist_llm.training.run import train as train_run
 
-    if stop_signal := train_run(resolved_config, world):
+    if stop_signal := train_run(resolved_config, world, Extensions(tuple(callbacks), tuple(evaluators))):
         raise SystemExit(128 + stop_signal)
     return Path(resolved_config.run.dir)
 

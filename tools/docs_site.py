@@ -38,7 +38,7 @@ API_MODULES = {
     "checkpoint": "checkpoint_state store checkpoint_write manifest",
     "convert": "weights",
     "engines": "base native deepspeed_engine accelerate_engine",
-    "training": "settings run trainer step evaluate",
+    "training": "settings run trainer callback evaluator step evaluate",
 }
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")  # text, target, anchor

@@ -11,7 +11,7 @@ Convert checkpoints to and from other formats, compare them and inspect them.
 Give a run to use its newest checkpoint. The output appears when it is complete: it is written to a temporary path, read
 back, compared, and renamed. to-deepspeed compares after the rename, so after an error remove its output. The loss of
 the probe batch (docs/checkpoints.md) is recomputed and compared. One tensor at a time is in memory; the probe holds the
-embedding, the head and one block; to-torch and --check load the full model.
+head, or one block, or the embedding; to-torch and --check load the full model.
 No GPU and no process group are needed. A converted checkpoint can be evaluated, sampled, and trained on with init_from.
 """
 

@@ -26,6 +26,7 @@ from dist_llm.convert.layerwise_probe import compute_probe_layerwise
 from dist_llm.convert.weights import SafetensorsWeights, open_huggingface
 from dist_llm.convert.write_weights import DTYPES, verify_written, write_atomically
 from dist_llm.errors import CheckpointError
+from dist_llm.launch.host_memory import return_freed_memory
 from dist_llm.text.hf_folder import GENERATION_FILE
 from dist_llm.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -45,6 +46,7 @@ def to_hf(
 
     Raises CheckpointError if no family can express the model, or the written weights or logits differ.
     """
+    return_freed_memory()
     path, torch_dtype = fetch_verified_checkpoint(checkpoint), DTYPES[dtype]
     config, tokenizer = load_saved_config(path), _load_tokenizer(path, no_tokenizer)
     token_ids = _read_if_exists(path / TOKEN_IDS_FILE)
@@ -107,6 +109,7 @@ def from_hf(directory: str, out: str, check: bool = False, ignore_field: list[st
 
     Raises CheckpointError if the family or a field of config.json is unknown, or the written weights or logits differ.
     """
+    return_freed_memory()
     source = Path(directory)
     family, model = hf_import.read_hf_config(source, ignore_field or [])
     hf_weights = open_huggingface(source)

@@ -21,9 +21,10 @@ from dist_llm.config.compare import check_init
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import UnresolvedModelConfig
-from dist_llm.config.objective_sections import CausalSpec, MixtureConfig
+from dist_llm.config.objective_sections import CausalSpec, MixtureConfig, RegisteredObjectiveSpec
 from dist_llm.config.optim_sections import DecayKeys
 from dist_llm.config.parametrization import check_parametrization
+from dist_llm.config.registered_classes import check_registered_objective
 from dist_llm.config.schema import UnresolvedConfig
 from dist_llm.config.sequence_lengths import compute_inputs_len, compute_sequence_lengths, count_objective_ids
 
@@ -145,6 +146,14 @@ def _check_objective(config: UnresolvedConfig) -> Iterator[Violation]:
         )
     for index, spec in enumerate(config.objective.components):
         section = f"objective.mixture.{index}" if isinstance(config.objective, MixtureConfig) else "objective"
+        if isinstance(spec, RegisteredObjectiveSpec):
+            yield from check_registered_objective(spec, section)
+            if architecture != "decoder":
+                yield Violation(
+                    (f"{section}.name", "model.architecture"),
+                    f"an objective of another package needs model.architecture decoder, not {architecture}",
+                )
+            continue
         if spec.name not in ALLOWED_OBJECTIVES[architecture]:
             architectures = [name for name, objectives in ALLOWED_OBJECTIVES.items() if spec.name in objectives]
             yield Violation(

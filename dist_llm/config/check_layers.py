@@ -7,7 +7,7 @@ from dist_llm.config.derive import count_rotated_dims, format_divisors, iter_lay
 from dist_llm.config.feedforward_sections import DenseConfig, MoEConfig
 from dist_llm.config.load import Violation
 from dist_llm.config.model_section import ATTENTION, ATTENTION_KEYS, UnresolvedModelConfig
-from dist_llm.config.registered_layers import check_registered_layers, check_registered_layout
+from dist_llm.config.registered_classes import check_registered_layers, check_registered_layout
 from dist_llm.config.rope_sections import DynamicScaling, Llama3Scaling, LongropeScaling
 from dist_llm.config.schema import UnresolvedConfig
 

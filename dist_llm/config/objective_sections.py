@@ -1,13 +1,16 @@
 """The config section `objective`: one class for each training objective, and mixtures of objectives."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, Tag
+from pydantic import ConfigDict, Field, Tag
 
-from dist_llm.config.section import PositiveFloat, Rate, Section, key, select_by_name
+from dist_llm.config.section import MIXTURE, PositiveFloat, Rate, Section, key, select_by_name
 
-OBJECTIVE = "predict next tokens, tokens after a prefix, masked tokens, removed spans, or a removed middle (FIM)"
+OBJECTIVE = (
+    "predict next tokens, tokens after a prefix, masked tokens, removed spans, or a removed middle (FIM); or the NAME "
+    "of an objective that an installed package registers (examples/custom_objective)"
+)
 MODE = "mode token that is put first (UL2); empty: none"
 SEE_PREFIX = "in a decoder: bidirectional attention within the prefix; false: causal"
 
@@ -69,14 +72,29 @@ class FIMSpec(ObjectiveKeys):
     )
 
 
+class RegisteredObjectiveSpec(ObjectiveKeys):
+    """An objective that an installed package registers. It has the further keys `Options` of its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = key("name under which the package registers the objective")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys, before they are parsed."""
+        return self.model_extra or {}
+
+
+BUILT_IN_OBJECTIVES = ("causal", "prefix", "masked", "span", "fim")
 _Objectives = (
     Annotated[CausalSpec, Tag("causal")]
     | Annotated[PrefixSpec, Tag("prefix")]
     | Annotated[MaskedSpec, Tag("masked")]
     | Annotated[SpanSpec, Tag("span")]
     | Annotated[FIMSpec, Tag("fim")]
+    | Annotated[RegisteredObjectiveSpec, Tag("NAME")]
 )
-ObjectiveSpec = Annotated[_Objectives, select_by_name("causal")]
+ObjectiveSpec = Annotated[_Objectives, select_by_name("causal", known_names=BUILT_IN_OBJECTIVES, other_tag="NAME")]
 
 
 class MixtureConfig(Section):
@@ -92,7 +110,10 @@ class MixtureConfig(Section):
         return self.mixture
 
 
-ObjectiveConfig = Annotated[_Objectives | Annotated[MixtureConfig, Tag("mixture")], select_by_name("causal")]
+ObjectiveConfig = Annotated[
+    _Objectives | Annotated[MixtureConfig, Tag(MIXTURE)],
+    select_by_name("causal", known_names=(*BUILT_IN_OBJECTIVES, MIXTURE), other_tag="NAME"),
+]
 
 
 def get_mode_token(spec: ObjectiveSpec) -> str:

@@ -70,6 +70,10 @@ class Section(BaseModel):
     RENAMED_KEYS: ClassVar[Mapping[str, "RenamedKey"]] = {}  # by the name in earlier versions
 
 
+class NoOptions(Section):
+    """The options of a registered class that has none."""
+
+
 def select_by_name(default: str, known_names: Sequence[str] = (), other_tag: str | None = None) -> Discriminator:
     """Return the discriminator of a union: the key `name`, else `default`; `mixture` if that key is set.
 
@@ -217,8 +221,16 @@ def _iter_entries(annotation: Any, raw: Any) -> Iterator[tuple[str, Any, type[Ba
 
 
 def parse_union(annotation: Any, raw: Mapping[str, Any]) -> Any:
-    """Parse the section of a union from saved keys. Unknown keys, which another version saved, are ignored."""
-    known_keys = {name: value for name, value in raw.items() if name == "name" or find_tags_with_key(annotation, name)}
+    """Parse the section of a union from saved keys.
+
+    Unknown keys, which another version saved, are ignored, unless the section is of a class of another package.
+    """
+    members = get_union_members(annotation)
+    known_keys = dict(raw)
+    if _get_tag(raw, next(iter(members))) in members:
+        known_keys = {
+            name: value for name, value in raw.items() if name == "name" or find_tags_with_key(annotation, name)
+        }
     return TypeAdapter(annotation).validate_python(_update_outdated_value(annotation, known_keys))
 
 

@@ -10,7 +10,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from dist_llm.config.objective_sections import ObjectiveSpec, SpanSpec, get_mode_token
+from dist_llm.config.objective_sections import (
+    CausalSpec,
+    ObjectiveSpec,
+    PrefixSpec,
+    RegisteredObjectiveSpec,
+    SpanSpec,
+    get_mode_token,
+)
 from dist_llm.config.schema import UnresolvedConfig
 
 # Special tokens of the objectives. Their ids follow the ids of the tokenizer in this order. The sentinels come last.
@@ -46,7 +53,7 @@ def compute_sequence_lengths(spec: ObjectiveSpec, architecture: str, seq_len: in
     min_tokens = {"prefix": 2 + num_mode_tokens, "fim": 7, "masked": 2, "span": min_span_tokens}.get(spec.name, 1)
     if seq_len < min_tokens:
         raise ValueError(f"{spec.name} needs at least {min_tokens} tokens")
-    if spec.name == "span":
+    if isinstance(spec, SpanSpec):
         if architecture == "encoder_decoder":
             return _compute_encoder_decoder_span_lengths(spec, seq_len, num_mode_tokens)
         return _compute_decoder_span_lengths(spec, seq_len, num_mode_tokens)
@@ -149,7 +156,8 @@ def count_sample_tokens(config: UnresolvedConfig) -> int:
 def count_objective_ids(config: UnresolvedConfig) -> int:
     """Return the number of token ids that the objective adds to the ids of the tokenizer."""
     needs_no_special_tokens = all(
-        spec.name in ("causal", "prefix") and not get_mode_token(spec) for spec in config.objective.components
+        isinstance(spec, CausalSpec | PrefixSpec | RegisteredObjectiveSpec) and not get_mode_token(spec)
+        for spec in config.objective.components
     )
     if needs_no_special_tokens and config.model.architecture == "decoder":
         return 0

@@ -130,8 +130,9 @@ class _HuggingFaceReader:
     def _read_mapped(self, mapping: TensorMapping, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return our tensor `name` of this shape, or its part for one expert."""
         tensor = to_native(mapping, {key: self._read_hf(key) for key in (mapping.hf_name, mapping.plus_row) if key})
-        if name in self.vocab_params and tuple(tensor.shape) == (self.vocab_size, *shape[1:]):
-            tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - len(tensor), *shape[1:])))
+        num_rows = len(tensor)
+        if name in self.vocab_params and num_rows == self.vocab_size < shape[0] and tensor.shape[1:] == shape[1:]:
+            tensor = torch.cat((tensor, tensor.new_zeros(shape[0] - num_rows, *shape[1:])))
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{mapping.hf_name} gives {name} the shape {list(tensor.shape)} instead of {list(shape)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_llm.checkpoint.probe import Probe, build_probe_batch, count_probe_tokens, select_logits
 from dist_llm.config.model_section import ModelConfig
@@ -19,7 +20,10 @@ from dist_llm.param_spec import iter_weights
 
 @torch.no_grad()
 def compute_probe_layerwise(weights: Weights, config: ModelConfig, dtype: str = "fp32") -> Probe:
-    """Compute the probe of weights under our names, rounded to `dtype`, in fp32. Embedding and head stay in memory."""
+    """Compute the probe of weights under our names, rounded to `dtype`, in fp32.
+
+    Of the blocks, only one is in memory. The embedding stays there only if the head is tied to it.
+    """
     with torch.device("meta"):
         model = build_model(config).eval()
 
@@ -32,21 +36,30 @@ def compute_probe_layerwise(weights: Weights, config: ModelConfig, dtype: str = 
             is_buffer = attribute in dict(module.named_buffers(recurse=False))
             setattr(module, attribute, value if is_buffer else nn.Parameter(value, requires_grad=False))
 
-    def free(block: nn.Module) -> None:
-        """Replace the parameters of a block by meta tensors."""
-        for module in block.modules():
-            for attribute, value in list(module.named_parameters(recurse=False)):
-                setattr(module, attribute, nn.Parameter(value.to("meta"), requires_grad=False))
+    def free(module: nn.Module) -> None:
+        """Replace all parameters of a module by meta tensors."""
+        for submodule in module.modules():
+            for attribute, value in list(submodule.named_parameters(recurse=False)):
+                setattr(submodule, attribute, nn.Parameter(value.to("meta"), requires_grad=False))
 
-    load([name for name, _ in model.named_parameters() if not name.startswith("blocks.")])
-    for block_name, block in model.blocks.items():
-        names = [f"blocks.{block_name}.{name}" for name, _ in iter_weights(block)]
-        block.register_forward_pre_hook(lambda _module, _inputs, names=names: load(names))
-        block.register_forward_hook(lambda module, _inputs, _output: free(module))
-    head_inputs: list[tuple[Any, ...]] = []
+    lazy_modules = {f"blocks.{block_name}": block for block_name, block in model.blocks.items()}
+    assert model.embed is not None
     assert model.head is not None
+    if config.architecture != "encoder_decoder" and not config.tie_embeddings:
+        # The two largest matrices are then never in memory at the same time.
+        lazy_modules |= {"embed": model.embed, "head": model.head}
+    load([name for name, _ in model.named_parameters() if not name.startswith(tuple(lazy_modules))])
+    load_handles: dict[str, RemovableHandle] = {}
+    for path, module in lazy_modules.items():
+        names = [f"{path}.{name}" for name, _ in iter_weights(module)]
+        load_handles[path] = module.register_forward_pre_hook(lambda _module, _inputs, names=names: load(names))
+        if module is not model.head:  # it runs twice
+            module.register_forward_hook(lambda module, _inputs, _output: free(module))
+    head_inputs: list[tuple[Any, ...]] = []
     model.head.register_forward_pre_hook(lambda _module, inputs: head_inputs.append(inputs))
     batch = build_probe_batch(config)
     loss = float(model(batch.inputs_BS, **batch.forward_arguments()).double().sum()) / count_probe_tokens(config)
+    if "head" in load_handles:
+        load_handles["head"].remove()  # the head is in memory now
     x_BSD, tied_VD, *_ = head_inputs[0]
     return Probe(loss, select_logits(model.head(x_BSD[:1, -1:], tied_VD, None)[0, -1]), "fp32", dtype)

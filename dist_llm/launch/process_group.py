@@ -1,6 +1,5 @@
 """Select the device of this rank, and create the process group of a run."""
 
-import ctypes
 import gc
 import logging
 import os
@@ -31,19 +30,6 @@ def select_device(world: World) -> torch.device:
             f"GPUs, but the node has only {torch.cuda.device_count()}; start at most that many processes per node"
         )
     return torch.device("cuda", world.local_rank)
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, reuse freed memory instead of returning it to the system.
-
-    By default glibc maps each large tensor anew, and the kernel zeroes its pages, which takes 10% of a step or more.
-    All threads share one heap, so that backward, which runs in its own thread, reuses the memory of forward.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if device.type == "cpu" and mallopt is not None:  # glibc only; the constants are those of malloc.h
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
-            mallopt(option, value)
 
 
 @contextmanager

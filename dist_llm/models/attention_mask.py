@@ -65,6 +65,11 @@ class AttentionMask:
         """Return the same mask for queries at the given positions among `num_keys` keys."""
         return replace(self, query_positions_BS=query_positions_BS, num_keys=num_keys)
 
+    def select_keys(self, keys: slice) -> "AttentionMask":
+        """Return the same mask for these keys only. The queries are the last of them."""
+        documents_BT = None if self.documents_BT is None else self.documents_BT[:, keys]
+        return replace(self, documents_BT=documents_BT, query_positions_BS=None, num_keys=0)
+
 
 CAUSAL = AttentionMask(causal=True)
 FULL = AttentionMask(causal=False)

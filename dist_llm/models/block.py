@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig
 from dist_llm.config.parametrization import resolve_residual_scale
-from dist_llm.config.registered_layers import load_layer_class
+from dist_llm.config.registered_classes import load_registered_class
 from dist_llm.models.attention import Attention, CrossAttention
 from dist_llm.models.autocast import cast_to_autocast_dtype
 from dist_llm.models.cost import Cost
@@ -122,5 +122,5 @@ def get_feedforward_class(name: str) -> type[FeedForward | MoE]:
     built_in: dict[str, type[FeedForward | MoE]] = {"dense": DenseFeedForward, "moe": MoE}
     if name in built_in:
         return built_in[name]
-    feedforward: type[FeedForward] = load_layer_class("dist_llm.feedforwards", name)
+    feedforward: type[FeedForward] = load_registered_class("dist_llm.feedforwards", name)
     return feedforward

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_llm.config.model_section import ATTENTION
-from dist_llm.config.registered_layers import load_layer_class
+from dist_llm.config.registered_classes import load_registered_class
 from dist_llm.models.layer_context import LayerContext
 from dist_llm.models.sublayer import Sublayer
 
@@ -37,5 +37,5 @@ def get_mixer_class(name: str) -> type[Mixer]:
         from dist_llm.models.attention import Attention  # attention.py imports this module
 
         return Attention
-    mixer: type[Mixer] = load_layer_class("dist_llm.mixers", name)
+    mixer: type[Mixer] = load_registered_class("dist_llm.mixers", name)
     return mixer

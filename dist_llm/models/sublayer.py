@@ -8,13 +8,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
-from dist_llm.config.section import Section
+from dist_llm.config.section import NoOptions, Section
 from dist_llm.models.cost import Cost
 from dist_llm.param_spec import ParamSpec
-
-
-class NoOptions(Section):
-    """The options of a sublayer that has none."""
 
 
 class Sublayer(nn.Module):

@@ -18,6 +18,7 @@ from dist_llm.config.objective_sections import (
     MaskedSpec,
     ObjectiveSpec,
     PrefixSpec,
+    RegisteredObjectiveSpec,
     SpanSpec,
 )
 from dist_llm.config.schema import Config
@@ -26,6 +27,7 @@ from dist_llm.counter_rng import splitmix64
 from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.objectives.causal_lm import make_causal_example
+from dist_llm.objectives.custom_objective import CustomObjective, build_custom_objective
 from dist_llm.objectives.examples import BatchLayout, Example, TokenWindow, collate
 from dist_llm.objectives.fill_in_the_middle import make_fim_example
 from dist_llm.objectives.masked_lm import make_masked_example
@@ -80,23 +82,26 @@ class Objective:
             self.layout.has_document_mask or self.layout.has_prefix or self.layout.uses_token_windows
         )
 
+    @cached_property
+    def _custom_objectives(self) -> dict[int, CustomObjective]:
+        """The objectives of other packages, by component."""
+        return {
+            component: build_custom_objective(spec)
+            for component, (spec, _) in enumerate(self.components)
+            if isinstance(spec, RegisteredObjectiveSpec)
+        }
+
     def build_example(self, window: npt.NDArray[Any] | TokenWindow, sample_id: int, component: int) -> Example:
         """Build one example, padded to `inputs_len` and `encoder_len`."""
-        spec, lengths = self.components[component]
         rng = np.random.Generator(np.random.Philox(key=[self.seed, sample_id]))
-        example = self._apply_objective(window, rng, spec, lengths)
-        return example.pad(self.inputs_len, self.encoder_len, filler=self.vocabulary.eot)
-
-    def _apply_objective(
-        self,
-        window: npt.NDArray[Any] | TokenWindow,
-        rng: np.random.Generator,
-        spec: ObjectiveSpec,
-        lengths: SequenceLengths,
-    ) -> Example:
         window = window if isinstance(window, TokenWindow) else TokenWindow(window)
         if self.layout.has_document_mask and window.segment_ids_W is None and window.document_ids_W is None:
             raise ValueError("a window without document ids: its reader must take them from the document offsets")
+        example = self._apply_objective(window, rng, component)
+        return example.pad(self.inputs_len, self.encoder_len, filler=self.vocabulary.eot)
+
+    def _apply_objective(self, window: TokenWindow, rng: np.random.Generator, component: int) -> Example:
+        spec, lengths = self.components[component]
         is_encoder_decoder = self.encoder_len > 0
         match spec:
             case CausalSpec():
@@ -109,6 +114,8 @@ class Objective:
                 return make_span_example(window, rng, spec, lengths, self.vocabulary, is_encoder_decoder)
             case FIMSpec():
                 return make_fim_example(window, rng, spec, self.vocabulary)
+            case RegisteredObjectiveSpec():
+                return self._custom_objectives[component].make_example(window, rng, self.vocabulary)
 
 
 def build_objective(config: Config, vocabulary: ObjectiveVocabulary, weights_prompts: bool = False) -> Objective:
@@ -126,7 +133,11 @@ def build_objective(config: Config, vocabulary: ObjectiveVocabulary, weights_pro
         has_encoder_padding=is_encoder_decoder and any(spec.name == "prefix" for spec in specs),
         has_sample_hashes=config.model.stochastic_depth > 0,
         # With weight 0, prompts have no targets.
-        has_loss_weights=weights_prompts and config.data.prompt_loss_weight > 0,
+        has_loss_weights=(weights_prompts and config.data.prompt_loss_weight > 0)
+        or any(
+            isinstance(spec, RegisteredObjectiveSpec) and build_custom_objective(spec).has_loss_weights
+            for spec in specs
+        ),
         uses_token_windows=weights_prompts or config.data.windows != "stream",
     )
     encoder_len = config.data.seq_len if is_encoder_decoder else 0

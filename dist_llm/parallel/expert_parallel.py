@@ -13,17 +13,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dist_llm.compat import functional_collectives
 from dist_llm.config.parallel_section import ParallelConfig
 from dist_llm.models.decoder import Decoder
 from dist_llm.models.moe import MoE, invert_permutation, permute_rows
 from dist_llm.models.token_dispatcher import DispatchedRows, LocalTokenDispatcher
-from dist_llm.parallel.mesh import all_gather, all_reduce, differentiable_collective
+from dist_llm.parallel.mesh import all_gather, all_reduce, all_to_all_rows, differentiable_collective
 
 
 def apply_expert_parallel(model: Decoder, mesh: DeviceMesh, expert_mesh: DeviceMesh, parallel: ParallelConfig) -> None:
@@ -178,16 +176,3 @@ def _expert_of_slot(counts_Pe: Tensor, num_slots: int) -> Tensor:
     slots_L = torch.arange(num_slots, device=counts_Pe.device)
     ends_Pe = counts_Pe.cumsum(1)
     return (slots_L[None, :, None] >= ends_Pe[:, None, :]).sum(-1).flatten()
-
-
-def all_to_all_rows(x: Tensor, num_sent: list[int], num_received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send the next num_sent[rank] rows of `x` to each rank; return num_received[rank] rows of each rank."""
-    if torch.compiler.is_compiling():
-        # On torch 2.11 a compiled `dist.all_to_all_single`, which writes in place, gives zero gradients.
-        output: Tensor = functional_collectives.wait_tensor(
-            functional_collectives.all_to_all_single(x.contiguous(), num_received, num_sent, group.group_name)
-        )
-        return output
-    received = x.new_empty(sum(num_received), *x.shape[1:])
-    dist.all_to_all_single(received, x.contiguous(), num_received, num_sent, group=group)
-    return received

@@ -133,6 +133,19 @@ def all_reduce(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     )
 
 
+def all_to_all_rows(x: Tensor, num_sent: list[int], num_received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send the next num_sent[rank] rows of `x` to each rank; return num_received[rank] rows of each rank."""
+    if torch.compiler.is_compiling():
+        # On torch 2.11 a compiled `dist.all_to_all_single`, which writes in place, gives zero gradients.
+        output: Tensor = functional_collectives.wait_tensor(
+            functional_collectives.all_to_all_single(x.contiguous(), num_received, num_sent, group.group_name)
+        )
+        return output
+    received = x.new_empty(sum(num_received), *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), num_received, num_sent, group=group)
+    return received
+
+
 def differentiable_collective(
     x: Tensor, forward_fn: Callable[[Tensor], Tensor], backward_fn: Callable[[Tensor], Tensor]
 ) -> Tensor:

@@ -19,7 +19,7 @@ from dist_llm.models.mixer import Mixer
 from dist_llm.models.norm import LayerNorm, RMSNorm
 from dist_llm.models.positional_encoding import AlibiBias
 from dist_llm.parallel import fp8, tensor_parallel
-from dist_llm.parallel.context_parallel import AllGatherAttention
+from dist_llm.parallel.context_parallel import ContextParallelAttention
 from dist_llm.parallel.tensor_parallel import TensorParallelRegion
 from dist_llm.param_spec import ParamSpec, collect_param_specs
 
@@ -58,7 +58,11 @@ def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh, sequence_parallel: b
         if own_specs:
             _shard_layer(module, own_specs, region)
         _register_hooks(module, region)
-        if isinstance(module, AttentionKernel | AllGatherAttention) and model.config.dropout and not sequence_parallel:
+        if (
+            isinstance(module, AttentionKernel | ContextParallelAttention)
+            and model.config.dropout
+            and not sequence_parallel
+        ):
             tensor_parallel.fork_dropout_rng(module, mesh)
     if model.head is not None:
         assert isinstance(model.head, Head)

@@ -4,29 +4,33 @@ A collection within a step stalls one rank, and all other ranks wait for that ra
 """
 
 import gc
-from types import TracebackType
+from collections.abc import Sequence
+
+from dist_llm.observe.metrics import MetricsRow
+from dist_llm.training.callback import Callback, TrainingState
 
 
-class GCControl:
-    """While open, automatic collection is off, and objects that already existed are exempt from collection.
+class GCControl(Callback):
+    """From start to close, automatic collection is off, and objects that already existed are exempt from collection.
 
-    On exit, also after an exception, the collector has its previous state.
+    It collects young objects when metrics are logged, and all objects after an evaluation and before a checkpoint.
+    After `close`, the collector has its previous state.
     """
 
-    def __enter__(self) -> "GCControl":
+    def on_start(self, state: TrainingState) -> None:
         self.was_enabled = gc.isenabled()
         gc.disable()
         gc.collect()
         gc.freeze()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def on_metrics(self, state: TrainingState, rows: Sequence[MetricsRow]) -> Sequence[MetricsRow]:
+        gc.collect(1 if "loss" in rows[0] else 2)  # 1: the two young generations, which is fast
+        return ()
+
+    def before_save(self, state: TrainingState) -> None:
+        gc.collect()
+
+    def close(self, state: TrainingState) -> None:
         gc.unfreeze()
         if self.was_enabled:
             gc.enable()
-
-    def collect(self, full: bool = False) -> None:
-        """Collect garbage between steps. Without `full`, collect only the two young generations, which is fast."""
-        gc.collect(2 if full else 1)

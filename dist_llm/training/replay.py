@@ -12,10 +12,30 @@ from dist_llm.data.loader import Loader
 from dist_llm.engines.base import Engine
 from dist_llm.objectives.batch import Batch
 from dist_llm.sharded import to_local
+from dist_llm.training.callback import Callback, TrainingState
+from dist_llm.training.guard import Guard
 from dist_llm.training.step import compute_loss_denominator, replace_zero
 
 # Relative tolerance of a gradient by precision. The two computations sum in different orders.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
+
+
+class StepReplay(Callback):
+    """Computes each step whose number is a multiple of `interval` (guard.replay_every) twice before it is taken.
+
+    If the results differ, the guard raises DivergedError or RewindRequest on all ranks. None or 0 disables the replay.
+    """
+
+    def __init__(self, guard: Guard, interval: int | None) -> None:
+        self.guard, self.interval = guard, interval
+
+    def before_step(self, state: TrainingState) -> None:
+        progress, step = state.progress, state.progress.step + 1
+        if self.interval and step % self.interval == 0:
+            differences = replay_step(
+                state.engine, state.loader, progress.samples, progress.step, state.config.precision
+            )
+            self.guard.handle_divergence(step, differences)
 
 
 def replay_step(engine: Engine, loader: Loader, first_sample: int, step: int, precision: str) -> list[str]:

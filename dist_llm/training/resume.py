@@ -24,8 +24,9 @@ from dist_llm.engines.base import Engine
 from dist_llm.engines.measure_probe import measure_probe
 from dist_llm.errors import CheckpointError, UserError
 from dist_llm.models.build_model import build_param_specs
-from dist_llm.observe.metrics import read_rows
+from dist_llm.observe.metrics import MetricsRow, read_rows
 from dist_llm.param_spec import list_vocab_params
+from dist_llm.training.callback import Callback, TrainingState
 
 log = logging.getLogger("dist_llm")
 
@@ -35,6 +36,17 @@ LOSS_SECTIONS = ("model", "objective", "loss", "optim", "schedule", "precision",
 LOSS_DATA_KEYS = (
     *("seq_len", "global_batch", "order", "windows", "prompt_loss_weight", "document_mask", "skip", "stages"),
 )
+
+
+def start_run(start: CheckpointFolder | Path | None, engine: Engine, config: Config) -> Progress:
+    """Resume from a checkpoint (CheckpointFolder), load initial weights (Path), or keep the initial values (None)."""
+    if isinstance(start, CheckpointFolder):
+        progress = load_run(start, engine, config)
+        log.info("resumed from %s", start)
+        return progress
+    if start is not None:
+        start_from_weights(start, engine, config)
+    return Progress()
 
 
 def load_run(folder: CheckpointFolder, engine: Engine, config: Config) -> Progress:
@@ -114,7 +126,7 @@ def check_probe(folder: CheckpointFolder, engine: Engine, config: Config, altern
         log.warning("%s", error)
 
 
-class EarlierSteps:
+class EarlierSteps(Callback):
     """The losses {step: loss} of steps that an earlier start of the run took after the checkpoint.
 
     The resumed run repeats these steps, and `compare` reports losses that differ.
@@ -148,6 +160,9 @@ class EarlierSteps:
             )
             return EarlierSteps({})
         return EarlierSteps(losses, TOLERANCES["fp8" if config.fp8 else config.precision].loss)
+
+    def on_metrics(self, state: TrainingState, rows: Sequence[MetricsRow]) -> Sequence[MetricsRow]:
+        return self.compare(rows)
 
     def compare(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return event rows for steps whose losses differ from the losses of the earlier start."""

@@ -3,18 +3,12 @@
 `train` is the body of `dist-llm train`.
 """
 
-import json
 import logging
-import platform
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 from dist_llm.checkpoint.checkpoint_folder import CheckpointFolder
 from dist_llm.checkpoint.checkpoint_state import GuardState
@@ -24,7 +18,6 @@ from dist_llm.checkpoint.load_checkpoint import read_progress
 from dist_llm.checkpoint.store import CheckpointStore
 from dist_llm.config.derive import AXES, format_layout
 from dist_llm.config.engine_names import NATIVE_ENGINE
-from dist_llm.config.load import dump_config
 from dist_llm.config.schema import Config
 from dist_llm.data.data_history import (
     HISTORY_FILE,
@@ -44,35 +37,38 @@ from dist_llm.errors import CheckpointError, DataError, UserError, to_user_error
 from dist_llm.launch.environment import set_network_variables
 from dist_llm.launch.failures import annotate_failure
 from dist_llm.launch.flight_recorder import start_recording
-from dist_llm.launch.process_group import keep_freed_memory, process_group, select_device
+from dist_llm.launch.host_memory import keep_freed_memory
+from dist_llm.launch.process_group import process_group, select_device
 from dist_llm.launch.stop import StopSignals, clear_stop_marker, write_stop_marker
 from dist_llm.launch.watchdog import Watchdog
 from dist_llm.launch.world import World
 from dist_llm.models.build_model import format_parameter_counts
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.observe.console import start_logging, stop_logging
-from dist_llm.text.tokenizer import TOKENIZER_FILE
+from dist_llm.training.callback import LONG_ACTIVITY_TIMEOUT_FACTOR
 from dist_llm.training.directories import open_directories
+from dist_llm.training.extensions import NO_EXTENSIONS, Extensions
 from dist_llm.training.guard import RewindRequest
 from dist_llm.training.learning_rate_plan import plan_learning_rate
+from dist_llm.training.run_files import build_run_files
 from dist_llm.training.settings import read_vocabulary
-from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR, Trainer
+from dist_llm.training.trainer import Trainer
 
 log = logging.getLogger("dist_llm")
 
-# Files that are copied from the start checkpoint for a later export.
-EXPORT_FILES = {TOKENIZER_FILE, "token_ids.json", "generation_config.json"}
 
-
-def train(config: Config, world: World) -> int:
+def train(config: Config, world: World, extensions: Extensions = NO_EXTENSIONS) -> int:
     """Train with the resolved config, from the latest checkpoint of run.dir if there is one.
 
-    Return 0, or the stop signal after which the run was saved before its end. Raises ConfigError or DataError before
-    any process group starts if the input is wrong or another run uses the directory.
+    `extensions` are callbacks and evaluators of the user. Return 0, or the stop signal after which the run was saved
+    before its end. Raises ConfigError or DataError before any process group starts if the input is wrong or another run
+    uses the directory.
     """
+    extensions.check()
     set_network_variables(config.run.network)
     device = select_device(world)
-    keep_freed_memory(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     check_engine_config(config, device)
     sources = open_sources(config)
     corpus_dir = sources[0].corpus.directory
@@ -108,7 +104,7 @@ def train(config: Config, world: World) -> int:
             if world.is_main:
                 log.info("parameters: %s", format_parameter_counts(config.model))
             planned_config = plan_learning_rate(config, verified)
-            context = RunContext(planned_config, world, sources, vocabulary, store, engine, watchdog)
+            context = RunContext(planned_config, world, sources, vocabulary, store, engine, watchdog, extensions)
             stop_signal = context.run(verified or initial_weights)
             del context, engine  # before the process group ends, see `process_group`
         return stop_signal
@@ -165,6 +161,7 @@ class RunContext:
     store: CheckpointStore
     engine: Engine
     watchdog: Watchdog
+    extensions: Extensions
 
     def run(self, start: CheckpointFolder | Path | None) -> int:
         """Train from `start`, and rewind if the guard requests it. Return the result of `train`."""
@@ -199,7 +196,18 @@ class RunContext:
         plan = history[-1].build_plan(self.sources)
         pin_memory = self.engine.device.type == "cuda"
         loader = build_loader(config, plan, self.vocabulary, *self.engine.dp_rank_and_size, pin=pin_memory)
-        trainer = Trainer(config, self.world, self.engine, loader, self.store, start, files, guard_state, self.watchdog)
+        trainer = Trainer(
+            config,
+            self.world,
+            self.engine,
+            loader,
+            self.store,
+            start,
+            files,
+            guard_state,
+            self.watchdog,
+            self.extensions,
+        )
         if self.world.is_main:  # the trainer has accepted the weights
             for name, content in files.items():
                 (Path(config.run.dir) / name).write_bytes(content)
@@ -274,46 +282,3 @@ def _build_history(
         tokens=progress.tokens,
         new_segment=may_change,
     )
-
-
-def build_run_files(config: Config, corpus_dir: Path, start: CheckpointFolder | Path | None = None) -> dict[str, bytes]:
-    """Return the small files {name: content} for the run directory and each checkpoint.
-
-    EXPORT_FILES come from the checkpoint `start`, if there is one. Its tokenizer has the same ids as the tokenizer of
-    the corpus, and may have a chat template and other settings.
-    """
-    files = {
-        "config.yaml": dump_config(config).encode(),
-        "environment.json": json.dumps(describe_environment(), indent=2).encode() + b"\n",
-        TOKENIZER_FILE: (corpus_dir / TOKENIZER_FILE).read_bytes(),
-    }
-    if start is not None:
-        folder = CheckpointFolder(start)
-        files |= {name: folder.read(name) for name in sorted({*folder.list_names()} & EXPORT_FILES)}
-    return files
-
-
-def describe_environment() -> dict[str, str]:
-    """Return the software of this run: git commit, Python version, package versions, GPU."""
-    packages = ("dist-llm", "torch", "numpy", "pydantic", "tiktoken", "tokenizers")
-    versions = {"git_commit": _read_git_commit(), "python": platform.python_version(), "machine": platform.platform()}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    if torch.cuda.is_available():
-        versions["gpu"] = torch.cuda.get_device_name()
-    return versions
-
-
-def _read_git_commit() -> str:
-    """Return the git commit of the source tree, with `+` if there are uncommitted changes; `unknown` outside git."""
-    source_dir = Path(__file__).parent
-    try:
-        completed = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+"], cwd=source_dir, capture_output=True, text=True
-        )
-    except OSError:
-        return "unknown"
-    return completed.stdout.strip() or "unknown"

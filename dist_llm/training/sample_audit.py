@@ -12,9 +12,10 @@ from dist_llm.data.order import Ints, splitmix64
 from dist_llm.engines.base import Engine
 from dist_llm.errors import DataError
 from dist_llm.objectives.batch import Batch
+from dist_llm.training.callback import Callback, TrainingState
 
 
-class SampleAudit:
+class SampleAudit(Callback):
     """Sums 64-bit digests of the sample numbers in the batches of this rank, and compares the sum with the sample plan.
 
     `interval`: steps between checks (data.audit_every); None disables the audit.
@@ -24,6 +25,12 @@ class SampleAudit:
         self.engine, self.loader, self.interval = engine, loader, interval
         self.first_samples: list[int] = []  # first sample of each step since the last check
         self.digest_sum = 0
+
+    def before_step(self, state: TrainingState) -> None:
+        self.add(state.progress.samples, state.batches)
+
+    def before_save(self, state: TrainingState) -> None:
+        self.check()
 
     def add(self, first_sample: int, batches: Sequence[Batch]) -> None:
         """Add the batches of the step that starts at `first_sample`, and check if the interval has passed.

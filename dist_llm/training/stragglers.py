@@ -14,6 +14,7 @@ from dist_llm.engines.base import Engine
 from dist_llm.launch.flight_recorder import is_in_collective
 from dist_llm.launch.world import World
 from dist_llm.observe.metrics import MetricsRow
+from dist_llm.training.callback import Callback, TrainingState
 
 SAMPLE_SECONDS = 0.4  # mean time between two samples; one sample takes about 1 ms
 # Minimum of (busy share of the straggler) - (median busy share of the other ranks): 5 standard deviations of 300
@@ -21,12 +22,14 @@ SAMPLE_SECONDS = 0.4  # mean time between two samples; one sample takes about 1 
 MIN_LAG = 0.15
 
 
-class StragglerMonitor:
-    """While open, samples whether this rank waits, and reports a slow rank every `interval_seconds`.
+class StragglerMonitor(Callback):
+    """From start to close, samples whether this rank waits, and reports a slow rank every `interval_seconds`.
 
     `interval_seconds` is log.stragglers_seconds. The monitor does nothing if the interval is None or there is only one
     rank.
     """
+
+    metric_names = ("busy_seconds",)
 
     def __init__(self, world: World, engine: Engine, interval_seconds: float | None) -> None:
         self.all_gather, self.num_ranks = engine.all_gather_ints, world.world_size
@@ -36,13 +39,15 @@ class StragglerMonitor:
         self._reset()
         self._closed = threading.Event()
 
-    def __enter__(self) -> "StragglerMonitor":
+    def on_start(self, state: TrainingState) -> None:
         if self.interval_seconds:
             threading.Thread(target=self._sample_loop, name="stragglers", daemon=True).start()
-        return self
 
-    def __exit__(self, *raised: object) -> None:
+    def close(self, state: TrainingState) -> None:
         self._closed.set()
+
+    def on_metrics(self, state: TrainingState, rows: Sequence[MetricsRow]) -> Sequence[MetricsRow]:
+        return self.gather_report([row for row in rows if "step_seconds" in row])
 
     def gather_report(self, rows: Sequence[MetricsRow]) -> list[MetricsRow]:
         """All-gather the busy seconds of each rank, and return them as a row if an interval has passed, else no row.

@@ -92,9 +92,8 @@ READ_ELSEWHERE = {
     *(f"GuardConfig.{name}" for name in ("spike_z", "skip_steps", "budget")),
     "AccelerateConfig.plugin",
     "CheckpointConfig.probe",  # read if a probe differs
-    # Read by a mixer and a feed-forward layer of another package (tests/test_custom_layers.py).
-    "LayerKeys.mixer_options",
-    "RegisteredConfig.name",
+    # Read with classes of other packages (tests/test_custom_packages.py)
+    *("LayerKeys.mixer_options", "RegisteredConfig.name", "RegisteredObjectiveSpec.name"),
     *(
         f"{section.__name__}.name"  # selects the class
         for union in (RopeScaling, Parametrization)

@@ -79,8 +79,12 @@ def test_a_wrong_name_lists_the_members() -> None:
     assert [str(violation) for violation in violations] == [
         "optim.name: input should be 'adamw', 'muon', 'sgd', found 'adam'"
     ]
-    _, violations = load_config({**RUN, "objective": {"mixture": [{"name": "causal"}, {"name": "spam"}]}})
-    assert violations[0].keys == ("objective.mixture.1.name",)
+    config, violations = load_config({**RUN, "objective": {"mixture": [{"name": "causal"}, {"name": "spam"}]}})
+    assert violations == []
+    assert [str(violation) for violation in check(config, world_size=1, tokenizer_size=0)] == [
+        "objective.mixture.1.name: no installed package has spam; set one of causal, fim, masked, prefix, span, or "
+        "install the package that registers it"
+    ]
 
 
 def test_an_unknown_key_and_a_wrong_value_keep_their_location() -> None:

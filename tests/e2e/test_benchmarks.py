@@ -165,6 +165,17 @@ def test_window_prints_a_line_per_case_and_marks_the_chosen_one() -> None:
     assert "*: the choice of the model" in completed.stderr
 
 
+def test_window_measures_context_parallel_ranks() -> None:
+    sizes = ("--cp", "2", "--seq-len", "64", "--windows", "8", "S/2", "50", "--rounds", "1", "--heads", "2")
+    completed = run_benchmark(WINDOW_PROGRAM, *sizes, "--kv-heads", "1", "--head-dim", "8")
+    rows = [json.loads(line) for line in completed.stdout.splitlines()]
+    assert [(row["case"], row["window"]) for row in rows] == [
+        ("causal", 0),
+        *[(kernel, window) for window in (8, 32, 50) for kernel in ("dense", "bands")],
+    ]
+    assert [row["chosen"] for row in rows[1:]] == [False, True] * 3, "bands are chosen for each window"
+
+
 @pytest.mark.slow
 def test_experts_prints_a_line_per_case_of_each_part() -> None:
     sizes = ("model.d_model=32", "model.n_layers=1", "data.seq_len=16")

@@ -47,7 +47,7 @@ from dist_llm.objectives.build_objective import build_objective
 from dist_llm.objectives.examples import TokenWindow
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.training.step import train_step
-from tests.laws import bugs, moe_bugs  # noqa: F401  # moe_bugs registers its bugs
+from tests.laws import bugs, moe_bugs, window_bugs  # noqa: F401  # moe_bugs and window_bugs register their bugs
 from tests.laws.layouts import MODELS, OBJECTIVE_OF_ARCHITECTURE, Layout
 from tests.laws.worlds import get_world, restart_world
 

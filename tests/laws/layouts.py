@@ -146,6 +146,18 @@ SINKS_AND_GATES: dict[str, Any] = {
         "per_head": {"output_gate": "per_head"},
     },
 }
+# Windows that are, under cp 2 and cp 4, shorter than a chunk, as long as a chunk or as the part of a rank, and longer
+# than both. A part has two chunks of 8 tokens under cp 2, and two of 4 tokens under cp 4.
+WINDOWS: dict[str, Any] = {
+    "layers": ["short", "chunk", "part", "long"],
+    "kinds": {
+        "short": {"window": 3},
+        "chunk": {"window": 8, "attention_sinks": True},
+        "part": {"window": 16},
+        "long": {"window": 21, "attention_sinks": True},
+    },
+    "init_std": 0.1,
+}
 # A model that is wider and deeper than its base model. The exponent 0.5 scales learning rates too.
 COMPLETEP: dict[str, Any] = {
     "bias": True,
@@ -173,6 +185,7 @@ MODELS = {
     "six_experts": SIX_EXPERTS,
     "deepseek": DEEPSEEK,
     "sinks_and_gates": SINKS_AND_GATES,
+    "windows": WINDOWS,
     "completep": COMPLETEP,
 }
 # The objective of each architecture in the tests. A decoder predicts the next token.

@@ -44,7 +44,7 @@ LOSS_SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Models that only slow tests combine with everything else: "gemma" has tied embeddings too, "phi" parallel sublayers.
-SLOW_MODELS = ("tied", "neox", "bloom", "completep", "six_experts")
+SLOW_MODELS = ("tied", "neox", "bloom", "completep", "six_experts", "windows")
 MODELS_WITH_EXPERTS = ("moe", "deepseek", "six_experts")
 # The first value of each factor is its default.
 FACTORS: dict[str, tuple[Any, ...]] = {

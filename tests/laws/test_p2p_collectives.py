@@ -36,6 +36,7 @@ LAYOUTS = index_by_name(
         ranks=4, parallel={"dp_replicate": 2, "dp_shard": 2, "reduce_each_microbatch": True}, model="gpt", micro_batch=3
     ),
     Layout(ranks=4, parallel={"dp_shard": 2, "cp": 2, "recompute": "full"}),
+    Layout(ranks=2, parallel={"cp": 2}, model="olmo"),  # halo exchanges of windows besides messages
     Layout(ranks=2, parallel={"tp": 2}, model="bounded", micro_batch=3),
     Layout(ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="gpt", micro_batch=3),
     Layout(ranks=4, parallel={"dp_shard": 2, "tp": 2, "recompute": "selective"}, model="t5"),

@@ -66,6 +66,13 @@ LAYOUT_OF_BUG = {
     "windows_are_one_key_short_on_context_ranks": Layout(
         ranks=2, parallel={"cp": 2}, model="gemma", sections=DOCUMENTS
     ),
+    "halos_are_one_token_short": Layout(ranks=2, parallel={"cp": 2}, model="windows"),
+    "halos_are_joined_in_the_order_of_ranks": Layout(ranks=2, parallel={"cp": 2}, model="windows"),
+    "halos_come_from_the_wrong_neighbor": Layout(ranks=4, parallel={"cp": 4}, model="windows"),
+    "halos_belong_to_the_document_of_the_chunk": Layout(
+        ranks=2, parallel={"cp": 2}, model="windows", sections=DOCUMENTS
+    ),
+    "gradients_of_halos_are_not_returned": Layout(ranks=2, parallel={"cp": 2}, model="windows"),
     "stages_use_the_rotations_of_the_first_layers": Layout(ranks=2, parallel={"pp": 2}, model="olmo", micro_batch=6),
     "qk_norm_gradients_are_not_reduced": Layout(
         ranks=2, parallel={"tp": 2, "sequence_parallel": False}, model="bounded"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_llm.training.trainer import LONG_ACTIVITY_TIMEOUT_FACTOR
+from dist_llm.training.callback import LONG_ACTIVITY_TIMEOUT_FACTOR
 from tests.e2e import commands
 from tests.e2e.elastic_job import Job, count_in_output, count_rows, kill_node, run_node, wait_until
 from tests.netns.network import Network, find_obstacle, running_network

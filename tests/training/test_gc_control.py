@@ -2,10 +2,8 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakSet
 
 import pytest
@@ -14,7 +12,8 @@ from dist_llm.config.schema import Config
 from dist_llm.data.shard import CorpusManifest, ShardWriter
 from dist_llm.launch.world import World
 from dist_llm.text.build_tokenizer import build_tokenizer
-from dist_llm.training import trainer
+from dist_llm.training import build_callbacks, trainer
+from dist_llm.training.callback import Callback, TrainingState
 from dist_llm.training.gc_control import GCControl
 from dist_llm.training.run import train
 from dist_llm.training.settings import read_config
@@ -93,7 +92,7 @@ def test_the_collector_runs_within_steps_without_gc_control(
     config: Config, step_recorder: StepRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without GCControl the collector runs within steps, so the test above can fail."""
-    monkeypatch.setattr(trainer, "GCControl", lambda: nullcontext(SimpleNamespace(collect=lambda full=False: None)))
+    monkeypatch.setattr(build_callbacks, "GCControl", Callback)
     train(config, World())
     assert step_recorder.collections >= STEPS  # one for each 700 objects
 
@@ -114,14 +113,24 @@ def test_a_failure_restores_the_collector_state(config: Config, enabled: bool, m
 
 
 def test_a_full_collection_frees_old_objects() -> None:
-    with GCControl() as gc_control:
-        nodes: WeakSet[Node] = WeakSet()
-        node = Node()
-        nodes.add(node)
-        for _ in range(2):
-            gc_control.collect()
-        del node
-        gc_control.collect()
-        assert len(nodes) == 1
-        gc_control.collect(full=True)
-        assert not nodes
+    """An evaluation and a checkpoint free old objects; the metrics of steps free young objects only."""
+    gc_control, state = GCControl(), cast(TrainingState, None)
+    full_collections: list[Callable[[], object]] = [
+        lambda: gc_control.on_metrics(state, [{"step": 1, "heldout_loss": 1.0}]),
+        lambda: gc_control.before_save(state),
+    ]
+    gc_control.on_start(state)
+    try:
+        for collect_all in full_collections:
+            nodes: WeakSet[Node] = WeakSet()
+            node = Node()
+            nodes.add(node)
+            for _ in range(2):
+                gc_control.on_metrics(state, [{"step": 1, "loss": 1.0}])
+            del node
+            gc_control.on_metrics(state, [{"step": 1, "loss": 1.0}])
+            assert len(nodes) == 1
+            collect_all()
+            assert not nodes
+    finally:
+        gc_control.close(state)

@@ -1,4 +1,4 @@
-"""The layers of examples/custom_mixer and examples/custom_feedforward pass their laws without a change of dist_llm."""
+"""The packages in examples/ pass their laws without a change of dist_llm."""
 
 import os
 import subprocess
@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Folder -> number of tests in it.
-EXAMPLES = {"custom_mixer": 14, "custom_feedforward": 11}
+EXAMPLES = {"custom_mixer": 14, "custom_feedforward": 11, "custom_objective": 11}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_layer_of_another_package_passes_its_laws(name: str, tmp_path: Path) -> None:
+def test_a_class_of_another_package_passes_its_laws(name: str, tmp_path: Path) -> None:
     """A folder with the metadata of an installed package stands for `pip install`."""
     example = ROOT / "examples" / name
     project = tomllib.loads((example / "pyproject.toml").read_text())["project"]
