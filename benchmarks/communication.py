@@ -198,7 +198,7 @@ def select_busiest_rank(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def count_traffic(case: Case) -> dict[str, Any]:
     """Count the traffic of one step of a case on this rank, in a running process group; return the row."""
-    config = make_config(case)
+    config = make_case_config(case)
     engine = NativeEngine(config, torch.device("cpu"))
     assert engine.mesh is not None
     # In the first step pipeline stages also exchange shapes, so the second step is counted.
@@ -222,7 +222,7 @@ def count_traffic(case: Case) -> dict[str, Any]:
     }
 
 
-def make_config(case: Case) -> Config:
+def make_case_config(case: Case) -> Config:
     """Make the resolved config of a case."""
     raw = {
         "run": {"dir": "unused", "steps": 2},
@@ -467,7 +467,7 @@ def _wrap(text: str, indent: str = "  ") -> str:
 def format_document(rows: Sequence[dict[str, Any]]) -> str:
     """Return the text of docs/communication.md."""
     with torch.device("meta"):
-        num_parameters = sum(parameter.numel() for parameter in Decoder(make_config(CASES[0]).model).parameters())
+        num_parameters = sum(parameter.numel() for parameter in Decoder(make_case_config(CASES[0]).model).parameters())
     model = ", ".join(f"{key} {value}" for key, value in MODEL.items())
     workload = (
         f"The model: {model}; {num_parameters:,} parameters. {GLOBAL_BATCH} sequences of {SEQ_LEN} tokens per step; "

@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_config(name: str, options: argparse.Namespace) -> Config:
+def make_case_config(name: str, options: argparse.Namespace) -> Config:
     """Make the resolved config of a case."""
     model = {"d_model": options.d_model, "n_layers": options.layers, "n_heads": 6, "vocab_size": options.vocabulary}
     data = {"path": "unused", "seq_len": options.seq_len, "global_batch": options.batch}
@@ -103,7 +103,7 @@ def make_config(name: str, options: argparse.Namespace) -> Config:
 def measure_case(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Start the ranks of a case and measure one turn."""
     with tempfile.TemporaryDirectory() as scratch:
-        torch.multiprocessing.spawn(_run_rank, (make_config(name, options), options.steps, scratch), nprocs=RANKS)
+        torch.multiprocessing.spawn(_run_rank, (make_case_config(name, options), options.steps, scratch), nprocs=RANKS)
         results = [json.loads((Path(scratch) / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return {
         "tokens_per_second": options.batch * options.seq_len * options.steps / results[0]["seconds"],

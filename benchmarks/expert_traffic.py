@@ -33,7 +33,7 @@ SIZES = (
     *("data.seq_len=256", "data.global_batch=4"),
 )
 DENSE = "dense"
-MODELS = {
+EXPERT_MODELS = {
     DENSE: "model.d_ff=1024",
     "8 experts, top 2": "model.feedforward={name: moe, n_experts: 8, top_k: 2, d_expert: 512, balance_loss: 0.01}",
     "64 experts, top 8": "model.feedforward={name: moe, n_experts: 64, top_k: 8, d_expert: 128, balance_loss: 0.01}",
@@ -43,9 +43,9 @@ FP32_BYTES = 4
 CPU = torch.device("cpu")
 
 
-def make_config(model: str, overrides: list[str], ranks: int = 1) -> Config:
-    """Resolve the config of a model of MODELS."""
-    keys = ("run.dir=unused", "run.steps=1000", "data.path=unused", *SIZES, MODELS[model])
+def make_expert_config(model: str, overrides: list[str], ranks: int = 1) -> Config:
+    """Resolve the config of a model of EXPERT_MODELS."""
+    keys = ("run.dir=unused", "run.steps=1000", "data.path=unused", *SIZES, EXPERT_MODELS[model])
     config, violations = load_config(None, [*keys, *overrides])
     raise_violations(violations)
     assert config is not None
@@ -93,7 +93,7 @@ def count_exchanges() -> Iterator[ExchangeCounter]:
 def count_traffic(ranks: int, overrides: list[str]) -> dict[str, int]:
     """Count the exchanges of one training step on this rank, in a running process group of `ranks` ranks."""
     keys = [f"parallel.dp_shard={ranks}", f"parallel.ep={ranks}", *overrides]
-    config = make_config("8 experts, top 2", keys, ranks)
+    config = make_expert_config("8 experts, top 2", keys, ranks)
     engine = NativeEngine(config, CPU)
     microbatches = make_microbatches(config, engine)
     with count_exchanges() as counter:

@@ -27,7 +27,7 @@ from torch import Tensor
 from dist_llm.engines.native import NativeEngine
 from dist_llm.models.grouped_linear import grouped_linear
 from dist_llm.training.step import train_step
-from expert_traffic import DENSE, MODELS, count_in_processes, make_config, make_microbatches
+from expert_traffic import DENSE, EXPERT_MODELS, count_in_processes, make_expert_config, make_microbatches
 from measure import ResourceUsage, measure_seconds, take_turns
 from results import Results, format_table, make_parser, parse_options
 
@@ -128,15 +128,15 @@ def measure_models(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time training steps of all models; return a row per model."""
 
     def make_step(model: str) -> Callable[[], object]:
-        config = make_config(model, options.overrides)
+        config = make_expert_config(model, options.overrides)
         engine = NativeEngine(config, CPU)
         microbatches = make_microbatches(config, engine)
         return lambda: train_step(engine, microbatches, config.optim.lr, step=0).loss.item()
 
-    turns = take_paired_turns({model: make_step(model) for model in MODELS}, options.rounds)
-    data = make_config(DENSE, options.overrides).data
+    turns = take_paired_turns({model: make_step(model) for model in EXPERT_MODELS}, options.rounds)
+    data = make_expert_config(DENSE, options.overrides).data
     rows = []
-    for model in MODELS:
+    for model in EXPERT_MODELS:
         speeds = compare_turns(turns[model], turns[DENSE])
         tokens_per_second = data.global_batch * data.seq_len / speeds["seconds"]
         rows.append({"part": "model", "case": model, **speeds, "tokens_per_second": tokens_per_second})

@@ -37,7 +37,7 @@ from dist_llm.models.attention_mask import CAUSAL, AttentionMask
 from dist_llm.models.block import Block
 from dist_llm.models.layer_context import LayerContext
 from dist_llm.parallel.fp8 import Float8Linear
-from models import make_config
+from named_models import make_named_config
 
 TARGET = ("cuda", 90, 32)  # backend, compute capability of Hopper, threads of a warp
 DEVICE = fake_gpu.DEVICE
@@ -158,8 +158,8 @@ def compile_flex(compiler: Callable[..., Any], **fields: Any) -> None:
 
 
 def compile_block(compiler: Callable[..., Any], model: str, precision: str = "bf16", fp8: bool = False) -> None:
-    """Compile a block of a named model (models.py) on 4 sequences of 1,024 tokens."""
-    config: Config = make_config(model)
+    """Compile a block of a named model (named_models.py) on 4 sequences of 1,024 tokens."""
+    config: Config = make_named_config(model)
     with torch.device(DEVICE):
         block = Block(config.model, layer=0)
     for module in block.modules() if fp8 else ():

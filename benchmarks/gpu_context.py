@@ -20,7 +20,7 @@ from dist_llm.config.schema import Config
 from dist_llm.launch.process_group import process_group
 from dist_llm.launch.world import World
 from fake_gpu import FakeGpu
-from models import make_config
+from named_models import make_named_config
 
 # The sizes of --tiny, and of checks that compare a GPU with a CPU. Float8 matrix products need multiples of 16. With 4
 # query heads and 2 key-value heads, the model has grouped-query attention.
@@ -79,11 +79,11 @@ class CaseContext:
 
 
 def make_tiny_config(*overrides: str, model: str = "llama-cpu") -> Config:
-    """Make a config of `model` (models.py) with tiny sizes, so that a comparison of a GPU with a CPU takes seconds."""
+    """Make a config of `model` (named_models.py) with tiny sizes, so that comparing a GPU with a CPU takes seconds."""
     # GPT-2 has no grouped-query attention.
     model_sizes = [key for key in TINY_MODEL_OVERRIDES if "n_kv_heads" not in key or model.startswith("llama")]
     data_sizes = [f"model.vocab_size={TINY_VOCAB_SIZE}", "data.seq_len=64", "data.global_batch=4"]
-    return make_config(model, [*model_sizes, *data_sizes, *overrides])
+    return make_named_config(model, [*model_sizes, *data_sizes, *overrides])
 
 
 class Comparison:

@@ -24,7 +24,7 @@ from dist_llm.config.schema import Config
 from dist_llm.observe.flops import count_flops_per_token, find_peak_flops
 from gpu_context import TINY_MODEL_OVERRIDES, TINY_SEQ_LEN_DIVISOR, TINY_VOCAB_SIZE, CaseContext, SkippedError
 from measure import measure_copy_rate, measure_matmul_rate
-from models import make_config
+from named_models import make_named_config
 from train import make_native_stepper
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def make_training_config(
         seq_len //= TINY_SEQ_LEN_DIVISOR
         sizes = [f"data.global_batch={batch}", f"data.seq_len={seq_len}", f"model.vocab_size={TINY_VOCAB_SIZE}"]
         sizes += [*TINY_MODEL_OVERRIDES, "model.n_layers=1"]
-    return make_config(model, ["precision=bf16", *sizes, *overrides])
+    return make_named_config(model, ["precision=bf16", *sizes, *overrides])
 
 
 def measure_training(

@@ -32,7 +32,7 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
 from measure import DTYPES, take_turns
-from models import MODELS, make_config
+from named_models import NAMED_MODELS, make_named_config
 from results import Results, format_table, make_parser, parse_options
 
 RANKS = 2
@@ -73,7 +73,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["gpt2-cpu"], help="default: gpt2-cpu")
+    parser.add_argument("--models", nargs="+", choices=NAMED_MODELS, default=["gpt2-cpu"], help="default: gpt2-cpu")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["fp32"], help="default: fp32")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: all")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each layout; default: %(default)s")
@@ -98,11 +98,11 @@ def _run_rank(rank: int, model: str, layout: str, overrides: list[str], steps: i
     if device.type == "cpu":
         keep_freed_memory()
     store = dist.FileStore(f"{scratch}/store", RANKS)
-    global_batch = make_config(model, overrides).data.global_batch
+    global_batch = make_named_config(model, overrides).data.global_batch
     if is_ideal:
-        config = make_config(model, [*overrides, *LAYOUTS[layout], f"data.global_batch={global_batch // RANKS}"])
+        config = make_named_config(model, [*overrides, *LAYOUTS[layout], f"data.global_batch={global_batch // RANKS}"])
     else:
-        config = make_config(model, [*overrides, *LAYOUTS[layout]], ranks=RANKS)
+        config = make_named_config(model, [*overrides, *LAYOUTS[layout]], ranks=RANKS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     engine = NativeEngine(config, device)
     _, dp_size = engine.dp_rank_and_size

@@ -40,7 +40,7 @@ from measure import (
     start_workers,
     take_turns,
 )
-from models import make_config
+from named_models import make_named_config
 from results import Results, format_table, make_parser, parse_options
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -54,7 +54,7 @@ def main() -> None:
     matmul_rates = {}
     for precision in choose_precisions(options.precision, device):
         keys = [f"model.d_model={options.d_model}", f"model.vocab_size={options.vocabulary}", f"precision={precision}"]
-        config = make_config("llama-cpu", [*keys, "model.n_heads=1", "model.n_kv_heads=1", *options.overrides])
+        config = make_named_config("llama-cpu", [*keys, "model.n_heads=1", "model.n_kv_heads=1", *options.overrides])
         names = [name for name in LOSSES if name != "liger" or (device.type == "cuda" and find_spec("liger_kernel"))]
         with start_workers(
             {name: (make_turn, name, config, options.tokens, device) for name in names}

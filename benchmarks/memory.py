@@ -33,7 +33,7 @@ from dist_llm.models.attention_mask import CAUSAL
 from dist_llm.objectives.batch import Batch
 from dist_llm.training.step import train_step
 from measure import DTYPES
-from models import MODELS, make_config
+from named_models import NAMED_MODELS, make_named_config
 from results import Results, format_table, make_parser, parse_options
 
 GIB = 2**30
@@ -48,7 +48,7 @@ def main() -> None:
         for precision in options.precision:
             for recompute in options.recompute:
                 overrides = [f"precision={precision}", f"parallel.recompute={recompute}", *options.overrides]
-                config = make_config(model, overrides, ranks=options.ranks)
+                config = make_named_config(model, overrides, ranks=options.ranks)
                 check_traceable(config)
                 row = {"model": model, "precision": precision, "recompute": recompute, "tokens": count_tokens(config)}
                 result = trace(config, options.ranks)
@@ -62,7 +62,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["llama-1b"], help="default: llama-1b")
+    parser.add_argument("--models", nargs="+", choices=NAMED_MODELS, default=["llama-1b"], help="default: llama-1b")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["bf16"], help="default: bf16")
     recomputes = ("none", "selective", "full")
     parser.add_argument("--recompute", nargs="+", choices=recomputes, default=["none"], help="default: none")

@@ -1,18 +1,23 @@
 """Measure the time of an optimizer update on the parameters of a named model, compared with a copy of as many bytes.
 
-The variants (`way` in the rows):
+The variants:
   fused, foreach, for-loop   torch.optim.AdamW with this optim.implementation (for-loop: neither fused nor foreach)
   bf16 moments               AdamW of dist_llm, with optim.moments: bf16
   muon                       Muon of dist_llm (optim.name: muon), on one process
   norm, scale                gradient clipping of dist_llm: the global norm, and the scaling of the gradients
   clip_grad_norm_            torch.nn.utils.clip_grad_norm_, which does both
 
-All variants use the same parameters and gradients and take turns. The bytes per parameter are those read and written if
-each value is touched once. AdamW: 28, since it reads weight, gradient and two moments and writes all but the gradient;
-20 with bf16 moments. Muon counts as AdamW, although its time goes into matrix products. The norm: 4, scaling: 8, both:
-12. `of_copy` is bytes/s of the variant over bytes/s of a copy of 28 bytes per parameter. It can exceed 1, because
-a CPU also reads the memory that a copy overwrites, and these bytes are not counted. `ratio` is the time of `fused` over
-the time of the variant, as the median over the rounds.
+All variants use the same parameters and gradients and take turns. There is one row per variant, with these keys:
+  way                the variant
+  ratio              the time of `fused` over the time of the variant: the median over the rounds
+  bytes_per_second   the bytes that the variant needs to read and write, over its time
+  copy               the bytes per second of a copy that reads and writes 28 bytes per parameter
+  of_copy            bytes_per_second over copy
+
+The needed bytes count each value once. AdamW needs 28 bytes per parameter: it reads the weight, the gradient and two
+moments, and writes all but the gradient. With bf16 moments it needs 20 bytes. Muon counts as AdamW, although its time
+goes into matrix products. The norm needs 4 bytes, the scaling 8, and clip_grad_norm_ 12. `of_copy` can exceed 1,
+because a CPU also reads the memory that a copy overwrites. These reads are not counted.
 
   python benchmarks/optimizer.py
   python benchmarks/optimizer.py --models gpt2-124m llama-1b
@@ -34,13 +39,13 @@ from dist_llm.optim import gradient_clipping
 from dist_llm.optim.build_optimizer import build_optimizer
 from dist_llm.param_spec import collect_param_specs
 from measure import choose_device, measure_copy_rate, measure_seconds, take_turns
-from models import MODELS, make_config
+from named_models import NAMED_MODELS, make_named_config
 from results import Results, format_table, make_parser, parse_options
 
 VARIANTS: dict[str, dict[str, str]] = {  # keys of the section `optim`
     "fused": {"implementation": "fused"},
     "foreach": {"implementation": "foreach"},
-    "for-loop": {"implementation": "foreach"},
+    "for-loop": {"implementation": "foreach"},  # measure_case then disables foreach
     "bf16 moments": {"moments": "bf16"},
     "muon": {"name": "muon"},
 }
@@ -61,7 +66,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="default: one model that fits the device")
+    parser.add_argument("--models", nargs="+", choices=NAMED_MODELS, help="default: one model that fits the device")
     parser.add_argument("--rounds", type=int, default=8, help="turns of each variant; default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys: model.n_layers=2")
     return parse_options(parser)
@@ -69,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure_case(model_name: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Measure each variant on the parameters of a model; return one row per variant."""
-    config = make_config(model_name, options.overrides)
+    config = make_named_config(model_name, options.overrides)
     with torch.device("meta"):
         model = build_model(config.model)
     model.to_empty(device=device)
@@ -83,8 +88,9 @@ def measure_case(model_name: str, options: argparse.Namespace, device: torch.dev
         optimizer = build_optimizer(
             parse_union(OptimConfig, config.optim.model_dump() | keys), model.named_parameters(), specs
         )
-        for group in optimizer.param_groups if variant == "for-loop" else []:
-            group["foreach"] = False
+        if variant == "for-loop":
+            for group in optimizer.param_groups:
+                group["foreach"] = False
         updates[variant] = partial(take_step, optimizer, dict(zip(parameters, gradients, strict=True)))
     updates["norm"] = lambda: gradient_clipping.compute_global_norm(gradients)
     updates["scale"] = lambda: gradient_clipping.clip_grads_(gradients, torch.ones((), device=device), max_norm=1.0)
@@ -103,13 +109,13 @@ def measure_case(model_name: str, options: argparse.Namespace, device: torch.dev
     for variant in updates:
         median_seconds = statistics.median(measurements[variant])
         bytes_per_second = num_parameters * BYTES_PER_PARAMETER[variant] / median_seconds
-        ratio = statistics.median(
+        fused_over_variant = statistics.median(
             fused_seconds / variant_seconds
             for fused_seconds, variant_seconds in zip(measurements["fused"], measurements[variant], strict=True)
         )
         figures = {
             "seconds": median_seconds,
-            "ratio": ratio,
+            "ratio": fused_over_variant,
             "bytes_per_second": bytes_per_second,
             "copy": copy_bytes_per_second,
             "of_copy": bytes_per_second / copy_bytes_per_second,
@@ -141,7 +147,7 @@ def make_report(results: Results) -> str:
         )
         for row in results.rows
     ]
-    header = ("model", "way", "M parameters", "tensors", "ms", "ratio", "GB/s", "copy's GB/s", "of copy")
+    header = ("model", "variant", "M parameters", "tensors", "ms", "fused / variant", "GB/s", "copy's GB/s", "of copy")
     return format_table(header, rows)
 
 

@@ -64,7 +64,7 @@ from measure import (
     start_workers,
     take_turns,
 )
-from models import MODELS, make_config
+from named_models import NAMED_MODELS, make_named_config
 from results import Results, format_table, make_parser, parse_options
 
 WARM_UP_STEPS = 2
@@ -86,7 +86,7 @@ def main() -> None:
         keys = [f"precision={precision}", f"compile={compiled == 'yes'}", f"parallel.recompute={recompute}"]
         keys += [f"data.seq_len={seq_len}"] if seq_len else []
         keys += [f"data.global_batch={options.batch}"] if options.batch else []
-        row, profiles_by_side = measure_case(make_config(model, [*keys, *options.overrides]), options, device)
+        row, profiles_by_side = measure_case(make_named_config(model, [*keys, *options.overrides]), options, device)
         results.add({"model": model, **row})
         profiles += [f"\n{model}, {precision}, {side}\n{text}" for side, text in profiles_by_side.items()]
     results.finish("\n".join([make_report(results, options), *profiles]), options.write)
@@ -96,7 +96,10 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, help=f"default: two that fit the device; one of {' '.join(MODELS)}"
+        "--models",
+        nargs="+",
+        choices=NAMED_MODELS,
+        help=f"default: two that fit the device; one of {' '.join(NAMED_MODELS)}",
     )
     parser.add_argument(
         "--precision",
@@ -110,8 +113,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--recompute", nargs="+", choices=("none", "full", "selective"), default=["none"], help="default: none"
     )
-    parser.add_argument("--seq-len", nargs="+", type=int, default=[0], help="tokens of a sequence; default: models.py")
-    parser.add_argument("--batch", type=int, default=0, help="sequences of a step; default: models.py")
+    parser.add_argument(
+        "--seq-len", nargs="+", type=int, default=[0], help="tokens of a sequence; default: named_models.py"
+    )
+    parser.add_argument("--batch", type=int, default=0, help="sequences of a step; default: named_models.py")
     parser.add_argument("--rounds", type=int, default=4, help="turns of native and of plain; default: %(default)s")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn; default: %(default)s")
     parser.add_argument("--profile", action="store_true", help="show which operators take the time (torch.profiler)")

@@ -18,14 +18,15 @@ SHOWN_CHARS = 300  # characters of a document that are printed without --full-te
 def show_samples(
     run: Path, step: int, rank: int | None = None, num_ranks: int | None = None, full_text: bool = False
 ) -> None:
-    """Print the samples of a step, or only those of one data-parallel rank of `num_ranks` (default: as in the run).
+    """Print the samples of a step, or those of one data-parallel rank if `rank` is given.
 
-    Raises DataError if the step or the rank does not exist.
+    `num_ranks` is the number of data-parallel ranks that share the samples; by default as many as in the run. Raises
+    DataError if the step or the rank does not exist.
     """
     config, history = open_run(run)
     if step < 1:
         raise DataError(f"--step {step}: the first step is 1")
-    segment = [segment for segment in history if segment.step < step][-1]
+    segment = [segment for segment in history if segment.step < step][-1]  # the latest that began before this step
     segment_config, plan = open_segment(config, segment)
     first_sample = plan.advance(segment.first_sample, (step - 1 - segment.step) * segment.global_batch)
     sample_numbers = plan.list_sample_numbers(first_sample, segment.global_batch)
@@ -35,15 +36,15 @@ def show_samples(
     tokenizer = Tokenizer.load(plan.sources[0].corpus.directory)
     streams = plan.streams
     locations = plan.locate_samples(sample_numbers)
-    for sample_number, stream_index, offset in zip(
+    for sample_number, stream_id, location in zip(
         sample_numbers.tolist(), locations.stream_ids.tolist(), locations.offsets.tolist(), strict=True
     ):
-        stream = streams[stream_index]
-        source, component_index = plan.get_source_and_component(stream_index)
+        stream = streams[stream_id]
+        source, component_index = plan.get_source_and_component(stream_id)
         component_name = segment_config.objective.components[component_index].name
         source_name = source.name or source.corpus.directory
         console.print(f"sample {sample_number}: {source_name}, {component_name}", style="bold")
-        for span in stream.get_spans(offset):
+        for span in stream.get_spans(location):
             for line in describe_span(stream, span, tokenizer, None if full_text else SHOWN_CHARS):
                 console.print(f"  {line}")
 
@@ -63,7 +64,7 @@ def _select_samples_of_rank(sample_numbers: Ints, rank: int, num_ranks: int) -> 
 def describe_span(
     stream: WindowStream, span: tuple[int, int], tokenizer: Tokenizer, max_chars: int | None
 ) -> Iterator[str]:
-    """Yield a line for each document of a span (start, length) of corpus tokens: its offset and its text."""
+    """Yield a line for each document in a span (start, length) of tokens: the position and text of its part there."""
     start, length = span
     corpus = stream.corpus
     ids = corpus.read(np.array([start]), length)[0]

@@ -58,7 +58,7 @@ class Objective:
         """Build a batch from windows. `component_ids_B` has the component of each window; empty: the first."""
         ids_B = torch.from_numpy(sample_ids_B)
         sample_hash_B = splitmix64(ids_B ^ self._seed_hash) if self.layout.has_sample_hashes else None
-        if self.is_causal_only:
+        if self.has_plain_windows:
             ids_BW = np.asarray(windows)
             inputs_BS, targets_BS = torch.from_numpy(ids_BW[:, :-1]), torch.from_numpy(ids_BW[:, 1:])
             num_valid_tokens = ids_BW.size - len(ids_BW)
@@ -75,7 +75,7 @@ class Objective:
         return splitmix64(torch.tensor(self.seed))  # cached: it would take a third of the time to build a small batch
 
     @cached_property
-    def is_causal_only(self) -> bool:
+    def has_plain_windows(self) -> bool:
         """Whether a batch has only windows and their next tokens: no masks, prefixes or padding."""
         all_causal = all(spec.name == "causal" for spec, _ in self.components)
         return all_causal and not (

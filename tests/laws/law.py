@@ -226,7 +226,7 @@ def build_samples(config: Config, step: int, indices: range) -> Batch:
         rng = np.random.default_rng(sample)
         window = rng.integers(0, TEXT_IDS - 1, objective.components[component][1].window_tokens)
         windows.append(np.where(rng.random(len(window)) < 0.1, TEXT_IDS - 1, window))
-    if objective.is_causal_only:
+    if objective.has_plain_windows:
         return objective(windows, samples, component_ids)
     token_windows = [
         TokenWindow(

@@ -118,7 +118,9 @@ def balance_losses_are_divided_by_the_number_of_valid_tokens() -> Iterator[Any]:
 
 
 @register_bug
-def the_load_is_that_of_a_microbatch() -> Iterator[Any]:
+def the_load_is_averaged_over_a_microbatch() -> Iterator[Any]:
+    """The load of an expert is its share in a microbatch, where the balance loss needs its share in each sequence."""
+
     def compute_stats_of_microbatch(
         self: MoE, logits_NE: Tensor, scores_NE: Tensor, is_chosen_NE: Tensor, num_sequences: int
     ) -> RouterStats:
@@ -149,6 +151,7 @@ def the_selection_bias_follows_the_counts_of_one_rank() -> Iterator[Any]:
 
 @register_bug
 def the_selection_bias_counts_the_forward_that_infers_shapes() -> Iterator[Any]:
+    """In the first step of a pipeline, an additional forward pass infers the shapes of activations."""
     with patch.object(RouterLog, "pop_latest", lambda self, num_microbatches: pop_latest(self, 1 << 16)):
         yield
 

@@ -132,7 +132,7 @@ def run_budgeted_step(config: Config) -> BudgetReport:
     def record(sizes: ActivationSizes, peak: Callable[[Sequence[int]], int], limit: int, selective: bool) -> Any:
         modes, predicted = choose_modes(sizes, peak, limit, selective)
         _, least = choose_modes(sizes, peak, budget_bytes=-1, selective=selective)
-        all_saved = peak(sizes.bytes_by_model_part(["none"] * len(sizes.blocks)))
+        all_saved = peak(sizes.bytes_by_model_part(["none"] * len(sizes.block_bytes)))
         reports.append(BudgetReport(modes, predicted, peak=0, least=least, all_saved=all_saved))
         return modes, predicted
 
@@ -253,7 +253,7 @@ def measure_saved_bytes(precision: str, compiled: bool) -> dict[RecomputeMode, i
 
     with patch.object(activation_budget, "choose_modes", record):
         engine._fit_activation_budget(engine.to_local_batch(make_batches(config, engine, step=0)[0]), 0)
-    return recorded_sizes[0].blocks[0]
+    return recorded_sizes[0].block_bytes[0]
 
 
 @pytest.mark.parametrize("parallel", [{}, {"pp": 2}], ids=str)

@@ -1,6 +1,7 @@
-"""Reading parameters has no side effect on FSDP modules, and loading weights replaces gathered copies too."""
+"""Reading the parameters of an FSDP model has no side effect. Loading weights also replaces gathered weights."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -33,7 +34,7 @@ def read_after_a_forward(config: Config) -> ParameterAccess:
     (model,) = engine.model_parts
     engine.score(make_batches(config, engine, step=0)[0])
     num_gathered_before = count_gathered(model)
-    with patch.object(FSDPModule, "reshard") as reshard_mock:
+    with patch.object(FSDPModule, "reshard") as reshard_mock:  # count the calls; a real reshard would free the weights
         shards = [parameter for _, parameter in engine.named_parameters()]
         assert len(engine.state.weights()) == len(shards)
     return ParameterAccess(
@@ -60,7 +61,7 @@ def test_reading_parameters_has_no_side_effect() -> None:
 def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
     """Load zero weights into an engine that has computed a score before; return the mean loss of the next score.
 
-    `bug` plants a bug: the weights that the first score gathered stay in use.
+    With `bug`, reshard does nothing, so the weights that the first score gathered stay in use.
     """
     engine = NativeEngine(config, torch.device("cpu"))
     batch = make_batches(config, engine, step=0)[0]
@@ -68,14 +69,18 @@ def load_zeros_after_a_forward(config: Config, bug: bool) -> float:
     state = engine.state
     for tensor in state.weights().values():
         to_local(tensor).zero_()
-    with patch.object(FSDPModule, "reshard") if bug else patch.object(FSDPModule, "unused", create=True):
+    # `after_load` calls reshard to free the gathered weights. The mock does nothing.
+    with patch.object(FSDPModule, "reshard") if bug else nullcontext():
         state.after_load()
     return float(engine.score(batch).sum() / batch.num_valid_tokens)
 
 
 @pytest.mark.parametrize("bug", [False, True], ids=["correct", "gathered weights stay in use"])
 def test_weights_loaded_after_a_forward_are_used(bug: bool) -> None:
-    """A rewind loads weights after an evaluation. With zero weights the loss is that of a uniform distribution."""
+    """A rewind loads weights after an evaluation. With zero weights the loss is that of a uniform distribution.
+
+    With the planted bug, the loss must be another one.
+    """
     config = make_config(ranks=2)
     for loss in get_world(2).run(load_zeros_after_a_forward, config, bug):
         is_uniform = abs(loss - math.log(config.model.vocab_size)) < 1e-5

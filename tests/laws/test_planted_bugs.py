@@ -1,6 +1,16 @@
-"""Each planted bug of bugs.py makes the comparison with one process fail, on a layout that the bug affects.
+"""Each planted bug makes the comparison with one process fail, on a layout that the bug affects.
 
-The comparison is that of law.py: a parallel layout must compute the same training steps as one process.
+The bugs are in bugs.py, moe_bugs.py and window_bugs.py. The comparison is that of law.py: a parallel layout must
+compute the same training steps as one process. Layouts name their model, which has what the bug affects:
+
+    tied              the head has the weight of the embedding
+    encoder_decoder   two stacks share the embedding
+    bounded           QK norm, a logit cap and stochastic depth
+    olmo              a QK norm over all heads of a layer, and layers with different windows and RoPE
+    bloom             ALiBi, with a slope per head
+    sinks_and_gates   attention sinks and output gates, per head
+    windows, gemma    sliding windows. With cp, a chunk needs the tokens before it that its windows reach: its halo
+    moe, deepseek     experts; deepseek also has a selection bias, a shared expert and groups of experts
 """
 
 import pytest
@@ -86,7 +96,7 @@ LAYOUT_OF_BUG = {
             "balance_losses_are_divided_by_the_number_of_microbatches",
             "balance_losses_are_means_over_the_sequences_of_a_rank",
             "balance_losses_are_divided_by_the_number_of_valid_tokens",
-            "the_load_is_that_of_a_microbatch",
+            "the_load_is_averaged_over_a_microbatch",
             "outputs_of_experts_are_weighted_twice",
             "received_rows_are_not_sorted_by_expert",
             "outputs_return_to_other_tokens",
@@ -119,8 +129,8 @@ LAYOUT_OF_BUG = {
     "shared_experts_are_left_out": Layout(ranks=2, parallel={"tp": 2}, model="deepseek"),
     "groups_of_experts_do_not_limit_the_choice": Layout(ranks=2, parallel={"dp_shard": 2, "ep": 2}, model="deepseek"),
 }
-# Distinct layouts by name. The name contains the microbatch size, which `str(layout)` omits.
-LAYOUT_OF_NAME = {layout.name: layout for layout in LAYOUT_OF_BUG.values()}
+# The layouts of all bugs, each once, by name. The name contains the microbatch size, which `str(layout)` omits.
+DISTINCT_LAYOUTS = {layout.name: layout for layout in LAYOUT_OF_BUG.values()}
 OPTIMIZER_BUG_NAMES = {  # tested in test_optimizers.py and test_param_groups.py
     "parameter_groups_ignore_their_learning_rate",
     "tensor_parallel_parameters_are_not_frozen",
@@ -131,11 +141,14 @@ OPTIMIZER_BUG_NAMES = {  # tested in test_optimizers.py and test_param_groups.py
     "momentum_is_kept_on_the_first_rank_only",
     "stochastic_rounding_depends_on_the_local_index",
 }
-MESSAGES = (
-    "off by",  # most bugs: a loss, norm, gradient or parameter deviates from one process
-    "differ",  # a reduction over ranks is missing: values that several ranks must agree on are not equal
-    "loss denominators",  # loss_is_averaged_over_padding, all_ranks_read_the_same_samples
-    # weights_stay_gathered_after_the_last_backward, if the version of torch leaves a rank without gradients:
+MESSAGES = (  # one of these must be in the error of a planted bug
+    # A loss, norm, gradient or parameter is not that of one process. Most bugs have this effect.
+    "off by",
+    # Ranks have different values where all must have the same. This happens if a reduction over ranks is missing.
+    "differ",
+    # The number of valid tokens is wrong: loss_is_averaged_over_padding, all_ranks_read_the_same_samples.
+    "loss denominators",
+    # weights_stay_gathered_after_the_last_backward: which message appears depends on the version of torch.
     "gradients:",
     "parameters:",
     "Tensor list must have at least one tensor",
@@ -158,7 +171,7 @@ def test_a_planted_bug_is_detected(name: str) -> None:
         assert_matches_one_process(LAYOUT_OF_BUG[name], optim=CLIPPED_SGD, steps=2, bug=name)
 
 
-@pytest.mark.parametrize("layout", LAYOUT_OF_NAME.values(), ids=LAYOUT_OF_NAME)
+@pytest.mark.parametrize("layout", DISTINCT_LAYOUTS.values(), ids=DISTINCT_LAYOUTS)
 def test_the_layouts_of_the_bugs_match_one_process_without_a_bug(layout: Layout) -> None:
     assert_matches_one_process(layout, optim=CLIPPED_SGD, steps=2)
 

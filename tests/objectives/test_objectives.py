@@ -309,7 +309,7 @@ def test_causal_batch_equals_shifted_windows():
     objective = make_objective()
     windows = np.stack([make_text(33, seed) for seed in range(4)])
     batch = objective(windows, np.arange(4))
-    assert objective.is_causal_only
+    assert objective.has_plain_windows
     assert batch.mask.is_trivial
     assert np.array_equal(batch.inputs_BS, windows[:, :-1])
     assert np.array_equal(batch.targets_BS, windows[:, 1:])

@@ -10,7 +10,7 @@ from dist_llm.config.schema import Config
 GPT2 = "positions=learned norm=layernorm activation=gelu bias=true tie_embeddings=true"
 LLAMA = "positions=rope norm=rmsnorm activation=swiglu"
 # Each name has keys of the section `model`, then of `data`. The vocabulary of GPT-2 is padded, as in nanoGPT.
-MODELS = {
+NAMED_MODELS = {
     "gpt2-cpu": (f"{GPT2} d_model=384 n_layers=6 n_heads=6 vocab_size=8192", "global_batch=8 seq_len=256"),
     "llama-cpu": (
         f"{LLAMA} d_model=512 n_layers=8 n_heads=8 n_kv_heads=4 vocab_size=32000",
@@ -35,9 +35,9 @@ MODELS = {
 }
 
 
-def make_config(name: str, overrides: Sequence[str] = (), ranks: int = 1) -> Config:
+def make_named_config(name: str, overrides: Sequence[str] = (), ranks: int = 1) -> Config:
     """Resolve the config of a named model for `ranks` ranks; raises ConfigError if the overrides do not fit."""
-    model_keys, data_keys = MODELS[name]
+    model_keys, data_keys = NAMED_MODELS[name]
     keys = [f"model.{key}" for key in model_keys.split()] + [f"data.{key}" for key in data_keys.split()]
     config, problems = load_config(None, ["run.dir=unused", "run.steps=1000", "data.path=unused", *keys, *overrides])
     raise_violations(problems)
