@@ -56,9 +56,9 @@ class Run:
 
 
 RUNS = (
-    Run("pre-norm, warm-up", ("model.norm_order=pre", WARMUP), "C0"),
+    Run("pre-norm, warmup", ("model.norm_order=pre", WARMUP), "C0"),
     Run("pre-norm, none", ("model.norm_order=pre", NO_WARMUP), "C0", dashed=True),
-    Run("post-norm, warm-up", ("model.norm_order=post", "model.init=xavier", WARMUP), "C1"),
+    Run("post-norm, warmup", ("model.norm_order=post", "model.init=xavier", WARMUP), "C1"),
     Run("post-norm, none", ("model.norm_order=post", "model.init=xavier", NO_WARMUP), "C1", dashed=True),
     Run("post-norm, none, depth-scaled", ("model.norm_order=post", "model.init=depth", NO_WARMUP), "C2", dashed=True),
     Run(
@@ -100,7 +100,7 @@ def train_run(run: Run, scratch: Path, corpus: Path, overrides: list[str]) -> li
 
 
 def plot(evaluations: list[list[dict[str, Any]]], file: Path) -> None:
-    """Plot held-out losses over steps; runs without warm-up are dashed."""
+    """Plot held-out losses over steps; runs without warmup are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,7 +148,7 @@ def make_page(evaluations: list[list[dict[str, Any]]]) -> str:
         *KEYS[:13],
         "```",
         "",
-        f"The runs with warm-up have `{WARMUP}`. The initial values are `model.init=gpt2` in pre-norm",
+        f"The runs with warmup have `{WARMUP}`. The initial values are `model.init=gpt2` in pre-norm",
         "runs, `depth` and `tfixup` in the runs with depth-scaled and T-Fixup values, and `xavier` in the other two",
         "post-norm runs.",
         "",

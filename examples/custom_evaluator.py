@@ -1,4 +1,4 @@
-"""Measure something of your own in a run: how often the model prefers the true continuation of a text to a wrong one.
+"""Add a metric of your own to a run: how often the model prefers the true continuation of a text to a wrong one.
 
     python examples/custom_evaluator.py --corpus data/stdlib
     torchrun --nproc-per-node 2 examples/custom_evaluator.py --corpus data/stdlib parallel.tp=2
@@ -23,9 +23,9 @@ from dist_llm.training.callback import Callback, TrainingState
 
 
 class ContinuationAccuracy:
-    """An evaluator: the share of held-out windows whose second half is more likely than that of another window.
+    """An evaluator: the share of held-out windows whose own second half is more likely than that of another window.
 
-    A model without knowledge reaches 0.5. `max_windows` is the number of windows at most.
+    It evaluates at most `max_windows` windows. An untrained model reaches about 0.5.
     """
 
     metric_names = ("continuation_accuracy",)
@@ -40,28 +40,30 @@ class ContinuationAccuracy:
         windows = torch.from_numpy(corpus.read(np.arange(num_windows) * seq_len, seq_len + 1).astype(np.int64))
         wrong_windows = windows.clone()
         wrong_windows[:, seq_len // 2 + 1 :] = windows[:, seq_len // 2 + 1 :].roll(1, dims=0)
-        is_correct = self._score(state, windows) < self._score(state, wrong_windows)
+        # The more likely continuation has the lower loss.
+        is_correct = self._compute_losses(state, windows) < self._compute_losses(state, wrong_windows)
         return {"continuation_accuracy": float(is_correct.double().mean())}
 
-    def _score(self, state: TrainingState, windows: torch.Tensor) -> torch.Tensor:
+    def _compute_losses(self, state: TrainingState, windows: torch.Tensor) -> torch.Tensor:
         """Return the loss of the second half of each window, [windows], on all ranks.
 
-        Each data-parallel rank scores some of the windows. All ranks run equally many batches, because a sharded model
-        needs all ranks in each forward pass: window 0 fills the last batches, and its loss is not counted again.
+        Each data-parallel rank scores some of the windows. A forward pass of a sharded model needs all ranks, so all
+        ranks run the same number of batches. If no window is left, window 0 fills the batch, and its loss is ignored.
         """
-        engine, rows = state.engine, state.config.data.micro_batch
+        engine, micro_batch = state.engine, state.config.data.micro_batch
         dp_rank, dp_size = engine.dp_rank_and_size
         losses = torch.zeros(len(windows), dtype=torch.float64, device=engine.device)
-        for start in range(0, len(windows), rows * dp_size):
-            window_ids = start + dp_rank * rows + torch.arange(rows)
-            is_window = window_ids < len(windows)
-            tokens = windows[window_ids.where(is_window, 0)]
+        for start in range(0, len(windows), micro_batch * dp_size):
+            window_ids = start + dp_rank * micro_batch + torch.arange(micro_batch)
+            has_window = window_ids < len(windows)
+            tokens = windows[window_ids.where(has_window, 0)]
             targets = tokens[:, 1:].clone()
             targets[:, : targets.shape[1] // 2] = IGNORE_INDEX
+            # `score` returns the loss of each sequence: the sum over its targets.
             losses_B = engine.score(engine.to_local_batch(Batch.build(tokens[:, :-1], targets, CAUSAL)))
-            losses[window_ids[is_window]] = losses_B[is_window].double()
+            losses[window_ids[has_window]] = losses_B[has_window].double()
             state.heartbeat("the accuracy of continuations")
-        return engine.all_reduce_over_loss_axes(losses)  # over the ranks that score other windows, or other tokens
+        return engine.all_reduce_over_loss_axes(losses)  # the ranks score different windows, or tokens
 
 
 class BestAccuracy(Callback):

@@ -76,7 +76,7 @@ def test_help_config_searches_names_and_descriptions(capsys):
     assert out.startswith("optim: optimizer\n  optim.muon_momentum\n      float; default: 0.95\n      muon: Nesterov")
     assert "optim.lr" not in out
     assert cli.main(["train", "--help-config", "sources"]) == 0
-    assert "  data.sources.*.weight\n" in capsys.readouterr().out, "the keys of the entries of a list are missing"
+    assert "  data.sources.*.weight\n" in capsys.readouterr().out, "the keys of the entries of a list must be listed"
     assert cli.main(["train", "--help-config", "no such key"]) == 2
     assert "no key contains 'no such key'" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import AliasChoices, Field, TypeAdapter
 from torch import Tensor, nn, optim
 
-from dist_llm.config.section import Count
+from dist_llm.config.section import NonNegativeInt
 from dist_llm.errors import CheckpointError
 from dist_llm.optim.loss_scale import LossScale
 
@@ -32,9 +32,9 @@ class GuardState:
 class Progress:
     """The progress of a run, saved as progress.json."""
 
-    step: Count = 0  # completed optimizer steps
-    samples: Count = 0  # number of the next sample
-    tokens: Count = 0  # valid tokens of all steps
+    step: NonNegativeInt = 0  # completed optimizer steps
+    samples: NonNegativeInt = 0  # number of the next sample
+    tokens: NonNegativeInt = 0  # valid tokens of all steps
     source_tokens: dict[str, int] = field(default_factory=dict)  # valid tokens by data source, if there are several
     loss_scale: LossScale | None = None  # dynamic loss scale of fp16
     heldout_loss: float | None = None  # result of an evaluation at this step, in nats per token

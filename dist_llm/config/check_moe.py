@@ -24,6 +24,11 @@ def check_moe(config: UnresolvedConfig) -> Iterator[Violation]:
                 (key, f"{SECTION}.name"),
                 f"{size} is not a multiple of {GROUPED_WIDTH_MULTIPLE}, which grouped matrix products need",
             )
+    yield from _check_other_keys(config)
+
+
+def _check_other_keys(config: UnresolvedConfig) -> Iterator[Violation]:
+    """Yield a violation for each key outside of the section whose value does not support experts."""
     if config.model.architecture != "decoder":
         yield Violation(
             (f"{SECTION}.name", "model.architecture"),

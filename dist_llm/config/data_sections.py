@@ -1,19 +1,23 @@
-"""The config section `data`, as a user writes it and with derived sizes, and the entries of its lists."""
+"""The config section `data`: the keys that a user writes, the same keys with derived values, and the entries of lists.
+
+A sample is one training example, and its window is the tokens that it reads from a corpus. The objective turns the
+window into a sequence, which is one row of a batch. So a batch has as many sequences as samples.
+"""
 
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from dist_llm.config.section import (
-    UNSET,
-    Count,
-    DerivedCount,
-    Interval,
-    NonNegative,
-    Positive,
+    ZERO_TO_NULL,
+    DerivedPositiveInt,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     RenamedKey,
     Section,
+    StepInterval,
     key,
 )
 
@@ -25,17 +29,17 @@ class SourceConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] = key("name in metrics and weights")
     path: str = key("see data.path")
-    weight: Annotated[PositiveFloat | None, UNSET] = key("share of the samples; null: use epochs", None)
+    weight: Annotated[PositiveFloat | None, ZERO_TO_NULL] = key("share of the samples; null: use epochs", None)
     epochs: PositiveFloat = key(
-        "if no source has a weight: passes over this source, relative to the passes over other sources", 1.0
+        "if no source has a weight: passes over this source, for one pass over a source with epochs 1", 1.0
     )
 
 
 class StageConfig(Section):
     """Source weights that apply after a number of training tokens."""
 
-    from_tokens: Positive = key("number of tokens after which these weights apply")
-    weights: dict[str, NonNegative] = key("weight of each source, by name; 0: no samples of the source")
+    from_tokens: PositiveInt = key("number of tokens after which these weights apply")
+    weights: dict[str, NonNegativeFloat] = key("weight of each source, by name; 0: no samples of the source")
 
 
 class UnresolvedDataConfig(Section):
@@ -53,9 +57,9 @@ class UnresolvedDataConfig(Section):
         "source weights that change during the run: from_tokens and weights by source name", ()
     )
     cache: str = key("directory for downloaded shards, one copy per content; nothing is ever removed", CACHE)
-    seq_len: Positive = key("tokens per training sequence")
-    global_batch: Positive = key("sequences per optimizer step, over all ranks")
-    micro_batch: DerivedCount = key(
+    seq_len: PositiveInt = key("tokens per training sequence")
+    global_batch: PositiveInt = key("sequences per optimizer step, over all ranks")
+    micro_batch: DerivedPositiveInt = key(
         "sequences per forward pass of one rank; null: all sequences of the rank at once", None
     )
     order: Literal["shuffle", "random"] = key(
@@ -75,21 +79,22 @@ class UnresolvedDataConfig(Section):
     verify: Literal["size", "hash"] = key(
         "check of the shards at the start: compare sizes, or read all bytes and compare hashes", "size"
     )
-    prefetch: Count = key("number of steps whose batches a thread prepares in advance; 0: none", 2)
-    skip: Annotated[tuple[Annotated[tuple[Count, Count], Field(strict=False)], ...], Field(strict=False)] = key(
-        "ranges [from, to) of sample numbers to leave out, for example the samples of a loss spike", ()
-    )
+    prefetch: NonNegativeInt = key("number of steps whose batches a thread prepares in advance; 0: none", 2)
+    skip: Annotated[
+        tuple[Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)], ...], Field(strict=False)
+    ] = key("ranges [from, to) of sample numbers to leave out, for example the samples of a loss spike", ())
     on_change: Literal["refuse", "new_segment"] = key(
-        "resume with another corpus, seed, window or objective: refuse, or continue with the new data from this step",
+        "if a resumed run has another corpus, seed, window or objective: refuse to resume; or new_segment: use the new "
+        "data from this step on",
         "refuse",
     )
-    audit_every: Interval = key(
+    audit_every: StepInterval = key(
         "steps between checks that the ranks read the planned samples; a sample read twice or not at all ends the run",
         100,
     )
 
 
 class DataConfig(UnresolvedDataConfig):
-    """The section `data` with all sizes."""
+    """The section `data` of a run. Values that depend on the number of ranks are set."""
 
-    micro_batch: Positive
+    micro_batch: PositiveInt

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, Tag
 
 from dist_llm.config.section import (
-    Count,
-    NonNegative,
-    Positive,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     PositiveWidth,
     Section,
     key,
@@ -33,9 +33,11 @@ class MoEConfig(Section):
 
     name: Literal["moe"] = key(KIND, "moe")
     n_experts: Experts = key("number of experts of a layer")
-    top_k: Positive = key("number of experts that the router chooses for each token")
+    top_k: PositiveInt = key("number of experts that the router chooses for each token")
     d_expert: PositiveWidth = key("hidden size of one expert")
-    n_shared_experts: Count = key("number of experts that all tokens use, besides the chosen ones (DeepSeekMoE)", 0)
+    n_shared_experts: NonNegativeInt = key(
+        "number of experts that all tokens use, besides the chosen ones (DeepSeekMoE)", 0
+    )
     score: Literal["softmax", "sigmoid"] = key("function that turns router logits into scores", "softmax")
     normalize_weights: bool = key(
         "divide the scores of the chosen experts by their sum; with softmax this equals a softmax over the chosen "
@@ -44,21 +46,21 @@ class MoEConfig(Section):
     )
     weight_scale: PositiveFloat = key("factor of the weights of the chosen experts (DeepSeek-V3: 2.5)", 1.0)
     router_bias: bool = key("bias of the router logits (gpt-oss)", False)
-    n_groups: Positive = key("number of groups of experts; above 1, a token chooses experts in top_groups groups", 1)
-    top_groups: Positive = key("number of groups that a token may choose from (DeepSeek-V3: 4 of 8)", 1)
-    balance_loss: NonNegative = key("coefficient of the loss that balances the load of the experts", 0.0)
+    n_groups: PositiveInt = key("number of groups of experts; above 1, a token chooses experts in top_groups groups", 1)
+    top_groups: PositiveInt = key("number of groups that a token may choose from (DeepSeek-V3: 4 of 8)", 1)
+    balance_loss: NonNegativeFloat = key("coefficient of the loss that balances the load of the experts", 0.0)
     balance_over: Literal["sequence", "previous_step"] = key(
         "balance_loss: the tokens whose choices define the load: those of the same sequence (DeepSeek-V3), or those "
         "of the whole previous step",
         "sequence",
     )
-    router_z_loss: NonNegative = key("coefficient of log(Z)^2 of the router logits (ST-MoE)", 0.0)
+    router_z_loss: NonNegativeFloat = key("coefficient of log(Z)^2 of the router logits (ST-MoE)", 0.0)
     selection_bias: bool = key(
         "add a bias per expert to the scores for the choice, not for the weights; each step changes it by "
         "selection_bias_rate towards a balanced load (DeepSeek-V3)",
         False,
     )
-    selection_bias_rate: NonNegative = key("change of the selection bias per optimizer step", 0.001)
+    selection_bias_rate: NonNegativeFloat = key("change of the selection bias per optimizer step", 0.001)
 
 
 class RegisteredConfig(Section):

@@ -11,14 +11,14 @@ from dist_llm.config.rope_sections import RopeScaling
 from dist_llm.config.section import (
     MAX_IDS,
     MAX_LAYERS,
-    UNSET,
+    ZERO_TO_NULL,
     DerivedFloat,
     DerivedWidth,
     Fraction,
-    Interval,
     Limit,
-    Positive,
     PositiveFloat,
+    PositiveInt,
+    PositiveIntOrOff,
     PositiveWidth,
     Section,
     Share,
@@ -41,16 +41,16 @@ class SizeKeys(Section):
     )
     d_model: PositiveWidth = key("width of the residual stream")
     n_layers: Layers = key("number of blocks; encoder_decoder: blocks of the decoder")
-    n_encoder_layers: Annotated[Layers | None, UNSET] = key(
+    n_encoder_layers: Annotated[Layers | None, ZERO_TO_NULL] = key(
         "encoder_decoder: blocks of the encoder; null: n_layers", None
     )
-    vocab_size: Annotated[IDs | None, UNSET] = key(
+    vocab_size: Annotated[IDs | None, ZERO_TO_NULL] = key(
         "vocabulary size; null: token ids of the tokenizer of the corpus, plus special tokens of the objective", None
     )
     vocab_multiple: PositiveWidth = key(
         "pad the embedding to a multiple of this many rows; padding is never predicted", 64
     )
-    max_seq_len: Annotated[IDs | None, UNSET] = key(
+    max_seq_len: Annotated[IDs | None, ZERO_TO_NULL] = key(
         "maximum sequence length in tokens (rows of learned positions); null: data.seq_len", None
     )
 
@@ -85,7 +85,7 @@ class LayerKeys(Section):
     rope_theta: PositiveFloat = key("rope: base of the rotary frequencies", 10_000.0)
     rotary_fraction: Share = key("rope: share of the dimensions of a head that rotate (GPT-NeoX, Phi)", 1.0)
     rope_scaling: RopeScaling | None = key("rope: frequencies for long contexts; null: unchanged", None)
-    window: Interval = key(
+    window: PositiveIntOrOff = key(
         "sliding-window attention: a query attends to itself and to the window - 1 tokens before it (Mistral); off: "
         "to all tokens",
         None,
@@ -130,7 +130,7 @@ class StackKeys(Section):
     """The keys of `model` that are the same for all layers."""
 
     relative_buckets: PositiveWidth = key("relative: number of distance buckets, logarithmic for large distances", 32)
-    relative_distance: Positive = key("relative: distance from which all positions share the last bucket", 128)
+    relative_distance: PositiveInt = key("relative: distance from which all positions share the last bucket", 128)
     norm: Literal["rmsnorm", "layernorm"] = key("normalization layer", "rmsnorm")
     norm_eps: PositiveFloat = key("epsilon of the normalization layers", 1e-5)
     norm_order: Literal["pre", "post", "sandwich", "reordered"] = key(

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field, Tag
 
 from dist_llm.config.section import (
-    Count,
-    DerivedCount,
+    DerivedPositiveInt,
     Fraction,
     Limit,
-    NonNegative,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     Section,
     key,
@@ -30,7 +30,7 @@ class ParamGroup(Section):
         "matches its name"
     )
     lr_mult: PositiveFloat = key("factor of the learning rate", 1.0)
-    weight_decay_mult: NonNegative = key("factor of the weight decay; norms and biases never decay", 1.0)
+    weight_decay_mult: NonNegativeFloat = key("factor of the weight decay; norms and biases never decay", 1.0)
     freeze: bool = key("do not train the parameters: no gradients, no optimizer state, no weight decay", False)
 
 
@@ -39,7 +39,7 @@ class OptimKeys(Section):
 
     name: str = key(OPTIMIZER)
     lr: PositiveFloat = key("peak learning rate", 3e-4)
-    weight_decay: NonNegative = key("decoupled weight decay (sgd: coupled)", 0.1)
+    weight_decay: NonNegativeFloat = key("decoupled weight decay (sgd: coupled)", 0.1)
     decay_embeddings: bool = key("also apply weight decay to embeddings; norms and biases never decay", False)
     clip: Limit = key("maximum global gradient norm", 1.0)
     groups: Annotated[tuple[ParamGroup, ...], Field(strict=False)] = key(
@@ -87,13 +87,13 @@ class ScheduleKeys(Section):
     """The keys of all schedules."""
 
     name: str = key(SCHEDULE)
-    warmup_steps: Count = key("steps of linear warmup from 0 to optim.lr", 0)
+    warmup_steps: NonNegativeInt = key("steps of linear warmup from 0 to optim.lr", 0)
 
 
 class DecayKeys(ScheduleKeys):
     """The keys of schedules that reach their minimum at a given step."""
 
-    decay_steps: DerivedCount = key("step at which the decay reaches min_ratio; null: run.steps", None)
+    decay_steps: DerivedPositiveInt = key("step at which the decay reaches min_ratio; null: run.steps", None)
     min_ratio: Ratio = key("final learning rate as a share of optim.lr", 0.1)
     on_extend: Literal["keep", "replan"] = key(
         "resume with another run.steps while decay_steps is null: keep the planned decay (the rate then stays at its "

@@ -4,19 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dist_llm.config.section import ALL_RANKS, Limit, Positive, Section, key
+from dist_llm.config.section import ALL_RANKS, Limit, PositiveInt, Section, key
 
 
 class UnresolvedParallelConfig(Section):
     """The keys of `parallel` as a user writes them."""
 
-    dp_replicate: Positive = key("data-parallel replicas, each with a full copy of the (sharded) model", 1)
-    dp_shard: Annotated[Positive | None, ALL_RANKS] = key(
+    dp_replicate: PositiveInt = key("data-parallel replicas, each with a full copy of the (sharded) model", 1)
+    dp_shard: Annotated[PositiveInt | None, ALL_RANKS] = key(
         "FSDP2 sharding degree within a replica; null: all ranks that the other dimensions leave", None
     )
-    cp: Positive = key("context-parallel degree: each rank has a part of every sequence", 1)
-    tp: Positive = key("tensor-parallel degree: each rank has some heads, hidden units and vocabulary rows", 1)
-    ep: Positive = key(
+    cp: PositiveInt = key("context-parallel degree: each rank has a part of every sequence", 1)
+    tp: PositiveInt = key("tensor-parallel degree: each rank has some heads, hidden units and vocabulary rows", 1)
+    ep: PositiveInt = key(
         "expert-parallel degree of a mixture of experts: each of ep neighboring ranks has some experts. It divides "
         "dp_shard x cp x tp, and is not a factor of the number of ranks",
         1,
@@ -26,7 +26,7 @@ class UnresolvedParallelConfig(Section):
         "host waits once per layer, or always as many as could be needed, with padding (not run on a GPU)",
         "exact",
     )
-    pp: Positive = key("pipeline-parallel degree: each rank has some of the layers", 1)
+    pp: PositiveInt = key("pipeline-parallel degree: each rank has some of the layers", 1)
     reshard: Literal["default", "always", "never"] = key(
         "free gathered weights after forward; default: in all blocks but the last, and never under pp", "default"
     )
@@ -66,4 +66,4 @@ class UnresolvedParallelConfig(Section):
 class ParallelConfig(UnresolvedParallelConfig):
     """The section `parallel` with the size of each mesh dimension."""
 
-    dp_shard: Positive = 1
+    dp_shard: PositiveInt = 1

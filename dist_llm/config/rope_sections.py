@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag
 
-from dist_llm.config.section import Positive, PositiveFloat, Section, key, select_by_name
+from dist_llm.config.section import PositiveFloat, PositiveInt, Section, key, select_by_name
 
 SCALING = "how the rotary frequencies are changed for long contexts"
 FACTOR = "the frequencies are divided by this factor"
@@ -27,8 +27,8 @@ class DynamicScaling(Section):
 
     name: Literal["dynamic"] = key(SCALING, "dynamic")
     factor: PositiveFloat = key(FACTOR)
-    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
-    length: Positive | None = key(LENGTH, None)
+    original_max_seq_len: PositiveInt = key(ORIGINAL_LENGTH)
+    length: PositiveInt | None = key(LENGTH, None)
 
 
 class Llama3Scaling(Section):
@@ -36,7 +36,7 @@ class Llama3Scaling(Section):
 
     name: Literal["llama3"] = key(SCALING, "llama3")
     factor: PositiveFloat = key(FACTOR)
-    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
+    original_max_seq_len: PositiveInt = key(ORIGINAL_LENGTH)
     low_freq_factor: PositiveFloat = key(
         "frequencies with fewer turns in the original context are divided by factor", 1.0
     )
@@ -48,7 +48,7 @@ class YarnScaling(Section):
 
     name: Literal["yarn"] = key(SCALING, "yarn")
     factor: PositiveFloat = key(FACTOR)
-    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
+    original_max_seq_len: PositiveInt = key(ORIGINAL_LENGTH)
     beta_fast: PositiveFloat = key("frequencies with more turns in the original context do not change", 32.0)
     beta_slow: PositiveFloat = key("frequencies with fewer turns in the original context are divided by factor", 1.0)
     truncate: bool = key("round the limits of the changed frequencies to integers (gpt-oss does not)", True)
@@ -63,8 +63,8 @@ class LongropeScaling(Section):
     name: Literal["longrope"] = key(SCALING, "longrope")
     short_factors: Factors = key("divisor of each frequency, for a length up to original_max_seq_len")
     long_factors: Factors = key("divisor of each frequency, for a greater length")
-    original_max_seq_len: Positive = key(ORIGINAL_LENGTH)
-    length: Positive | None = key(LENGTH, None)
+    original_max_seq_len: PositiveInt = key(ORIGINAL_LENGTH)
+    length: PositiveInt | None = key(LENGTH, None)
     attention_factor: PositiveFloat | None = key(
         "factor of the rotated queries and keys; null: sqrt(1 + ln(s) / ln(original_max_seq_len)) with s = "
         "model.max_seq_len / original_max_seq_len",

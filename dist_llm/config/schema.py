@@ -18,17 +18,17 @@ from dist_llm.config.objective_sections import CausalSpec, ObjectiveConfig
 from dist_llm.config.optim_sections import AdamWConfig, CosineConfig, OptimConfig, ScheduleConfig
 from dist_llm.config.parallel_section import ParallelConfig, UnresolvedParallelConfig
 from dist_llm.config.section import (
-    Count,
-    DerivedCount,
     DerivedFloat,
+    DerivedPositiveInt,
     Fraction,
-    Interval,
     Limit,
-    NonNegative,
-    Positive,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
+    PositiveInt,
     Section,
     Seed,
+    StepInterval,
     key,
 )
 
@@ -45,7 +45,7 @@ class KnownNames:
 
 class RunConfig(Section):
     dir: str = key("run directory, with config, metrics, logs and checkpoints; a run resumes if it has a checkpoint")
-    steps: Positive = key("total number of optimizer steps, including those before a resume")
+    steps: PositiveInt = key("total number of optimizer steps, including those before a resume")
     seed: Seed = key("seed of initial weights, sample order and dropout", 0)
     hang_seconds: Limit = key(
         "watchdog timeout in seconds: if no step completes in this time, abort and report the stalled rank; 10 "
@@ -61,7 +61,9 @@ class RunConfig(Section):
 
 class LossConfig(Section):
     label_smoothing: Fraction = key("share of the target probability that is spread over the vocabulary", 0.0)
-    z_loss: NonNegative = key("weight of the squared log-partition function, which keeps logits from drifting", 0.0)
+    z_loss: NonNegativeFloat = key(
+        "weight of the squared log-partition function, which keeps logits from drifting", 0.0
+    )
 
 
 class DeepSpeedConfig(Section):
@@ -80,11 +82,11 @@ class AccelerateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: Interval = key("steps between checkpoints; off: only at the end", 500)
+    every: StepInterval = key("steps between checkpoints; off: only at the end", 500)
     dir: str = key("checkpoint directory, a path or a URL for fsspec (s3://...); empty: run.dir/checkpoints", "")
-    keep: Positive = key("number of newest checkpoints to keep", 2)
-    keep_every: Interval = key("also keep every checkpoint whose step is a multiple of this number", None)
-    keep_best: Count = key("also keep this many checkpoints with the lowest held-out loss", 0)
+    keep: PositiveInt = key("number of newest checkpoints to keep", 2)
+    keep_every: StepInterval = key("also keep every checkpoint whose step is a multiple of this number", None)
+    keep_best: NonNegativeInt = key("also keep this many checkpoints with the lowest held-out loss", 0)
     probe: Literal["refuse", "warn"] = key(
         "if the loss of a small fixed batch differs between save and load by more than rounding: refuse to start, or "
         "warn",
@@ -113,21 +115,23 @@ class GuardConfig(Section):
     window: Annotated[int, Field(ge=4)] = key(
         "number of recent losses to compare with; spikes are not detected before so many steps", 128
     )
-    skip_steps: Count = key(
+    skip_steps: NonNegativeInt = key(
         "rewind: number of steps whose samples are left out, the bad step last; 0: none, if the hardware is the cause",
         1,
     )
-    budget: Count = key("number of bad steps that may be skipped or rewound in a run; one more ends the run", 10)
+    budget: NonNegativeInt = key(
+        "number of bad steps that may be skipped or rewound in a run; one more ends the run", 10
+    )
     corrupt: Literal["stop", "rewind"] = key(
         "if ranks that must have equal values differ: stop the run, or rewind to the newest checkpoint and repeat the "
         "same samples",
         "stop",
     )
-    digest_every: Interval = key(
+    digest_every: StepInterval = key(
         "steps between comparisons of digests of replicated weights; each checkpoint is also preceded by one",
         100,
     )
-    replay_every: Interval = key(
+    replay_every: StepInterval = key(
         "engine: native, no dropout: steps between checks in which each data rank also computes the batch of its "
         "neighbor, and the results must agree; a check costs two steps",
         None,
@@ -135,14 +139,14 @@ class GuardConfig(Section):
 
 
 class EvalConfig(Section):
-    every: Interval = key("steps between evaluations on held-out text; off: only at the end", None)
-    windows: DerivedCount = key("number of held-out windows per evaluation; null: all", None)
+    every: StepInterval = key("steps between evaluations on held-out text; off: only at the end", None)
+    windows: DerivedPositiveInt = key("number of held-out windows per evaluation; null: all", None)
     sample_prompt: str = key("prompt of the generated sample in TensorBoard at each evaluation; empty: none", "")
-    sample_tokens: Positive = key("number of tokens of the generated sample", 64)
+    sample_tokens: PositiveInt = key("number of tokens of the generated sample", 64)
 
 
 class LogConfig(Section):
-    every: Positive = key(
+    every: PositiveInt = key(
         "steps between progress lines; the metrics of all steps since the last line are written at the same time, with "
         "one device synchronization",
         10,

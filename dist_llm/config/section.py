@@ -14,18 +14,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 # Limits of the sizes of a model. A larger value means that the config is damaged.
 MAX_WIDTH, MAX_LAYERS, MAX_IDS = 1 << 24, 10_000, 1 << 31
 MIXTURE = "mixture"  # tag of the member that is a mixture of objectives, and the key that selects this member
-Positive = Annotated[int, Field(ge=1, le=1 << 48)]
-Count = Annotated[int, Field(ge=0, le=1 << 48)]
+PositiveInt = Annotated[int, Field(ge=1, le=1 << 48)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=1 << 48)]
 PositiveWidth = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # fits into an int64
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
-def _unset_to_none(value: Any) -> Any:
+def _zero_to_none(value: Any) -> Any:
     return None if value == 0 and not isinstance(value, bool) else value
 
 
@@ -38,14 +38,15 @@ def _off_to_none(value: Any) -> Any:
 
 
 # Version 0.1.0 used 0 and -1 instead of null and off. `load_config` still accepts them, with a message.
-UNSET = BeforeValidator(_unset_to_none)  # null: the value is derived from other keys
+ZERO_TO_NULL = BeforeValidator(_zero_to_none)  # null: the value comes from other keys
 ALL_RANKS = BeforeValidator(_all_ranks_to_none)  # null: all ranks that the other dimensions leave
 OFF = BeforeValidator(_off_to_none)  # off or null: never, none or no limit
 
-DerivedCount = Annotated[Positive | None, UNSET]
-DerivedWidth = Annotated[PositiveWidth | None, UNSET]
-DerivedFloat = Annotated[PositiveFloat | None, UNSET]
-Interval = Annotated[Positive | None, OFF]  # a number of steps
+DerivedPositiveInt = Annotated[PositiveInt | None, ZERO_TO_NULL]
+DerivedWidth = Annotated[PositiveWidth | None, ZERO_TO_NULL]
+DerivedFloat = Annotated[PositiveFloat | None, ZERO_TO_NULL]
+PositiveIntOrOff = Annotated[PositiveInt | None, OFF]
+StepInterval = PositiveIntOrOff  # number of steps from one action to the next
 Limit = Annotated[PositiveFloat | None, OFF]
 
 
@@ -196,7 +197,7 @@ def list_outdated_keys(section: type[BaseModel], raw: Any, prefix: str = "") -> 
         field, key_name = section.model_fields.get(name), f"{prefix}{name}"
         if field is None:
             continue
-        for marker, parse in ((UNSET, _unset_to_none), (ALL_RANKS, _all_ranks_to_none), (OFF, _off_to_none)):
+        for marker, parse in ((ZERO_TO_NULL, _zero_to_none), (ALL_RANKS, _all_ranks_to_none), (OFF, _off_to_none)):
             if marker in field.metadata and type(value) in (int, float) and parse(value) is None:
                 new_value = "off" if marker is OFF else "null"
                 yield (

@@ -74,11 +74,7 @@ def write_deepspeed(
     shared_params = shared_params or {}
     _check_param_groups(weights, param_groups, group_settings, shared_params)
     flat = _plan_flat_tensors(weights, param_groups, stage, world_size, sub_group_size)
-    # DeepSpeed's optimizer has a flat tensor in place of the parameters of a group.
-    flat_param_groups = [
-        {**settings, "params": [index for index, owner in enumerate(flat.group_indices) if owner == group_index]}
-        for group_index, settings in enumerate(group_settings)
-    ]
+    flat_param_groups = _build_flat_param_groups(flat, group_settings)
     tag = tag or f"global_step{step}"
     with write_tagged_directory(directory, tag, "latest") as temporary:
         prefixes = [f"zero_pp_rank_{rank}_" for rank in range(world_size)]
@@ -92,10 +88,18 @@ def write_deepspeed(
             write_placeholders(content, temporary / f"{prefix}mp_rank_00_optim_states.pt")
         optim_states = [open_writable(temporary / f"{prefix}mp_rank_00_optim_states.pt") for prefix in prefixes]
         _fill_tensors(weights, flat, [content["optimizer_state_dict"] for content in optim_states])
-        if stage < 3:
+        if stage < 3:  # at stage 3, all weights are in the flat tensors
             for name, tensor in open_writable(temporary / "mp_rank_00_model_states.pt")["module"].items():
                 tensor.copy_(weights.read(f"model.{shared_params.get(name, name)}"))
     return directory / tag
+
+
+def _build_flat_param_groups(flat: _FlatTensors, group_settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parameter groups of DeepSpeed's optimizer, which has flat tensors in place of the parameters."""
+    return [
+        {**settings, "params": [index for index, owner in enumerate(flat.group_indices) if owner == group_index]}
+        for group_index, settings in enumerate(group_settings)
+    ]
 
 
 def _plan_flat_tensors(

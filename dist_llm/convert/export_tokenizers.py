@@ -1,7 +1,7 @@
-"""Write a tokenizer as Hugging Face files.
+"""Write a tokenizer as Hugging Face files, or read one for the conversion of a checkpoint.
 
-An imported tokenizer is written back with its original files. A tokenizer of ours is converted and verified: the files
-are read back, and both libraries must encode the same texts equally.
+An imported tokenizer is written back with its original files. A tokenizer of dist_llm is converted and verified: the
+files are read back, and both libraries must encode the same texts equally. `import_tokenizer` reads the files of both.
 """
 
 import json
@@ -29,17 +29,20 @@ def export_tokenizer(
 ) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`, for `transformers.AutoTokenizer`, into `directory`.
 
-    - `num_extra_ids` is the number of ids that objectives add (`config/sequence_lengths.py:count_objective_ids`); None:
-      the number of ids that `model` has beyond the tokenizer. They become special tokens such as `<start>`, `<mask>`
-      and `<sentinel 0>`.
-    - `<|endoftext|>` is eos_token and pad_token. bos_token is `<|endoftext|>` for a decoder and `<start>` for other
-      architectures. No id is added before or after a text. `<mask>` in a text absorbs the whitespace before it.
+    `num_extra_ids` is the number of ids that objectives add (`config/sequence_lengths.py:count_objective_ids`). By
+    default, it is the number of ids that `model` has but the tokenizer lacks. These ids become special tokens such as
+    `<start>`, `<mask>` and `<sentinel 0>`.
 
-    Ids equal those of `Tokenizer.encode`, with these exceptions. Hugging Face
+    - eos_token and pad_token are `<|endoftext|>`.
+    - bos_token is `<|endoftext|>` for a decoder and `<start>` for other architectures.
+    - The exported tokenizer adds no id before or after a text.
+    - `<mask>` in a text absorbs the whitespace before it.
 
-    - encodes the string of a special token as that token, unless loaded with `split_special_tokens=True`
-    - rejects lone surrogates, and decodes an id without a token to an empty string
-    - may split a million consecutive blanks at other positions
+    The exported tokenizer encodes a text to the same ids as `Tokenizer.encode`, with these exceptions:
+
+    - The text of a special token becomes this token, unless the tokenizer is loaded with `split_special_tokens=True`.
+    - A lone surrogate is an error. An id without a token is decoded to an empty text.
+    - A million consecutive blanks may be split at other positions.
 
     Raises CheckpointError if the pattern or a token cannot be expressed, or the written files encode differently.
     """
@@ -56,8 +59,8 @@ def export_tokenizer(
         # If the corpus has the same name: `<dist_llm mask>` instead of `<mask>`.
         special_ids[name if name not in special_ids else f"<{EXPORT_KEY} {name[1:]}"] = token_id
     settings = _build_settings(tokenizer, vocabulary, special_ids, model)
-    content = _build_content(tokenizer, special_ids, settings.get("mask_token"))
-    _write_tokenizer_files(directory, content, settings)
+    tokenizer_json = _build_tokenizer_json(tokenizer, special_ids, settings.get("mask_token"))
+    _write_tokenizer_files(directory, tokenizer_json, settings)
     _verify_written(tokenizer, special_ids, directory)
 
 
@@ -67,7 +70,7 @@ def _build_settings(
     special_ids: Mapping[str, int],
     model: ModelConfig | None,
 ) -> dict[str, Any]:
-    """Build `tokenizer_config.json`. `special_ids` has the id of each special token."""
+    """Return the content of `tokenizer_config.json`. `special_ids` has the id of each special token."""
     special_names = {token_id: name for name, token_id in special_ids.items()}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -88,14 +91,14 @@ def _build_settings(
     return settings
 
 
-def _write_tokenizer_files(directory: Path, content: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+def _write_tokenizer_files(directory: Path, tokenizer_json: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`."""
-    for file, value in ((TOKENIZER_FILE, content), (SETTINGS_FILE, settings)):
+    for file, value in ((TOKENIZER_FILE, tokenizer_json), (SETTINGS_FILE, settings)):
         (directory / file).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def import_tokenizer(directory: Path) -> Tokenizer:
-    """Read the tokenizer of a Hugging Face folder. An export of our tokenizer becomes our tokenizer again.
+    """Read the tokenizer of a Hugging Face folder. If `export_tokenizer` wrote it, return the original tokenizer.
 
     Raises CheckpointError if files are missing or malformed, or no token ends a document.
     """
@@ -115,10 +118,10 @@ def export_original_files(tokenizer: Tokenizer, directory: Path) -> list[str]:
 
 def export_char_tokenizer(tokenizer: CharTokenizer, directory: Path) -> None:
     """Write `tokenizer.json` with one id per character. Hugging Face's tokenizer drops characters without an id."""
-    model = {"type": "BPE", "vocab": dict(tokenizer.ids), "merges": []}
-    content = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}, "model": model}
+    bpe_model = {"type": "BPE", "vocab": dict(tokenizer.ids), "merges": []}
+    tokenizer_json = {"version": "1.0", "added_tokens": [], "decoder": {"type": "Fuse"}, "model": bpe_model}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    _write_tokenizer_files(directory, content, settings)
+    _write_tokenizer_files(directory, tokenizer_json, settings)
     rust_tokenizer, text = RustTokenizer.from_file(str(directory / TOKENIZER_FILE)), "".join(tokenizer.ids)
     if (
         rust_tokenizer.encode(text).ids != tokenizer.encode(text).tolist()
@@ -127,8 +130,8 @@ def export_char_tokenizer(tokenizer: CharTokenizer, directory: Path) -> None:
         raise CheckpointError(f"{directory}: the written tokenizer differs from the tokenizer of characters.")
 
 
-def _build_content(tokenizer: BPETokenizer, special_ids: Mapping[str, int], mask: str | None) -> dict[str, Any]:
-    """Build `tokenizer.json`.
+def _build_tokenizer_json(tokenizer: BPETokenizer, special_ids: Mapping[str, int], mask: str | None) -> dict[str, Any]:
+    """Return the content of `tokenizer.json`. `mask` is the name of the mask token, if there is one.
 
     The vocabulary also contains the special tokens, because Hugging Face requires that the ids of added tokens continue
     those of the vocabulary without a gap.
@@ -143,7 +146,9 @@ def _build_content(tokenizer: BPETokenizer, special_ids: Mapping[str, int], mask
     by_id = sorted(special_ids.items(), key=lambda item: item[1])
     return {
         "version": "1.0",
-        "added_tokens": [{"id": token, "content": name, "lstrip": name == mask, **flags} for name, token in by_id],
+        "added_tokens": [
+            {"id": token_id, "content": name, "lstrip": name == mask, **flags} for name, token_id in by_id
+        ],
         "pre_tokenizer": build_pre_tokenizer(tokenizer.pattern),
         "decoder": BYTE_LEVEL,
         "model": {"type": "BPE", "ignore_merges": True, "vocab": {**vocab, **special_ids}, "merges": merges},
@@ -152,11 +157,11 @@ def _build_content(tokenizer: BPETokenizer, special_ids: Mapping[str, int], mask
 
 def _verify_written(tokenizer: BPETokenizer, special_ids: Mapping[str, int], directory: Path) -> None:
     """Raise CheckpointError unless the files, read back, encode and decode each byte and special token alike."""
-    content = json.loads((directory / TOKENIZER_FILE).read_bytes())
+    tokenizer_json = json.loads((directory / TOKENIZER_FILE).read_bytes())
     settings = json.loads((directory / SETTINGS_FILE).read_bytes())[EXPORT_KEY]
     try:
-        reopened = convert_bpe(content, ENDOFTEXT, settings, tokenizer.name)
-        check_same_ids(reopened, content)
+        reopened = convert_bpe(tokenizer_json, ENDOFTEXT, settings, tokenizer.name)
+        check_same_ids(reopened, tokenizer_json)
     except Exception as error:  # `tokenizers` raises plain exceptions
         raise CheckpointError(f"{directory}: {error}") from None
     if reopened.sha256 != tokenizer.sha256:
@@ -165,7 +170,7 @@ def _verify_written(tokenizer: BPETokenizer, special_ids: Mapping[str, int], dir
     byte_ids = [tokenizer.ranks[bytes([byte])] for byte in range(256)]
     for ids, text in (
         (byte_ids, tokenizer.decode(byte_ids)),
-        *(([token], name) for name, token in special_ids.items()),
+        *(([token_id], name) for name, token_id in special_ids.items()),
     ):
         if rust_tokenizer.decode(ids, skip_special_tokens=False) != text:
             raise CheckpointError(f"{directory}: {text!r} cannot be expressed in Hugging Face's files.")

@@ -1,7 +1,7 @@
 """Write our checkpoints as directories that the library transformers of Hugging Face loads, one tensor at a time."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,8 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
     Raises CheckpointError if the checkpoint lacks a parameter.
     """
     native_shapes, vocab_params = list_native_shapes(model), list_vocab_params(build_param_specs(model))
-    if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
-        raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
     table = list_tensor_mappings(family, model)
-    unmapped = native_shapes.keys() - {mapping.native_name for mapping in table}
-    if unknown := sorted(name for name in unmapped if not NATIVE_ONLY.fullmatch(name)):
-        raise AssertionError(f"not in the table of {family}: {unknown}")
+    _check_params(weights, native_shapes, table, family)
     by_hf_name = dict(group_by_hf_name(table))
     hf_only = {name.removeprefix(HF_ONLY_PREFIX) for name in weights.shapes if name.startswith(HF_ONLY_PREFIX)}
 
@@ -73,7 +69,8 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
             group = by_hf_name[name]
             return to_hf(group, read_native if group[0].expert is None else read_native_cached, saved)
         # Our position embeddings include the first segment embedding. If training has not changed their sum since the
-        # import, the saved segment embeddings are exact; otherwise the sum stays in the positions, and segments are 0.
+        # import, the saved segment embeddings are exact. Otherwise, the sum becomes the position embeddings of Hugging
+        # Face, and the segment embeddings are 0.
         (position_mapping,) = [mapping for mapping in table if mapping.plus_row]
         current = to_hf(by_hf_name[position_mapping.hf_name], read_native, {})
         is_unchanged = saved and torch.equal(current, _read_positions_with_segment(weights, position_mapping))
@@ -85,6 +82,20 @@ def to_huggingface(weights: Weights, model: ModelConfig, family: str) -> Weights
             HF_ONLY_PREFIX + SEGMENT_EMBEDDINGS, (NUM_SEGMENTS, model.d_model)
         )
     return LazyWeights(shapes, compute_tensor)
+
+
+def _check_params(
+    weights: Weights,
+    native_shapes: Mapping[str, tuple[int, ...]],
+    table: Sequence[TensorMapping],
+    family: str,
+) -> None:
+    """Raise CheckpointError if `weights` lacks a parameter, AssertionError if the table of the family lacks one."""
+    if missing := sorted(name for name in native_shapes if weights.shapes.get(f"model.{name}") != native_shapes[name]):
+        raise CheckpointError(f"the checkpoint lacks {missing[0]}, or has it in another shape")
+    unmapped = native_shapes.keys() - {mapping.native_name for mapping in table}
+    if unknown := sorted(name for name in unmapped if not NATIVE_ONLY.fullmatch(name)):
+        raise AssertionError(f"not in the table of {family}: {unknown}")
 
 
 def _read_positions_with_segment(weights: Weights, mapping: TensorMapping) -> Tensor:

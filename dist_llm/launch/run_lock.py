@@ -2,14 +2,17 @@
 
 Rank 0 creates `run.lock` with O_EXCL, which shared file systems support even if they ignore flock. The file names the
 holder, and the holder touches the file every HEARTBEAT_SECONDS. A lock is stale if its holder has ended. The next run
-takes over a stale lock:
+takes over a stale lock at once if
 
-- at once, if the same torchrun or the same Slurm job restarted the run, if the holder ran on this machine and its
-  process has ended, or if `squeue` reports that its job has ended;
-- otherwise after STALE_SECONDS without a heartbeat. Only changes of the modification time count, so clocks may differ.
+- the same torchrun or the same Slurm job restarted the run,
+- the holder ran on this machine, and its process has ended, or
+- `squeue` reports that the job of the holder has ended.
 
-A holder whose lock was taken over ends at its next heartbeat. This module does not import torch, so that the processes
-of its tests start fast.
+Otherwise the next run waits, and takes over the lock after STALE_SECONDS without a heartbeat. A heartbeat is a change
+of the modification time, so the clocks of the machines may differ.
+
+A holder that has lost its lock ends its process at its next heartbeat. This module does not import torch, so that the
+processes of its tests start fast.
 """
 
 import hashlib
@@ -35,10 +38,11 @@ log = logging.getLogger("dist_llm")
 
 LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 10.0
-STALE_SECONDS = 60.0  # a lock without a heartbeat for this time is stale
-EXIT_CODE = 2  # of a run that lost its lock
+STALE_SECONDS = 60.0  # a lock without a heartbeat for this time counts as stale
+LOST_LOCK_EXIT_CODE = 2  # exit code of a run that has lost its lock
 DEFAULT_RDZV_IDS = ("", "none")  # values of --rdzv-id of torchrun if the user did not set it
-KEY_OF_FIELD = {"rdzv_id": "launch"}  # field of LockHolder -> key of the lock file; otherwise they are equal
+# Field of LockHolder -> key of the lock file. All other fields have the name of their key.
+KEY_OF_FIELD = {"lock_id": "token", "pid": "process", "rdzv_id": "launch", "slurm_restarts": "restarts"}
 SQUEUE_TIMEOUT_SECONDS = 20
 
 
@@ -46,22 +50,22 @@ SQUEUE_TIMEOUT_SECONDS = 20
 class LockHolder:
     """The process that holds a lock; the content of the lock file. Unknown fields are empty."""
 
-    token: str  # unique for every lock
+    lock_id: str  # random, so that each lock has another
     host: str = ""
-    process: int = 0  # PID
+    pid: int = 0
     machine: str = ""  # boot id and PID namespace
     start_time: str = ""  # of the process, in clock ticks since boot
     since: str = ""  # date and time at which the lock was created
     rdzv_id: str = ""  # --rdzv-id of torchrun, which stays the same when torchrun restarts the ranks
     job: str = ""  # Slurm job id
     cluster: str = ""  # Slurm cluster
-    restarts: int = 0  # how often Slurm has requeued the job
+    slurm_restarts: int = 0  # how often Slurm has requeued the job
 
     def __str__(self) -> str:
-        if not self.process:
+        if not self.pid:
             return "an unknown process"
         job = f" (Slurm job {self.job})" if self.job else ""
-        return f"process {self.process} on {self.host}{job}, started {self.since}"
+        return f"process {self.pid} on {self.host}{job}, started {self.since}"
 
 
 @dataclass(frozen=True)
@@ -78,33 +82,34 @@ def describe_this_process(host: str, environ: Mapping[str, str] = os.environ) ->
     with suppress(OSError):
         boot_id, namespace, start_time = read_process_identity(os.getpid())
     rdzv_id = environ.get("TORCHELASTIC_RUN_ID", "")
-    restarts = environ.get("SLURM_RESTART_COUNT", "0")
+    slurm_restarts = environ.get("SLURM_RESTART_COUNT", "0")
     return LockHolder(
-        token=uuid4().hex,
+        lock_id=uuid4().hex,
         host=host,
-        process=os.getpid(),
+        pid=os.getpid(),
         machine=f"{boot_id} {namespace}".strip(),
         start_time=start_time,
         since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         rdzv_id="" if rdzv_id in DEFAULT_RDZV_IDS else rdzv_id,
         job=environ.get("SLURM_JOB_ID", ""),
         cluster=environ.get("SLURM_CLUSTER_NAME", ""),
-        restarts=int(restarts) if restarts.isdigit() else 0,
+        slurm_restarts=int(slurm_restarts) if slurm_restarts.isdigit() else 0,
     )
 
 
-def has_ended(holder: LockHolder, this_process: LockHolder, job_ended: Callable[[str], bool]) -> bool | None:
-    """Return whether the holder of a lock has ended; None if only the heartbeat can show it.
+def find_whether_ended(holder: LockHolder, this_process: LockHolder, job_ended: Callable[[str], bool]) -> bool | None:
+    """Return whether the holder of a lock has ended; None if only its heartbeat can show it.
 
-    `this_process` asks. `job_ended(job)` returns True if a Slurm job is known to have ended.
+    `this_process` describes the process that calls this function. `job_ended(job)` returns True if a Slurm job is known
+    to have ended.
     """
     if holder.rdzv_id and holder.rdzv_id == this_process.rdzv_id:
         return True  # torchrun restarts the ranks only after all previous ranks have ended
     same_cluster = bool(holder.job and this_process.job) and holder.cluster == this_process.cluster
-    if same_cluster and holder.job == this_process.job and holder.restarts < this_process.restarts:
+    if same_cluster and holder.job == this_process.job and holder.slurm_restarts < this_process.slurm_restarts:
         return True
     if holder.machine and holder.machine == this_process.machine:
-        return not is_running(holder.process, holder.start_time)
+        return not is_running(holder.pid, holder.start_time)
     # A job may outlive the run in it, so a running job does not prove that the holder runs.
     if same_cluster and holder.job != this_process.job and job_ended(holder.job):
         return True
@@ -161,7 +166,7 @@ class RunLock:
         self._closed.set()
         self._thread.join(HEARTBEAT_SECONDS)  # with a timeout, because the file system may hang
         with suppress(OSError):
-            if (lock := read_lock(self.path)) is not None and lock.holder.token == self.this_process.token:
+            if (lock := read_lock(self.path)) is not None and lock.holder.lock_id == self.this_process.lock_id:
                 self.path.unlink()
 
     def heartbeat(self) -> None:
@@ -169,13 +174,13 @@ class RunLock:
         lock = read_lock(self.path)
         if lock is None:
             self._create(self.path)  # another program removed the file
-        elif lock.holder.token == self.this_process.token:
+        elif lock.holder.lock_id == self.this_process.lock_id:
             os.utime(self.path)
-        elif lock.holder.process:  # otherwise another process is writing the file
+        elif lock.holder.pid:  # without a pid, the file is incomplete, because another process is writing it
             message = f"{self.key}: {self.directory} was taken over by {lock.holder}; this run ends and writes no more"
             log.error(message)
             print(message, file=sys.stderr, flush=True)
-            self.exit_process(EXIT_CODE)
+            self.exit_process(LOST_LOCK_EXIT_CODE)
 
     def _heartbeat_loop(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
@@ -185,22 +190,23 @@ class RunLock:
     def _acquire(self, path: Path) -> None:
         """Create a lock file, or replace a stale one. Raises ConfigError if the holder has not ended.
 
-        Several processes may find the same stale lock, but only one may replace it. This is the process that creates a
-        second lock file, which is named after the stale lock. An atomic rename then makes it the new lock.
+        Several processes may find the same stale lock, but only one may replace it: the process that creates a second
+        lock file, the successor. Its name contains the id of the stale lock. An atomic rename of the successor then
+        replaces the stale lock.
         """
         while not self._create(path):
             if (lock := read_lock(path)) is None:
-                continue
+                continue  # the holder has removed the file since `_create`
             holder = lock.holder
-            is_stale = has_ended(holder, self.this_process, self.job_ended)
+            is_stale = find_whether_ended(holder, self.this_process, self.job_ended)
             if is_stale is None:
                 is_stale = self._is_untouched(path, lock)
             if not is_stale:
                 raise ConfigError(self._format_conflict(holder))
-            successor = path.with_name(f"{path.name}.{holder.token[:8]}")
+            successor = path.with_name(f"{path.name}.{holder.lock_id[:8]}")
             self._acquire(successor)
             current = read_lock(path)
-            if current is not None and current.holder.token == holder.token:
+            if current is not None and current.holder.lock_id == holder.lock_id:
                 successor.replace(path)
                 return
             successor.unlink()
@@ -224,7 +230,7 @@ class RunLock:
         while time.monotonic() < deadline:
             time.sleep(min(0.25, STALE_SECONDS / 4))
             current = read_lock(path)
-            if current is None or current.holder.token != lock.holder.token:
+            if current is None or current.holder.lock_id != lock.holder.lock_id:
                 return True
             if current.modified_ns != lock.modified_ns:
                 return False
@@ -232,7 +238,7 @@ class RunLock:
 
     def _format_conflict(self, holder: LockHolder) -> str:
         stop_command = (
-            f"scancel --signal=TERM {holder.job}" if holder.job else f"kill -TERM {holder.process}, on {holder.host}"
+            f"scancel --signal=TERM {holder.job}" if holder.job else f"kill -TERM {holder.pid}, on {holder.host}"
         )
         return (
             f"{self.key}: {self.directory} is in use by {holder}. Two runs would overwrite each other. "
@@ -243,7 +249,8 @@ class RunLock:
 def read_lock(path: Path) -> LockState | None:
     """Read a lock file. Return None if it does not exist.
 
-    Opening the file makes an NFS client ask the server. `stat` alone may return values from the cache of the client.
+    The file is opened, because an NFS client then asks the server. `stat` alone may return values that the client has
+    cached.
     """
     try:
         with path.open("rb") as stream:
@@ -259,9 +266,13 @@ def dump_holder(holder: LockHolder) -> bytes:
 
 
 def parse_holder(content: bytes) -> LockHolder:
-    """Parse the content of a lock file. If a kill has truncated the file, its hash becomes the token."""
+    """Parse the content of a lock file.
+
+    A file is incomplete if another process is writing it, or was killed while it wrote. Its holder is unknown, and the
+    hash of its content is the lock id.
+    """
     with suppress(ValueError, TypeError, AttributeError):
         values = json.loads(content)
         keys = {field.name: KEY_OF_FIELD.get(field.name, field.name) for field in fields(LockHolder)}
         return LockHolder(**{name: values[key] for name, key in keys.items() if key in values})
-    return LockHolder(token=hashlib.sha256(content).hexdigest())
+    return LockHolder(lock_id=hashlib.sha256(content).hexdigest())

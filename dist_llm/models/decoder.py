@@ -164,6 +164,9 @@ def apply_softcap(logits: Tensor, cap: float | None) -> Tensor:
 class Decoder(nn.Module):
     """A transformer with a single stack, built from the `model` section of a resolved config.
 
+    It is also the base class of `EncoderDecoder`, which adds an encoder: embedding, head, loss and pipeline stages are
+    the same. So a parameter of type `Decoder` accepts every model.
+
     `trim_to_stage` makes a pipeline stage of it. In a full model `is_first_stage` and `is_last_stage` are both true.
     """
 

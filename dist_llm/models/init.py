@@ -54,7 +54,7 @@ def block_matrix_init(
     xavier: uniform on +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010).
     he: normal(sqrt(2 / fan_in)) (He et al. 2015).
     depth: xavier, divided by the square root of the layer number, counted from 1 (Zhang et al. 2019).
-    tfixup: xavier, scaled so that residual updates stay bounded without warm-up (Huang et al. 2020, 3.2). Queries and
+    tfixup: xavier, scaled so that residual updates stay bounded without warmup (Huang et al. 2020, 3.2). Queries and
     keys are not scaled, because softmax normalizes the scores.
     """
     block = _BlockPosition.of_layer(layer, config)

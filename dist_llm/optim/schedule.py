@@ -16,7 +16,7 @@ from dist_llm.config.optim_sections import (
 def learning_rate(optim: OptimKeys, schedule: ScheduleConfig, step: int) -> float:
     """Return the learning rate of update `step`, counted from 1.
 
-    During warm-up (step < warmup_steps) it is lr * step / warmup_steps. After that it depends on the schedule:
+    During warmup (step < warmup_steps) it is lr * step / warmup_steps. After that it depends on the schedule:
     cosine, linear: decay to lr * min_ratio at decay_steps, and stay there.
     inverse_sqrt: lr * sqrt(warmup_steps / step) (Vaswani et al. 2017, 5.3), but at least lr * min_ratio.
     wsd: stay at lr, then decay linearly over the last decay_fraction of decay_steps (Hu et al. 2024).

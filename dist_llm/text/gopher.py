@@ -1,7 +1,7 @@
 """The quality and repetition rules of MassiveText: Rae et al. 2021, "Scaling Language Models", A.1.1, table A1.
 
-Words are separated by blanks. If a line, paragraph or n-gram repeats, all occurrences except the first are duplicates.
-Character counts exclude the blanks between words.
+Words are separated by whitespace. If a line, paragraph or n-gram repeats, all occurrences except the first are
+duplicates. The rules of n-grams count only the characters of words.
 """
 
 import re
@@ -15,20 +15,20 @@ from dist_llm.text.report import RemovalCounts
 MIN_WORDS, MAX_WORDS = 50, 100_000
 MIN_MEAN_WORD_CHARS, MAX_MEAN_WORD_CHARS = 3, 10
 STOP_WORDS, MIN_STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}, 2
-# The limits below are fractions: of the words, the lines, the paragraphs or the characters of a document.
 MAX_SYMBOLS_PER_WORD = 0.1
-MAX_BULLET_LINES, MAX_ELLIPSIS_LINES = 0.9, 0.3
-MIN_ALPHABETIC_WORDS = 0.8
-MAX_DUPLICATES = {"line": 0.30, "paragraph": 0.30}
-MAX_DUPLICATE_CHARS = {"line": 0.20, "paragraph": 0.20}
-MAX_TOP_NGRAM_CHARS = {2: 0.20, 3: 0.18, 4: 0.16}  # by n
-MAX_DUPLICATE_NGRAM_CHARS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # by n
+# Each fraction is relative to all words, lines, paragraphs or characters of a document.
+MAX_BULLET_LINE_FRACTION, MAX_ELLIPSIS_LINE_FRACTION = 0.9, 0.3
+MIN_ALPHABETIC_WORD_FRACTION = 0.8
+MAX_DUPLICATE_FRACTION = {"line": 0.30, "paragraph": 0.30}
+MAX_DUPLICATE_CHAR_FRACTION = {"line": 0.20, "paragraph": 0.20}
+MAX_TOP_NGRAM_CHAR_FRACTION = {2: 0.20, 3: 0.18, 4: 0.16}  # by n
+MAX_DUPLICATE_NGRAM_CHAR_FRACTION = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # by n
 RULES = (
     *("word_count", "mean_word_chars", "symbols_per_word", "bullet_lines", "ellipsis_lines"),
     *("alphabetic_words", "stop_words"),
-    *(f"duplicate_{segment_kind}{suffix}" for segment_kind in MAX_DUPLICATES for suffix in ("s", "_chars")),
-    *(f"top_{n}gram_chars" for n in MAX_TOP_NGRAM_CHARS),
-    *(f"duplicate_{n}gram_chars" for n in MAX_DUPLICATE_NGRAM_CHARS),
+    *(f"duplicate_{unit}{suffix}" for unit in MAX_DUPLICATE_FRACTION for suffix in ("s", "_chars")),
+    *(f"top_{n}gram_chars" for n in MAX_TOP_NGRAM_CHAR_FRACTION),
+    *(f"duplicate_{n}gram_chars" for n in MAX_DUPLICATE_NGRAM_CHAR_FRACTION),
 )
 
 Ints = npt.NDArray[np.int64]
@@ -45,7 +45,10 @@ def filter_document(text: str, removed: RemovalCounts) -> str | None:
 
 
 def find_broken_rule(text: str) -> str | None:
-    """Return the first of RULES that a document breaks, or None. Cheap rules are checked first."""
+    """Return the first of RULES that a document breaks, or None.
+
+    Cheap rules are checked first. The checks are generators, so no rule after the first broken one is computed.
+    """
     words = text.split()
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     for rules in (_check_quality(text, words, lines), _check_repetition(text, lines), _check_ngrams(words)):
@@ -56,70 +59,76 @@ def find_broken_rule(text: str) -> str | None:
 
 
 def _check_quality(text: str, words: list[str], lines: list[str]) -> Iterator[tuple[str, bool]]:
-    """Yield (rule, whether it is broken), as the other checks do."""
+    """Yield (rule, whether it is broken) for each rule of quality. The other checks yield the same.
+
+    The caller must stop at the first broken rule: a text without words breaks the first one, and the later rules divide
+    by the number of words.
+    """
     yield "word_count", not MIN_WORDS <= len(words) <= MAX_WORDS
     yield "mean_word_chars", not MIN_MEAN_WORD_CHARS <= sum(map(len, words)) / len(words) <= MAX_MEAN_WORD_CHARS
     symbols = max(text.count("#"), text.count("...") + text.count("…"))
     yield "symbols_per_word", symbols / len(words) > MAX_SYMBOLS_PER_WORD
     bullets = sum(line.startswith(("•", "‣", "▪", "◦", "-", "*")) for line in lines)
-    yield "bullet_lines", bullets / len(lines) > MAX_BULLET_LINES
-    yield "ellipsis_lines", sum(line.endswith(("...", "…")) for line in lines) / len(lines) > MAX_ELLIPSIS_LINES
+    yield "bullet_lines", bullets / len(lines) > MAX_BULLET_LINE_FRACTION
+    ellipses = sum(line.endswith(("...", "…")) for line in lines)
+    yield "ellipsis_lines", ellipses / len(lines) > MAX_ELLIPSIS_LINE_FRACTION
     alphabetic = sum(any(char.isalpha() for char in word) for word in words)
-    yield "alphabetic_words", alphabetic / len(words) < MIN_ALPHABETIC_WORDS
+    yield "alphabetic_words", alphabetic / len(words) < MIN_ALPHABETIC_WORD_FRACTION
     yield "stop_words", len(STOP_WORDS & {word.strip(_PUNCTUATION).lower() for word in words}) < MIN_STOP_WORDS
 
 
 def _check_repetition(text: str, lines: list[str]) -> Iterator[tuple[str, bool]]:
     """Check the fractions of duplicate lines and paragraphs, and of the characters in them."""
     paragraphs = [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
-    for segment_kind, segments in (("line", lines), ("paragraph", paragraphs)):
-        duplicates = _find_duplicates(segments)
-        yield f"duplicate_{segment_kind}s", len(duplicates) / len(segments) > MAX_DUPLICATES[segment_kind]
-        char_fraction = sum(map(len, duplicates)) / sum(map(len, segments))
-        yield f"duplicate_{segment_kind}_chars", char_fraction > MAX_DUPLICATE_CHARS[segment_kind]
+    for unit, texts in (("line", lines), ("paragraph", paragraphs)):
+        duplicates = _find_duplicates(texts)
+        yield f"duplicate_{unit}s", len(duplicates) / len(texts) > MAX_DUPLICATE_FRACTION[unit]
+        char_fraction = sum(map(len, duplicates)) / sum(map(len, texts))
+        yield f"duplicate_{unit}_chars", char_fraction > MAX_DUPLICATE_CHAR_FRACTION[unit]
 
 
-def _find_duplicates(segments: Sequence[str]) -> list[str]:
-    """Return the segments that equal an earlier one."""
+def _find_duplicates(texts: Sequence[str]) -> list[str]:
+    """Return the texts that equal an earlier one."""
     duplicates, seen = [], set[str]()
-    for segment in segments:
-        if segment in seen:
-            duplicates.append(segment)
-        seen.add(segment)
+    for text in texts:
+        if text in seen:
+            duplicates.append(text)
+        seen.add(text)
     return duplicates
 
 
 def _check_ngrams(words: list[str]) -> Iterator[tuple[str, bool]]:
-    """Check the fraction of characters in repeated n-grams. Two n-grams are equal if and only if their ids are."""
+    """Check the fraction of characters in repeated n-grams."""
     id_of_word: dict[str, int] = {}
     word_ids = np.array([id_of_word.setdefault(word, len(id_of_word)) for word in words], dtype=np.int64)
     word_chars = np.array([len(word) for word in words], dtype=np.int64)
     ngram_ids = word_ids
-    for n in range(2, max(MAX_DUPLICATE_NGRAM_CHARS) + 1):
-        # The id of an n-gram is derived from the id of its first n-1 words and the id of its last word.
+    for n in range(2, max(MAX_DUPLICATE_NGRAM_CHAR_FRACTION) + 1):
+        # A pair id combines the id of the first n-1 words of an n-gram with the id of its last word. `np.unique`
+        # numbers the distinct pair ids. So two n-grams are equal if and only if their ids are equal.
         pair_ids = ngram_ids[:-1] * len(id_of_word) + word_ids[n - 1 :]
         _, first_positions, ngram_ids, counts = np.unique(
             pair_ids, return_index=True, return_inverse=True, return_counts=True
         )
-        if n in MAX_TOP_NGRAM_CHARS:
+        if n in MAX_TOP_NGRAM_CHAR_FRACTION:
             char_fraction = _count_top_chars(first_positions, counts, word_chars, n) / word_chars.sum()
-            yield f"top_{n}gram_chars", char_fraction > MAX_TOP_NGRAM_CHARS[n]
+            yield f"top_{n}gram_chars", char_fraction > MAX_TOP_NGRAM_CHAR_FRACTION[n]
         else:
             char_fraction = _count_duplicate_chars(first_positions, len(pair_ids), word_chars, n) / word_chars.sum()
-            yield f"duplicate_{n}gram_chars", char_fraction > MAX_DUPLICATE_NGRAM_CHARS[n]
+            yield f"duplicate_{n}gram_chars", char_fraction > MAX_DUPLICATE_NGRAM_CHAR_FRACTION[n]
 
 
 def _count_top_chars(first_positions: Ints, counts: Ints, word_chars: Ints, n: int) -> int:
     """Count the characters in all occurrences of the most frequent n-gram; 0 if no n-gram repeats.
 
-    If several n-grams are the most frequent, take the longest. `first_positions` and `counts` have one entry per
-    distinct n-gram; positions are word indices.
+    If several n-grams are equally frequent, count the one with the most characters. `first_positions` has the index of
+    the word at which each distinct n-gram first occurs, and `counts` the number of its occurrences.
     """
     if counts.max() == 1:
         return 0
-    char_ends = np.concatenate([[0], np.cumsum(word_chars)])
+    chars_before_word = np.concatenate([[0], np.cumsum(word_chars)])
     top_positions = first_positions[counts == counts.max()]
-    return int(counts.max() * (char_ends[top_positions + n] - char_ends[top_positions]).max())
+    return int(counts.max() * (chars_before_word[top_positions + n] - chars_before_word[top_positions]).max())
 
 
 def _count_duplicate_chars(first_positions: Ints, num_ngrams: int, word_chars: Ints, n: int) -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_llm.config.model_section import ModelConfig, UnresolvedModelConfig
-from dist_llm.config.section import Positive, Section, key
+from dist_llm.config.section import PositiveInt, Section, key
 from dist_llm.models.cost import Cost
 from dist_llm.models.init import block_matrix_init
 from dist_llm.models.layer_context import LayerContext
@@ -28,7 +28,7 @@ class GatedConvolution(Mixer):
     class Options(Section):
         """The keys of model.mixer_options."""
 
-        width: Positive = key("number of tokens that the convolution sees, the current one included", 4)
+        width: PositiveInt = key("number of tokens that the convolution sees, the current one included", 4)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from dist_llm.config.section import Positive, Section, Share, key
+from dist_llm.config.section import PositiveInt, Section, Share, key
 from dist_llm.objectives.custom_objective import CustomObjective
 from dist_llm.objectives.examples import Example, TokenWindow
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
@@ -20,7 +20,7 @@ class FewerRepeats(CustomObjective):
     class Options(Section):
         """The further keys of the config section `objective`."""
 
-        distance: Positive = key("number of earlier tokens among which a token counts as repeated", 8)
+        distance: PositiveInt = key("number of earlier tokens among which a token counts as repeated", 8)
         repeat_weight: Share = key("weight of the loss of a repeated token", 0.25)
 
     has_loss_weights: ClassVar[bool] = True

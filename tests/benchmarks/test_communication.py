@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks import communication
 from benchmarks.communication import (
     CASES,
+    FP32_BYTES,
     GLOBAL_BATCH,
     MODEL,
     SEQ_LEN,
@@ -24,10 +25,14 @@ from dist_llm.config.derive import AXES
 from tests.laws.worlds import WorldError, get_world
 
 WIDTH, VOCAB_SIZE, NUM_LAYERS = MODEL["d_model"], MODEL["vocab_size"], MODEL["n_layers"]
-# Parameters of q, of k and v, of the output projection, of the feed-forward layer and of the norms.
-BLOCK_PARAMS = WIDTH * 64 + 2 * WIDTH * 32 + 64 * WIDTH + 3 * WIDTH * MODEL["d_ff"] + 2 * WIDTH
-PARAMS = NUM_LAYERS * BLOCK_PARAMS + 2 * VOCAB_SIZE * WIDTH + WIDTH
-ACTIVATION_BYTES = 4 * GLOBAL_BATCH * SEQ_LEN * WIDTH
+KV_WIDTH = WIDTH // MODEL["n_heads"] * MODEL["n_kv_heads"]  # of keys, and of values
+# Parameters of q and the output projection, of k and v, of the feed-forward layer and of the two norms.
+BLOCK_PARAMS = 2 * WIDTH * WIDTH + 2 * WIDTH * KV_WIDTH + 3 * WIDTH * MODEL["d_ff"] + 2 * WIDTH
+PARAMS = NUM_LAYERS * BLOCK_PARAMS + 2 * VOCAB_SIZE * WIDTH + WIDTH  # and of the embedding, the head and the last norm
+ACTIVATION_BYTES = FP32_BYTES * GLOBAL_BATCH * SEQ_LEN * WIDTH
+NUM_TOKENS_BYTES = 8  # of the number of valid tokens, an int64
+SCALAR_BYTES = FP32_BYTES  # of the loss, and of the norm of the gradients
+MESH_SHAPE = tuple(2 if axis == "dp_shard" else 1 for axis in AXES)  # of the tests of WireCounter
 
 
 def count_busiest(**keys: Any) -> dict[str, Any]:
@@ -35,63 +40,83 @@ def count_busiest(**keys: Any) -> dict[str, Any]:
     return select_busiest_rank(get_world(2).run(count_traffic, make_case(**keys)))
 
 
-def sum_sent(row: dict[str, Any], kind: str) -> tuple[int, int]:
-    """Sum (calls, bytes) of one kind over all axes."""
+def sum_calls_and_bytes(row: dict[str, Any], kind: str) -> tuple[int, int]:
+    """Return (calls, sent bytes) of one kind of call, summed over all axes."""
     kind_rows = [kind_row for kind_row in row["by_axis"] if kind_row["kind"] == kind]
     return sum(kind_row["calls"] for kind_row in kind_rows), sum(kind_row["bytes"] for kind_row in kind_rows)
 
 
 def test_replicas_all_reduce_each_gradient_once() -> None:
     row = count_busiest(dp_replicate=2, micro_batch=2)
-    # Over two ranks an all-reduce sends as many bytes as it reduces: a group per block and one for the rest, the
-    # number of valid tokens (int64) and the loss.
-    assert sum_sent(row, "all-reduce") == (NUM_LAYERS + 1 + 2, 4 * PARAMS + 8 + 4)
-    assert row["minimum"] == 4 * PARAMS
-    assert row["bytes"] == 4 * PARAMS + 12
+    # Over two ranks, an all-reduce sends as many bytes as it reduces. One call has the gradients of each block, one
+    # those of all other parameters, one the number of valid tokens, and one the loss.
+    scalar_bytes = NUM_TOKENS_BYTES + SCALAR_BYTES
+    assert sum_calls_and_bytes(row, "all-reduce") == (NUM_LAYERS + 1 + 2, FP32_BYTES * PARAMS + scalar_bytes)
+    assert row["minimum"] == FP32_BYTES * PARAMS
+    assert row["bytes"] == FP32_BYTES * PARAMS + scalar_bytes
 
 
 @pytest.mark.parametrize(
-    ("reshard", "gathered", "calls"),
+    ("reshard", "gathered_params", "calls"),
     [
+        # One call gathers each block, and one all other parameters.
         ("never", PARAMS, NUM_LAYERS + 1),
-        ("default", PARAMS + (NUM_LAYERS - 1) * BLOCK_PARAMS, 2 * NUM_LAYERS),
+        # Backward gathers each block but the last again.
+        ("default", PARAMS + (NUM_LAYERS - 1) * BLOCK_PARAMS, (NUM_LAYERS + 1) + (NUM_LAYERS - 1)),
+        # Backward gathers all parameters again.
         ("always", 2 * PARAMS, 2 * (NUM_LAYERS + 1)),
     ],
 )
-def test_shards_are_gathered_as_often_as_they_are_freed(reshard: str, gathered: int, calls: int) -> None:
+def test_backward_gathers_the_weights_that_forward_frees(reshard: str, gathered_params: int, calls: int) -> None:
     row = count_busiest(dp_shard=2, reshard=reshard)
-    assert sum_sent(row, "all-gather") == (calls, 4 * gathered // 2)
-    assert sum_sent(row, "reduce-scatter") == (NUM_LAYERS + 1, 4 * PARAMS // 2)
-    embedding_size = VOCAB_SIZE * WIDTH if reshard == "always" else 0  # the embedding's backward reads no weights
-    assert row["minimum"] == 4 * (gathered - embedding_size + PARAMS) // 2
+    # Of two ranks, each sends its half of what it gathers, and half of what it reduces.
+    assert sum_calls_and_bytes(row, "all-gather") == (calls, FP32_BYTES * gathered_params // 2)
+    assert sum_calls_and_bytes(row, "reduce-scatter") == (NUM_LAYERS + 1, FP32_BYTES * PARAMS // 2)
+    # Backward reads no weights of the embedding, so the minimum has them once.
+    embedding_params = VOCAB_SIZE * WIDTH if reshard == "always" else 0
+    assert row["minimum"] == FP32_BYTES * (gathered_params - embedding_params + PARAMS) // 2
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-def test_tensor_ranks_send_eight_activations_a_block(sequence_parallel: bool) -> None:
+def test_tp_ranks_send_four_activations_per_block(sequence_parallel: bool) -> None:
+    """A block has two pairs of matrices, and each pair needs an exchange of the activations in forward and backward.
+
+    An exchange is an all-gather and a reduce-scatter, or an all-reduce. Embedding and head have one more each.
+    """
     row = count_busiest(tp=2, sequence_parallel=sequence_parallel)
-    loss = 3 * 4 * GLOBAL_BATCH * SEQ_LEN + 4  # bytes of three fp32 numbers per token, and of the norm
+    num_exchanges = 4 * NUM_LAYERS + 2
+    # Three all-reduces have the largest logit of each token, the two sums of the loss of each token, and the gradient
+    # norm.
+    scalar_calls, scalar_bytes = 3, 3 * FP32_BYTES * GLOBAL_BATCH * SEQ_LEN + SCALAR_BYTES
     if sequence_parallel:
-        calls, size = 4 * NUM_LAYERS + 2, (4 * NUM_LAYERS + 2) * ACTIVATION_BYTES // 2
-        assert sum_sent(row, "all-gather") == sum_sent(row, "reduce-scatter") == (calls, size)
-        # One all-reduce has the gradients of all norms.
-        assert sum_sent(row, "all-reduce") == (1 + 3, 4 * WIDTH * (2 * NUM_LAYERS + 1) + loss)
+        # Of two ranks, each sends half of a tensor that it gathers or reduces.
+        expected = (num_exchanges, num_exchanges * ACTIVATION_BYTES // 2)
+        assert sum_calls_and_bytes(row, "all-gather") == sum_calls_and_bytes(row, "reduce-scatter") == expected
+        # One more all-reduce has the gradients of the normalization layers: two per block, and the last one.
+        norm_grad_bytes = FP32_BYTES * WIDTH * (2 * NUM_LAYERS + 1)
+        assert sum_calls_and_bytes(row, "all-reduce") == (1 + scalar_calls, norm_grad_bytes + scalar_bytes)
     else:
-        assert sum_sent(row, "all-reduce") == (4 * NUM_LAYERS + 2 + 3, (4 * NUM_LAYERS + 2) * ACTIVATION_BYTES + loss)
-    assert row["excess"] < 0.002
+        assert sum_calls_and_bytes(row, "all-reduce") == (
+            num_exchanges + scalar_calls,
+            num_exchanges * ACTIVATION_BYTES + scalar_bytes,
+        )
+    assert row["bytes"] == row["minimum"] + SCALAR_BYTES, "only the norm of the gradients may exceed the minimum"
 
 
-def test_stages_send_activations_on_and_their_gradient_back() -> None:
-    row = count_busiest(pp=2, micro_batch=2)
-    assert sum_sent(row, "send") == (GLOBAL_BATCH // 2, ACTIVATION_BYTES)
-    assert sum_sent(row, "all-reduce") == (3, 8 + 4 + 4)
+def test_pipeline_stages_send_activations_or_their_gradients() -> None:
+    micro_batch = 2
+    row = count_busiest(pp=2, micro_batch=micro_batch)
+    assert sum_calls_and_bytes(row, "send") == (GLOBAL_BATCH // micro_batch, ACTIVATION_BYTES)
+    # The number of valid tokens, the loss and the norm of the gradients.
+    assert sum_calls_and_bytes(row, "all-reduce") == (3, NUM_TOKENS_BYTES + 2 * SCALAR_BYTES)
     assert row["minimum"] == ACTIVATION_BYTES
 
 
-def count_each_kind() -> dict[tuple[str, str], float]:
-    """Count one call of each kind on this rank."""
-    mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
+def count_bytes_by_kind() -> dict[tuple[str, str], float]:
+    """Make one call of each kind on this rank; return its bytes by (axis, kind)."""
+    mesh = init_device_mesh("cpu", MESH_SHAPE, mesh_dim_names=AXES)
     group, group_of_one, peer = mesh.get_group("dp_shard"), mesh.get_group("tp"), 1 - dist.get_rank()
-    full, half = torch.zeros(10), torch.zeros(5)
+    full, half = torch.zeros(10), torch.zeros(5)  # 40 and 20 bytes
     with WireCounter(mesh) as wire:
         dist.all_reduce(full, group=group)
         dist.all_reduce(full, group=group_of_one)
@@ -105,21 +130,23 @@ def count_each_kind() -> dict[tuple[str, str], float]:
     return dict(wire.bytes)
 
 
-def test_each_kind_sends_as_much_as_a_ring() -> None:
-    kinds = {"all-reduce": 40, "all-gather": 20, "reduce-scatter": 20, "send": 40}
-    assert get_world(2).run(count_each_kind) == [{("dp_shard", kind): size for kind, size in kinds.items()}] * 2
+def test_each_kind_counts_the_bytes_of_a_ring() -> None:
+    # Of n = 40 bytes, a rank sends in a ring of p = 2 ranks: n (p - 1) / p, an all-reduce twice that, a message n.
+    bytes_by_kind = {"all-reduce": 40, "all-gather": 20, "reduce-scatter": 20, "send": 40}
+    expected = {("dp_shard", kind): num_bytes for kind, num_bytes in bytes_by_kind.items()}
+    assert get_world(2).run(count_bytes_by_kind) == [expected] * 2
 
 
-def count_unknown_kind() -> None:
+def run_unknown_collective() -> None:
     """Run a collective that WireCounter does not know."""
-    mesh = init_device_mesh("cpu", (1, 1, 2, 1, 1), mesh_dim_names=AXES)
+    mesh = init_device_mesh("cpu", MESH_SHAPE, mesh_dim_names=AXES)
     with WireCounter(mesh):
         dist.broadcast(torch.zeros(1), 0)
 
 
 def test_an_unknown_call_is_an_error() -> None:
     with pytest.raises(WorldError, match="c10d::broadcast_"):
-        get_world(2).run(count_unknown_kind)
+        get_world(2).run(run_unknown_collective)
 
 
 def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
@@ -131,11 +158,12 @@ def make_rows(excess: dict[str, float]) -> list[dict[str, Any]]:
 def test_an_excess_needs_a_reason_and_a_reason_an_excess() -> None:
     explained = dict.fromkeys(communication.REASONS, 0.5)
     format_document(make_rows(explained))
+    above, below = communication.ALLOWED_EXCESS + 0.001, communication.ALLOWED_EXCESS - 0.001
     with pytest.raises(SystemExit, match=r"\['tp 2'\]"):
-        format_document(make_rows({**explained, "tp 2": 0.051}))
-    stale = next(iter(explained))
-    with pytest.raises(SystemExit, match=re.escape(stale)):
-        format_document(make_rows({**explained, stale: 0.049}))
+        format_document(make_rows({**explained, "tp 2": above}))
+    needless = next(iter(explained))
+    with pytest.raises(SystemExit, match=re.escape(needless)):
+        format_document(make_rows({**explained, needless: below}))
 
 
 def test_the_document_has_every_layout() -> None:

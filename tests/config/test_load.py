@@ -159,7 +159,7 @@ def test_types_and_ranges_are_strict(override, load_minimal):
     key, _, value = override.partition("=")
     assert len(violations) == 1
     assert violations[0].startswith(f"{key}")
-    assert repr(yaml.safe_load(value)) in violations[0], "the message lacks the value"
+    assert repr(yaml.safe_load(value)) in violations[0], "the message must show the value"
 
 
 @pytest.mark.parametrize("name", ["order", "verify"])
@@ -177,7 +177,7 @@ def test_all_violations_are_reported_at_once(load_minimal):
         "nonsense",
         "optim.lr",
     ]
-    assert config == UnresolvedConfig.model_validate(MINIMAL), "the config has invalid keys"
+    assert config == UnresolvedConfig.model_validate(MINIMAL), "the config must not have the invalid keys"
 
 
 def test_missing_keys_are_reported_without_a_config(write_config):
@@ -333,7 +333,7 @@ def test_bases_merge_key_by_key(write_config, tmp_path):
     config, violations = load_config(top_config, ["optim.eps=0.5"])
 
     assert violations == []
-    assert (config.run.dir, config.run.steps) == ("runs/x", 5), "a base takes precedence over the file that names it"
+    assert (config.run.dir, config.run.steps) == ("runs/x", 5), "a file must take precedence over its base"
     assert (config.optim.lr, config.optim.clip, config.optim.eps) == (3.0, 2.0, 0.5)
     assert config.compile is False
 
@@ -406,7 +406,7 @@ def test_describe_covers_every_key_with_a_description():
         else:
             expected_keys.add(name)
     assert set(columns_by_key) == expected_keys
-    assert len(list(describe_keys())) == len(columns_by_key), "a key is described twice"
+    assert len(list(describe_keys())) == len(columns_by_key), "each key must be described once"
     for name, (kind, default, description) in columns_by_key.items():
         assert kind, name
         assert default, name
@@ -424,7 +424,7 @@ def test_the_description_of_decay_steps_names_the_schedules_that_have_it():
         assert (name in description) == ("decay_steps" in schedule.model_fields), name
         if "decay_steps" in schedule.model_fields:
             rate = learning_rate(AdamWConfig(lr=1.0), schedule(decay_steps=10), step=10)
-            assert rate == pytest.approx(0.1), "the learning rate is not the minimum at decay_steps"
+            assert rate == pytest.approx(0.1), "the learning rate must be the minimum at decay_steps"
 
 
 def test_wsd_with_decay_fraction_0_drops_in_one_step():

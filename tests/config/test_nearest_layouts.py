@@ -120,7 +120,7 @@ def test_the_layouts_follow_the_problems(tmp_path):
     with pytest.raises(ConfigError) as excinfo:
         read_config(path, ["parallel.tp=16", "model.n_kv_heads=3"], world_size=8)
     lines = str(excinfo.value).splitlines()
-    assert lines[0] == "4 problems in the config:", "the line of layouts is counted as a problem"
+    assert lines[0] == "4 problems in the config:", "the line of layouts must not count as a problem"
     assert len(lines) == 1 + 4 + 1 + 1
     assert lines[-2] == (
         "  parallel: valid layouts of 8 ranks: dp_shard 8; dp_replicate 2 x dp_shard 4; dp_shard 4 x cp 2"

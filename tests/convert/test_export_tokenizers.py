@@ -248,21 +248,21 @@ CONTENT_FAULTS = {
 
 @pytest.mark.parametrize("fault", CONTENT_FAULTS)
 def test_a_fault_in_the_written_content_is_detected(bpe, fault, monkeypatch, tmp_path):
-    original = convert._build_content
+    original = convert._build_tokenizer_json
 
     def build_faulty_content(*arguments):
         content = json.loads(json.dumps(original(*arguments)))
         CONTENT_FAULTS[fault](content)
         return content
 
-    monkeypatch.setattr(convert, "_build_content", build_faulty_content)
+    monkeypatch.setattr(convert, "_build_tokenizer_json", build_faulty_content)
     with pytest.raises(CheckpointError):
         export_tokenizer(bpe, tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["swapped merges", "another pattern"])
 def test_comparing_both_libraries_detects_faults(bpe, fault):
-    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, mask=None)))
+    content = json.loads(json.dumps(convert._build_tokenizer_json(bpe, bpe.special_tokens, mask=None)))
     check_same_ids(bpe, content)
     CONTENT_FAULTS[fault](content)
     with pytest.raises(CheckpointError, match="differ on"):
@@ -323,7 +323,7 @@ def test_patterns_are_rewritten_only_where_engines_differ():
 
 def read_hf_content(bpe, **changes):
     """Return the content of a published tokenizer.json: that of `bpe` with changes."""
-    content = json.loads(json.dumps(convert._build_content(bpe, bpe.special_tokens, mask=None)))
+    content = json.loads(json.dumps(convert._build_tokenizer_json(bpe, bpe.special_tokens, mask=None)))
     content["model"].update(changes.pop("model", {}))
     return content | changes
 

@@ -193,7 +193,7 @@ def test_transformers_generates_the_same_tokens_from_an_export(
             or is_encoder_decoder
         )
         tokens_seen.update(native_ids)
-    assert len(tokens_seen) >= 3, "the model generates fewer than three different tokens"
+    assert len(tokens_seen) >= 3, "the model must generate at least three different tokens"
 
 
 def test_missing_rotary_permutation_is_detected(
@@ -211,7 +211,7 @@ def test_missing_rotary_permutation_is_detected(
 
     monkeypatch.setattr(hf_import, "to_native", permute_queries)
     assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "native", "--check") == 2
-    assert not (tmp_path / "native").exists(), "the wrong output is left"
+    assert not (tmp_path / "native").exists(), "a wrong output must be removed"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf_model"]
 
 
@@ -229,7 +229,7 @@ def test_weights_are_written_in_half_precision_and_several_files(
     assert run_convert("from-hf", tmp_path / "hf_model", tmp_path / "round_trip") == 0
     first, reimported = NativeWeights(native), NativeWeights(tmp_path / "round_trip")
     for name, shape in reimported.shapes.items():
-        assert first.shapes[name] == shape, "the vocabulary is not padded again"
+        assert first.shapes[name] == shape, "the vocabulary must be padded again"
         rows = slice(257) if name in ("model.embed.tokens.weight", "model.head.out.weight") else slice(None)
         assert torch.equal(first.read(name).bfloat16().float()[rows], reimported.read(name)[rows]), name
 
@@ -453,7 +453,7 @@ def test_checkpoints_are_averaged_compared_and_inspected(
     assert run_convert("diff", first, second) == 1
     out = capsys.readouterr().out
     assert f"{len(weights.shapes)} of {len(weights.shapes)} tensors differ" in out
-    assert "1.000e+00" in out, "the difference is not relative to the norm of each tensor"
+    assert "1.000e+00" in out, "the difference must be relative to the norm of each tensor"
 
     other = write_native_checkpoint(tmp_path / "3", NATIVE_MODELS["llama"] | {"rope_theta": 5e5})
     assert run_convert("average", tmp_path / "other", first, other) == 2, (

@@ -198,7 +198,7 @@ def test_a_round_trip_keeps_weights_losses_and_corpus(
     assert exported["model_args"] == original["model_args"]
     nanogpt_copy = GPT(**exported["model_args"])
     nanogpt_copy.load_state_dict(exported["model"])  # strict
-    assert list(exported["model"]) == list(nanogpt_copy.state_dict()), "the tensors are not in the order of nanoGPT"
+    assert list(exported["model"]) == list(nanogpt_copy.state_dict()), "the tensors must be in the order of nanoGPT"
     for name, tensor in nanogpt_model.state_dict().items():
         assert torch.equal(exported["model"][name], tensor), name
     optimizer = nanogpt_copy.build_optimizer()

@@ -21,11 +21,11 @@ from dist_llm.launch.run_lock import (
     RunLock,
     describe_this_process,
     dump_holder,
-    has_ended,
+    find_whether_ended,
     parse_holder,
 )
 
-ELSEWHERE = LockHolder("t", "n7", process=12, machine="another machine", start_time="99", since="yesterday")
+ELSEWHERE = LockHolder("t", "n7", pid=12, machine="another machine", start_time="99", since="yesterday")
 
 
 def make_holder(**changes: object) -> LockHolder:
@@ -50,7 +50,7 @@ def test_a_second_run_is_refused_with_the_holder(tmp_path: Path) -> None:
     with RunLock(tmp_path / "run", make_holder(job="77")):
         with pytest.raises(ConfigError) as excinfo, RunLock(tmp_path / "run", make_holder()):
             pass
-        assert read_holder(tmp_path / "run").job == "77", "the first run lost the lock"
+        assert read_holder(tmp_path / "run").job == "77", "the first run must keep the lock"
     message = str(excinfo.value)
     assert f"run.dir: {tmp_path}/run is in use by process {os.getpid()} on here (Slurm job 77), started 20" in message
     assert "Set another run.dir, or wait until that run ends, or let it save and stop: scancel" in message
@@ -76,14 +76,14 @@ def test_the_lock_of_a_killed_process_is_replaced_at_once(tmp_path: Path) -> Non
         os.kill(other.pid, signal.SIGKILL)
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
         with RunLock(tmp_path, make_holder()):
-            assert read_holder(tmp_path).process == os.getpid()
+            assert read_holder(tmp_path).pid == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> None:
     write_lock(tmp_path, make_holder(start_time="1"))
     with RunLock(tmp_path, make_holder()) as lock:
-        assert read_holder(tmp_path) == lock.this_process, "the stale lock is not replaced"
+        assert read_holder(tmp_path) == lock.this_process, "the stale lock must be replaced"
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> 
     [
         ({"rdzv_id": "a"}, {"rdzv_id": "a"}, True),
         ({"rdzv_id": "a"}, {"rdzv_id": "b"}, None),
-        ({"job": "5", "restarts": 0}, {"job": "5", "restarts": 1}, True),
-        ({"job": "5", "restarts": 1}, {"job": "5", "restarts": 1}, None),
+        ({"job": "5", "slurm_restarts": 0}, {"job": "5", "slurm_restarts": 1}, True),
+        ({"job": "5", "slurm_restarts": 1}, {"job": "5", "slurm_restarts": 1}, None),
         ({"job": "ended"}, {"job": "5"}, True),
         ({"job": "running"}, {"job": "5"}, None),
         ({"job": "ended"}, {}, None),
         ({"job": "ended", "cluster": "x"}, {"job": "5", "cluster": "y"}, None),
-        ({"job": "5", "cluster": "x"}, {"job": "5", "cluster": "y", "restarts": 1}, None),
+        ({"job": "5", "cluster": "x"}, {"job": "5", "cluster": "y", "slurm_restarts": 1}, None),
         ({}, {}, None),
     ],
     ids=str,
@@ -105,7 +105,7 @@ def test_another_process_with_the_same_pid_is_not_the_holder(tmp_path: Path) -> 
 def test_a_holder_on_another_machine_has_ended_with_its_job(
     holder: dict[str, object], own_changes: dict[str, object], expected: bool | None
 ) -> None:
-    actual = has_ended(replace(ELSEWHERE, **holder), make_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
+    actual = find_whether_ended(replace(ELSEWHERE, **holder), make_holder(**own_changes), lambda job: job == "ended")  # type: ignore[arg-type]
     assert actual is expected
 
 
@@ -162,10 +162,10 @@ def test_a_run_that_lost_its_lock_exits(tmp_path: Path, capsys: pytest.CaptureFi
         assert codes == []
         (tmp_path / LOCK_FILE).unlink()
         lock.heartbeat()
-        assert read_holder(tmp_path) == lock.this_process, "a removed lock is not created again"
+        assert read_holder(tmp_path) == lock.this_process, "a removed lock must be created again"
         write_lock(tmp_path, ELSEWHERE)
         lock.heartbeat()
-    assert codes == [run_lock.EXIT_CODE]
+    assert codes == [run_lock.LOST_LOCK_EXIT_CODE]
     assert "was taken over by process 12 on n7" in capsys.readouterr().err
     assert read_holder(tmp_path) == ELSEWHERE
 
@@ -174,11 +174,28 @@ def test_this_process_is_described() -> None:
     holder = describe_this_process(
         "n3", {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "2", "TORCHELASTIC_RUN_ID": "none"}
     )
-    assert (holder.host, holder.process, holder.job, holder.restarts, holder.rdzv_id) == ("n3", os.getpid(), "8", 2, "")
+    assert (holder.host, holder.pid, holder.job, holder.slurm_restarts, holder.rdzv_id) == (
+        "n3",
+        os.getpid(),
+        "8",
+        2,
+        "",
+    )
     assert describe_this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"}).rdzv_id == "mine"
-    assert json.loads(dump_holder(describe_this_process("n3", {"TORCHELASTIC_RUN_ID": "mine"})))["launch"] == "mine"
     assert is_running(os.getpid(), read_process_identity(os.getpid())[2])
     assert not is_running(os.getpid(), "1")
+
+
+def test_the_keys_of_a_lock_file_stay_the_same() -> None:
+    """Runs of different versions read the lock files of each other."""
+    holder = make_holder(rdzv_id="mine", slurm_restarts=3)
+    values = json.loads(dump_holder(holder))
+    assert list(values) == [
+        *("token", "host", "process", "machine", "start_time", "since", "launch", "job", "cluster", "restarts")
+    ]
+    assert [values[key] for key in ("token", "process", "launch", "restarts")] == [
+        *(holder.lock_id, os.getpid(), "mine", 3)
+    ]
 
 
 @pytest.mark.parametrize(

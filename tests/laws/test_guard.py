@@ -59,7 +59,7 @@ def _run_steps(config: Config, steps: Sequence[int], with_planted_bug: bool) -> 
             batches = make_batches(config, engine, step)
             with nan_gradients() if step == BAD_STEP else nullcontext():
                 report = train_step(engine, batches, lr=1e-3, step=step, should_apply=partial(guard.should_apply, step))
-            assert bool(guard.anomaly_by_step[step]) == (step == BAD_STEP), "a rank does not skip exactly the bad step"
+            assert bool(guard.anomaly_by_step[step]) == (step == BAD_STEP), "each rank must skip exactly the bad step"
             if step != BAD_STEP:
                 rank_trace.losses.append(report.loss.item())
                 rank_trace.loss_denominators.append(report.loss_denominator.item())

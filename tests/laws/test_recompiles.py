@@ -46,5 +46,5 @@ def test_no_graph_is_compiled_after_step_3(ranks: int, parallel: dict[str, Any])
     config = make_config(ranks=ranks, optim=ADAMW, data={"micro_batch": 4}, parallel=parallel, compile=True)
     restart_world(ranks)
     for graphs in get_world(ranks).run(count_graphs, config):
-        assert graphs[0] > 0, "no block is compiled"
+        assert graphs[0] > 0, "the blocks must be compiled"
         assert graphs[3:] == [graphs[2]] * 3

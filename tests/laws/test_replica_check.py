@@ -140,7 +140,7 @@ def test_a_replayed_step_differs_only_if_a_rank_is_faulty(layout: Layout) -> Non
         summary, *losses = by_rank[0][0]
         assert summary.startswith("a step computed twice has different gradients, of ")
         assert all(mismatches == by_rank[0][0] for mismatches, _ in by_rank), "ranks report different results"
-        assert all(loss == loss_without_fault for _, loss in by_rank), "the replay changed the loss"
+        assert all(loss == loss_without_fault for _, loss in by_rank), "the replay must not change the loss"
         rank_pairs = [re.findall(r"by (?:rank )?([\d and]+)", line) for line in losses]
         assert bool(rank_pairs) == (fault_in == "forward")
         assert all(str(ranks - 1) in f"{pair}" for pair in rank_pairs), "a pair lacks the faulty rank"

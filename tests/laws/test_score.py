@@ -110,6 +110,6 @@ def test_the_heldout_loss_has_no_regularization_terms(layout: Layout) -> None:
     expected = measure_loss_terms(make_config(ranks=1, model=model, optim=SGD, loss=REGULARIZED_LOSS))
     assert expected.heldout_loss == pytest.approx(heldout, rel=1e-6)
     assert expected.cross_entropy == pytest.approx(cross_entropy, rel=1e-6)
-    assert expected.loss > cross_entropy + 0.2, "the terms are too small to be detected"
+    assert expected.loss > cross_entropy + 0.2, "the terms must be large enough to be detected"
     for rank, actual in enumerate(run_on_ranks(layout.ranks, measure_loss_terms, config)):
         assert actual == pytest.approx(expected, rel=1e-5), f"rank {rank}"

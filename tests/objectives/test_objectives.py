@@ -17,7 +17,7 @@ from dist_llm.objectives.fill_in_the_middle import make_fim_example
 from dist_llm.objectives.masked_lm import make_masked_example
 from dist_llm.objectives.objective_vocabulary import ObjectiveVocabulary
 from dist_llm.objectives.prefix_lm import make_prefix_example
-from dist_llm.objectives.span_corruption import make_span_example, sample_segment_ids
+from dist_llm.objectives.span_corruption import make_span_example, sample_piece_ids
 from tests.laws.law import make_config
 
 VOCAB_SIZE = 1000
@@ -146,18 +146,17 @@ def test_span_corruption_keeps_all_tokens(seq_len, density, mean, is_encoder_dec
 def test_segments_partition_the_tokens(length, density):
     num_noise = min(max(round(length * density), 1), length - 1)
     for num_spans in {1, min(num_noise, length - num_noise)}:
-        segment_ids = sample_segment_ids(make_rng(), length, num_noise, num_spans)
-        assert sorted(set(segment_ids.tolist())) == list(range(2 * num_spans))
-        assert (segment_ids % 2).sum() == num_noise
-        assert (np.diff(segment_ids) >= 0).all()
+        piece_ids = sample_piece_ids(make_rng(), length, num_noise, num_spans)
+        assert sorted(set(piece_ids.tolist())) == list(range(2 * num_spans))
+        assert (piece_ids % 2).sum() == num_noise
+        assert (np.diff(piece_ids) >= 0).all()
 
 
 def test_all_span_divisions_are_equally_likely():
     """Six tokens with three noise tokens in two spans have 2 x 2 divisions, each with probability 1/4."""
     generator = make_rng()
     counts = Counter(
-        tuple(sample_segment_ids(generator, num_tokens=6, num_noise_tokens=3, num_spans=2).tolist())
-        for _ in range(4000)
+        tuple(sample_piece_ids(generator, num_tokens=6, num_noise_tokens=3, num_spans=2).tolist()) for _ in range(4000)
     )
     assert len(counts) == 4
     assert all(900 < count < 1100 for count in counts.values())

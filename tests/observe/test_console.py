@@ -88,7 +88,7 @@ def test_logging_restarts_and_appends_to_the_file(tmp_path, capsys):
         start_logging(tmp_path, World())
         log.info("once")
     stop_logging()
-    assert capsys.readouterr().err == "once\nonce\n", "a handler was added twice"
+    assert capsys.readouterr().err == "once\nonce\n", "a handler must be added only once"
     assert len((tmp_path / "rank_00000.log").read_text().splitlines()) == 2
     assert log.handlers == []
 

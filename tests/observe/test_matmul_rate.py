@@ -35,7 +35,7 @@ def test_the_best_of_the_first_measurements_is_cached(next_rates: list[float], t
         1.8e11,
         1.8e11,
     ]
-    assert get_matmul_rate(CPU, torch.float32, cache_file) == 1.8e11, "the cached rate is not the best one"
+    assert get_matmul_rate(CPU, torch.float32, cache_file) == 1.8e11, "the cache must keep the best rate"
     assert [path.name for path in cache_file.parent.iterdir()] == ["rates.json"]
 
 

@@ -89,7 +89,7 @@ def test_rates_exclude_evaluations_and_checkpoints(clock):
     recorder.add(make_step_metrics(1))
     clock.seconds += 1.0
     assert recorder.flush()[0]["tokens_per_second"] == 50.0
-    assert recorder.flush() == [], "a row was written twice"
+    assert recorder.flush() == [], "no row must be written twice"
     recorder.add(make_step_metrics(2))
     clock.seconds += 2.0
     assert recorder.flush()[0]["tokens_per_second"] == 25.0
@@ -167,8 +167,8 @@ def test_a_resumed_run_removes_later_rows(write):
     actual = write(4, range(5, 10))
     assert [row["step"] for row in actual] == list(range(1, 10))
     assert [row["run"] for row in actual] == [0] * 4 + [4] * 5
-    assert write(9, []) == actual, "a resume without steps lost a row"
-    assert [row["step"] for row in write(0, [1])] == [1], "a start from step 0 kept a row"
+    assert write(9, []) == actual, "a resume without steps must keep all rows"
+    assert [row["step"] for row in write(0, [1])] == [1], "a start from step 0 must drop all rows"
 
 
 @pytest.mark.parametrize("incomplete_line", ['{"step": 4, "los', "{", '{"lo', "\n\n", '{"loss": 1.0}\n', "\0\0\0"])

@@ -180,7 +180,7 @@ def test_the_largest_element_fills_the_range(size: float, dtype: torch.dtype) ->
     rounded, unit = quantize(x, dtype)
     dtype_max = torch.finfo(dtype).max
     assert dtype_max / 2 < float(x.float().abs().max() / unit) <= dtype_max
-    assert math.frexp(float(unit))[0] == 0.5, "the unit is not a power of two"
+    assert math.frexp(float(unit))[0] == 0.5, "the unit must be a power of two"
     torch.testing.assert_close(rounded.float() * unit, x.float(), rtol=ULP[dtype][0], atol=0.0)
 
 
@@ -340,7 +340,7 @@ def bf16_losses() -> list[float]:
 
 def check_parity(actual: list[float], expected: list[float]) -> None:
     """Check that the mean over all steps agrees within 1% (the worst of five seeds: 0.27%, of single steps 3%)."""
-    assert expected[-1] < 0.6 * expected[0], "the loss does not fall"
+    assert expected[-1] < 0.6 * expected[0], "the loss must fall"
     assert all(math.isfinite(loss) for loss in actual)
     assert sum(actual) == pytest.approx(sum(expected), rel=0.01)
     assert actual == pytest.approx(expected, rel=0.06)

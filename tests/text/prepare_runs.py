@@ -111,7 +111,7 @@ def wait_for(condition: Callable[[], Any], timeout_seconds: float = 60) -> Any:
     """Wait until `condition()` is true and return its result."""
     deadline = time.monotonic() + timeout_seconds
     while not (result := condition()):
-        assert time.monotonic() < deadline, "the condition was not met in time"
+        assert time.monotonic() < deadline, "the condition must be met in time"
         time.sleep(0.01)
     return result
 

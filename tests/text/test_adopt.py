@@ -154,7 +154,7 @@ def test_files_of_different_dtypes_are_refused(tmp_path):
         np.save(tmp_path / f"{name}.npy", np.zeros(9, name))
     with pytest.raises(DataError, match=r"int32.npy: ids of uint32, but those of .*uint16.npy are uint16"):
         adopt(make_options("npy", tmp_path / "uint16.npy", tmp_path / "int32.npy", out=tmp_path / "out"), io.StringIO())
-    assert sorted(os.listdir(tmp_path)) == ["int32.npy", "uint16.npy"], "the failed adoption left files"
+    assert sorted(os.listdir(tmp_path)) == ["int32.npy", "uint16.npy"], "a failed adoption must leave no files"
 
 
 @pytest.mark.parametrize(

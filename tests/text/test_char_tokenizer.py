@@ -92,7 +92,7 @@ def test_an_invalid_file_is_an_error_and_runs_no_code(fault, tmp_path, monkeypat
     with pytest.raises(DataError) as excinfo:
         build_tokenizer(str(path))
     assert str(excinfo.value).startswith(str(path))
-    assert not (tmp_path / "run").exists(), "the pickle ran its command"
+    assert not (tmp_path / "run").exists(), "a pickle must not run its command"
 
 
 def test_deep_nesting_is_an_error(tmp_path):
@@ -114,11 +114,11 @@ def test_a_corpus_of_nanogpt_keeps_its_ids(tmp_path):
     )
     adopt(options, io.StringIO())
     corpus, tokenizer = Corpus(tmp_path / "out"), Tokenizer.load(tmp_path / "out")
-    assert tokenizer == build_tokenizer(str(tmp_path)), "the folder of the file gives another tokenizer"
-    assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary differs from that of nanoGPT"
+    assert tokenizer == build_tokenizer(str(tmp_path)), "the folder of the file must give the same tokenizer"
+    assert corpus.manifest.vocab_size == len(CHARS), "the vocabulary must be that of nanoGPT"
     assert tokenizer.decode(corpus.read(np.array([0]), len(ids))[0]) == TEXT
     assert corpus.manifest.count_text_bytes("train") == len(TEXT.encode())
-    assert not corpus.manifest.has_document_bounds, "the corpus has document boundaries, which nanoGPT files lack"
+    assert not corpus.manifest.has_document_bounds, "the corpus must have no document boundaries, as in nanoGPT"
 
 
 def prepare_texts(texts, tmp_path, workers):

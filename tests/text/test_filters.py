@@ -103,7 +103,7 @@ def test_repetition_rules_agree_with_a_simple_count(seed, monkeypatch):
     fractions = {n: count_top_chars(text_words, n) / num_chars for n in (2, 3, 4)}
     fractions |= {n: count_duplicate_chars(text_words, n) / num_chars for n in range(5, 11)}
     for shift, is_expected_broken in ((0, False), (-1e-9, True)):
-        for name in ("MAX_TOP_NGRAM_CHARS", "MAX_DUPLICATE_NGRAM_CHARS"):
+        for name in ("MAX_TOP_NGRAM_CHAR_FRACTION", "MAX_DUPLICATE_NGRAM_CHAR_FRACTION"):
             limits = {n: fractions[n] + shift for n in getattr(gopher, name)}
             monkeypatch.setattr(gopher, name, limits)
         assert {is_broken for _, is_broken in gopher._check_ngrams(text_words)} == {is_expected_broken}

@@ -74,7 +74,7 @@ def test_incremental_decoder_equals_decode(kind, folders):
         fragments = [decoder.add(token) for token in ids]
         decoded = "".join([*fragments, decoder.end()])
         assert decoded == tokenizer.decode([*prompt_ids, *ids])[len(tokenizer.decode(prompt_ids)) :]
-        assert not any(fragment.endswith("\ufffd") for fragment in fragments), "a character is split"
+        assert not any(fragment.endswith("\ufffd") for fragment in fragments), "no character must be split"
     # A model may sample an id without a token, because its vocabulary is padded.
     assert tokenizer.decode([*ids, 10_000]).endswith("\ufffd")
 
@@ -180,11 +180,11 @@ def test_prepare_writes_special_and_added_tokens(folders, workers, tmp_path):
     assert len(starts) == 9
     assert (ids[starts] == tokenizer.prefix_ids[0]).all()
     assert (ids[[*(starts[1:] - 1), -1]] == tokenizer.eot).all()
-    assert np.count_nonzero(ids == tokenizer.eot) == 9, "the string </s> in a text became the end token"
+    assert np.count_nonzero(ids == tokenizer.eot) == 9, "the string </s> in a text must be encoded as text"
     reference = Reference.from_file(str(folder / "tokenizer.json"))
-    assert np.count_nonzero(ids == reference.token_to_id("ship")) == 18, "an added token does not match within a word"
+    assert np.count_nonzero(ids == reference.token_to_id("ship")) == 18, "an added token must match within a word"
     assert tokenizer.decode(ids[: starts[1]]) == "<s>the warship ships 0</s></s>"
-    assert (completions - starts == 1 + len(tokenizer.encode("the "))).all(), "BOS is not part of the prompt"
+    assert (completions - starts == 1 + len(tokenizer.encode("the "))).all(), "BOS must be part of the prompt"
 
 
 def test_word_edges_of_tokens(folders):

@@ -184,7 +184,7 @@ def test_an_unreadable_file_is_an_error_unless_it_may_be_skipped(name, content, 
         assert (path, size) == (str(tmp_path / name), len(content))
         assert reason in actual_reason
     skipped_kinds = {"skipped: unreadable"} & file_counts.keys()
-    assert bool(row_tracker.unreadable) != bool(skipped_kinds), "the file is not reported exactly once"
+    assert bool(row_tracker.unreadable) != bool(skipped_kinds), "the file must be reported exactly once"
     assert read_sources(tmp_path, rules=FileRules(exclude=("a.*",)))[0][0].text == "fine"
 
 
@@ -238,9 +238,9 @@ def test_skipped_files_are_counted_by_reason(tmp_path):
     assert sum(count.files for counts in file_counts.values() for count in counts.values()) == len(names)
     assert ["skipped:", "checksum", ".txt.md5", "1", "3"] in [line.split() for line in file_counts.format_lines()]
     (tmp_path / "more.md").write_text("abc")
-    assert len(read_texts(tmp_path)) == 3, "a README beside another .md file was skipped"
+    assert len(read_texts(tmp_path)) == 3, "a README beside another .md file must be read"
     (tmp_path / "rows.jsonl").write_bytes(LINES)
-    assert len(read_texts(tmp_path)) == 2 + len(TEXTS), "a README beside a file of rows was read"
+    assert len(read_texts(tmp_path)) == 2 + len(TEXTS), "a README beside a file of rows must be skipped"
 
 
 def test_include_and_exclude_select_files(tmp_path):

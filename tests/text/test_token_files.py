@@ -14,12 +14,17 @@ from dist_llm.text.token_files import TokenFileHeader, TokenFileScan, check_size
 from .megatron_index import build_megatron_index
 
 VOCAB_SIZE, EOT = 300, 256  # number of ids, id of the end of a document
-BYTES_OF_ID = np.arange(VOCAB_SIZE).astype(np.uint16)  # the text of id n has n bytes
+BYTES_OF_ID = np.arange(VOCAB_SIZE).astype(np.uint16)  # bytes of text per id: id n stands for n bytes
 
 
-def read_header_of(kind, head=b"", declared_dtype=None, idx=b""):
-    """Read the header of a file that begins with `head` and has `idx` as its Megatron index."""
-    return read_header(kind, "here/x.bin", head, declared_dtype, lambda path: idx)
+def read_header_of(file_format, first_bytes=b"", given_dtype=None, idx=b""):
+    """Read the header of a file that begins with `first_bytes`. `idx` is the content of its Megatron index."""
+    return read_header(file_format, "here/x.bin", first_bytes, given_dtype, read_file=lambda path: idx)
+
+
+def make_llmc_header(magic, version, num_tokens):
+    """Return a header of llm.c: three int32 numbers, padded with zeros to 1024 bytes."""
+    return struct.pack("<iii", magic, version, num_tokens).ljust(1024, b"\0")
 
 
 def save_npy(tmp_path, array):
@@ -29,19 +34,22 @@ def save_npy(tmp_path, array):
 
 
 def test_a_megatron_index_gives_dtype_length_and_documents():
-    header_fields = read_header_of("megatron", idx=build_megatron_index([3, 2, 4], [0, 1, 3]))
-    assert (header_fields.dtype, header_fields.skip_bytes, header_fields.num_tokens) == ("uint16", 0, 9)
-    assert header_fields.document_starts.tolist() == [0, 3]
-    header_fields = read_header_of(
-        "megatron", idx=build_megatron_index([3, 0, 4], [0, 1, 2, 2, 3], dtype_code=4, id_bytes=4)
-    )
-    assert (header_fields.dtype, header_fields.num_tokens) == ("uint32", 7)
-    assert header_fields.document_starts.tolist() == [0, 3], "an empty document has a start"
-    assert read_header_of("megatron", idx=build_megatron_index([3, 0], [0, 1, 2])).document_starts.tolist() == [0], (
-        "an empty last document has a start"
-    )
+    header = read_header_of("megatron", idx=build_megatron_index([3, 2, 4], [0, 1, 3]))
+    assert (header.dtype, header.skip_bytes, header.num_tokens) == ("uint16", 0, 3 + 2 + 4)
+    assert header.document_starts.tolist() == [0, 3]
 
 
+def test_an_empty_document_of_a_megatron_index_has_no_start():
+    idx = build_megatron_index([3, 0, 4], [0, 1, 2, 2, 3], dtype_code=4, id_bytes=4)
+    header = read_header_of("megatron", idx=idx)
+    assert (header.dtype, header.num_tokens) == ("uint32", 3 + 0 + 4)
+    assert header.document_starts.tolist() == [0, 3], "an empty document must have no start"
+    header = read_header_of("megatron", idx=build_megatron_index([3, 0], [0, 1, 2]))
+    assert header.document_starts.tolist() == [0], "an empty last document must have no start"
+
+
+# The header of a Megatron index has 34 bytes: magic (9), version (8), dtype code (1) and two numbers (8 each). After it
+# come the lengths, 4 bytes per sequence, the byte offsets, 8 per sequence, and the document bounds, 8 each.
 @pytest.mark.parametrize(
     ("idx", "message"),
     [
@@ -74,12 +82,15 @@ def test_a_damaged_index_is_refused(idx, message):
         read_header_of("megatron", idx=idx)
 
 
-@pytest.mark.parametrize("name", ["uint16", "int16", "uint32", "int32"])
-def test_an_array_gives_dtype_and_length(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "unsigned_name"),
+    [("uint16", "uint16"), ("int16", "uint16"), ("uint32", "uint32"), ("int32", "uint32")],
+)
+def test_an_array_gives_dtype_and_length(name, unsigned_name, tmp_path):
     content = save_npy(tmp_path, np.arange(7).astype(name))
-    header_fields = read_header_of("npy", content)
-    assert (header_fields.dtype, header_fields.num_tokens) == (name.removeprefix("u").replace("int", "uint"), 7)
-    assert np.array_equal(np.frombuffer(content[header_fields.skip_bytes :], name), np.arange(7))
+    header = read_header_of("npy", content)
+    assert (header.dtype, header.num_tokens) == (unsigned_name, 7)
+    assert np.array_equal(np.frombuffer(content[header.skip_bytes :], name), np.arange(7))
 
 
 @pytest.mark.parametrize(
@@ -106,16 +117,16 @@ def test_a_file_without_an_array_is_refused(content):
 
 @pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "uint16"), (20240801, 7, "uint32")])
 def test_an_llmc_header_gives_dtype_and_length(magic, version, dtype):
-    head = struct.pack("<iii", magic, version, 5) + bytes(1012)
-    assert read_header_of("llmc", head) == TokenFileHeader(dtype, skip_bytes=1024, num_tokens=5)
+    first_bytes = make_llmc_header(magic, version, num_tokens=5)
+    assert read_header_of("llmc", first_bytes) == TokenFileHeader(dtype, skip_bytes=1024, num_tokens=5)
     with pytest.raises(DataError, match="byte 1023: truncated: the header alone has 1024 bytes"):
-        read_header_of("llmc", head[:-1])
+        read_header_of("llmc", first_bytes[:-1])
     with pytest.raises(DataError, match=f"byte 0: magic {magic} and version 2; .* 20240520 and 1 or 20240801 and 7"):
-        read_header_of("llmc", struct.pack("<iii", magic, 2, 5) + bytes(1012))
+        read_header_of("llmc", make_llmc_header(magic, 2, num_tokens=5))
 
 
 def test_raw_ids_need_a_dtype():
-    assert read_header_of("bin", declared_dtype="int32") == TokenFileHeader("uint32")
+    assert read_header_of("bin", given_dtype="int32") == TokenFileHeader("uint32")
     with pytest.raises(DataError, match=r"does not store its dtype. Give --dtype"):
         read_header_of("bin")
 
@@ -126,11 +137,10 @@ def test_megatron_paths_may_omit_the_suffix():
 
 
 def scan_ids(ids, block_bytes, dtype="uint16", header_bytes=0, starts=None):
-    """Scan a file with these ids, in blocks."""
+    """Scan a file of `header_bytes` zeros and these ids, in blocks of `block_bytes` bytes."""
     content = bytes(header_bytes) + np.array(ids).astype(dtype).tobytes()
-    scan = TokenFileScan(
-        "here", TokenFileHeader(dtype, header_bytes, num_tokens=None, document_starts=starts), EOT, BYTES_OF_ID
-    )
+    header = TokenFileHeader(dtype, skip_bytes=header_bytes, num_tokens=None, document_starts=starts)
+    scan = TokenFileScan("here", header, EOT, BYTES_OF_ID)
     for offset in range(0, len(content), block_bytes):
         scan.add(content[offset : offset + block_bytes])
     scan.check()
@@ -143,28 +153,29 @@ def scan_ids(ids, block_bytes, dtype="uint16", header_bytes=0, starts=None):
 def test_a_scan_does_not_depend_on_the_block_size(header_bytes, dtype, block_bytes):
     ids = [5, 6, EOT, 7, EOT, 8, 9]
     scan = scan_ids(ids, block_bytes, dtype, header_bytes)
-    assert (scan.num_tokens, scan.text_bytes) == (7, sum(ids))
+    assert (scan.num_tokens, scan.text_bytes) == (len(ids), sum(ids))  # BYTES_OF_ID
     assert scan.compute_starts(eot_at_start=False).tolist() == [0, 3, 5]
     assert scan.compute_starts(eot_at_start=True).tolist() == [0, 2, 4]
 
 
 def test_document_starts_at_the_ends_of_a_file():
-    assert scan_ids([5, EOT], block_bytes=100).compute_starts(eot_at_start=False).tolist() == [0], (
-        "a document starts after the last token"
-    )
-    assert scan_ids([EOT, 5], block_bytes=100).compute_starts(eot_at_start=True).tolist() == [0], (
-        "the first document starts twice"
-    )
-    assert scan_ids([5, EOT, 6], block_bytes=100, starts=np.array([0, 1])).compute_starts(
-        eot_at_start=False
-    ).tolist() == [0, 1]
+    starts = scan_ids([5, EOT], block_bytes=100).compute_starts(eot_at_start=False)
+    assert starts.tolist() == [0], "no document must start after the last token"
+    starts = scan_ids([EOT, 5], block_bytes=100).compute_starts(eot_at_start=True)
+    assert starts.tolist() == [0], "the first document must start once"
+
+
+def test_document_starts_of_a_header_replace_those_of_a_scan():
+    scan = scan_ids([5, EOT, 6], block_bytes=100, starts=np.array([0, 1]))
+    assert scan.compute_starts(eot_at_start=False).tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4, 1000])
 def test_an_unknown_id_is_reported_with_its_byte(block_bytes):
+    # Two uint16 ids precede token 2: it begins at byte 10 + 2 * 2 = 14.
     with pytest.raises(DataError, match=r"here: token 2 \(byte 14\) is 300, but the tokenizer has 300 ids"):
-        scan_ids([5, 299, VOCAB_SIZE, 999], block_bytes, header_bytes=10)
-    with pytest.raises(DataError, match=r"is 4294967295, but"):
+        scan_ids([5, VOCAB_SIZE - 1, VOCAB_SIZE, 999], block_bytes, header_bytes=10)
+    with pytest.raises(DataError, match=r"is 4294967295, but"):  # -1 as uint32
         scan_ids([-1], block_bytes, "uint32")
 
 

@@ -50,7 +50,7 @@ def test_every_text_decodes_to_itself(spec, text, bpe):
     ids = tokenizer.encode(text)
     assert tokenizer.decode_bytes(ids) == text.encode()
     assert tokenizer.decode(ids) == text
-    assert tokenizer.eot not in ids, "the string of a special token became the special token"
+    assert tokenizer.eot not in ids, "the string of a special token must be encoded as text"
 
 
 def test_byte_ids_are_the_bytes():

@@ -126,4 +126,4 @@ def test_megatron_files_train_like_our_own_corpus(
     assert train(read_config(config, keys, world_size=1), World()) == 0
     log = (tmp_path / "runs" / "megatron" / "logs" / "rank_00000.log").read_text()
     assert "nothing to do: the run has taken 6 steps, and run.steps is 6; raise it to continue" in log
-    assert log.count(note) == 1, "the note was logged again"
+    assert log.count(note) == 1, "the note must be logged only once"
