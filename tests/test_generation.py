@@ -268,7 +268,7 @@ def generate_with_scripted_model(ids, max_tokens=100, prompt="a", max_seq_len=20
     model = ScriptedModel(ids)
     encoded_prompt = encode_prompt(CAUSAL_CONFIG, make_byte_tokenizer(), prompt)
     sampling = Sampling(max_tokens=max_tokens, temperature=0)
-    strings = list(generate_text(model, make_byte_tokenizer(), encoded_prompt, sampling, max_seq_len, stop))
+    strings = list(generate_text(model, make_byte_tokenizer(), encoded_prompt, sampling, max_seq_len, stop=stop))
     return model, strings
 
 

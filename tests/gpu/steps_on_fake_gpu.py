@@ -83,8 +83,9 @@ def take_step(*, ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
     `sections` are keyword arguments of `make_config`.
     """
     sections = {"optim": ADAMW, **sections}
-    # Three layers contain each kind of layer of the models, since no model repeats more than three kinds.
-    config = make_config(ranks=ranks, model={"n_layers": 3} | sections.pop("model", {}), **sections)
+    model = sections.pop("model", {})
+    num_layers = max(3, len(model.get("layers", ())))  # each kind of layer of the model at least once
+    config = make_config(ranks=ranks, model={"n_layers": num_layers} | model, **sections)
     dp_size = config.parallel.dp_replicate * config.parallel.dp_shard
     batches = make_batches(config, SimpleNamespace(dp_rank_and_size=DataParallelRank(rank=0, size=dp_size)), step=0)  # type: ignore[arg-type]
     with fake_gpu.activate(ranks):

@@ -356,8 +356,8 @@ def tied_head_uses_a_copy_of_the_embedding() -> Iterator[Any]:
     """The head projects with a detached copy of the embedding, so its gradient does not reach the weight."""
     forward = tensor_parallel.VocabParallelHead.forward
 
-    def project_with_copy(self: Any, x: Any, tied: Any, *others: Any) -> Any:
-        return forward(self, x, None if tied is None else tied.detach(), *others)
+    def project_with_copy(self: Any, x: Any, tied: Any, *remaining: Any) -> Any:
+        return forward(self, x, None if tied is None else tied.detach(), *remaining)
 
     with patch.object(tensor_parallel.VocabParallelHead, "forward", project_with_copy):
         yield
