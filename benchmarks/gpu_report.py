@@ -1,4 +1,7 @@
-"""Write the results of `gpu.py`: a file that is complete after each row, and the table at the end."""
+"""Write the results of `gpu.py`: a file that is rewritten after each row, and the table at the end.
+
+"Traced" means: predicted by a run on the fake GPU (fake_gpu.py).
+"""
 
 import json
 from collections.abc import Mapping
@@ -19,8 +22,8 @@ TRACED_RESULTS_FILE = "gpu-fake.json"
 class GpuResults(Results):
     """The file `FOLDER/gpu-DEVICE.json`, rewritten after each row, so that a killed run keeps its rows.
 
-    `commit` is recorded if the source tree is not under git. Rows of training cases also get `traced_peak`, the peak
-    memory in bytes that a run on the fake GPU predicted.
+    Without a git checkout, `commit` is recorded in place of git's commit. Rows of training cases also get
+    `traced_peak`, the peak memory in bytes that a run on the fake GPU predicted.
     """
 
     def __init__(self, context: CaseContext, command: str, commit: str) -> None:
@@ -54,7 +57,7 @@ def read_traced_peaks(path: Path = DIRECTORY / TRACED_RESULTS_FILE) -> dict[str,
 
 
 def make_report(results: GpuResults) -> str:
-    """Format the table, then the gaps of the profile, then the reasons of all rows that are not ok."""
+    """Format the machine, the table, the largest gaps of each profiled row, and the reasons of rows that are not ok."""
     cells = [(row["row"], row["outcome"], f"{row['seconds']:.1f}", *_format_figures(row)) for row in results.rows]
     header = ("row", "outcome", "s", "tok/s", "MFU", "step ms", "peak GiB", "traced GiB", "TFLOP/s", "GB/s")
     sections = [results.describe_machine(), format_table(header, cells)]
@@ -67,9 +70,9 @@ def make_report(results: GpuResults) -> str:
 
 def _format_figures(row: Mapping[str, Any]) -> list[str]:
     """Format the numeric cells of a row; a cell is empty if the row lacks the figure."""
-    seconds = row.get("step_seconds", row.get("row_seconds"))
+    seconds = row.get("step_seconds", row.get("row_seconds"))  # of a step, or of one call
     if "kernel_window_micros" in row:
-        seconds = row["kernel_window_micros"] / 1e6
+        seconds = row["kernel_window_micros"] / 1e6  # of the profiled steps
     values_units_formats = (
         (row.get("tokens_per_second"), 1, "{:,.0f}"),
         (row.get("mfu"), 1, "{:.3f}"),

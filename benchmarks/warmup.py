@@ -1,8 +1,9 @@
-"""Plot loss curves of a small decoder that show that post-norm needs learning-rate warmup and pre-norm hardly does.
+"""Plot loss curves of a small decoder that show that post-norm needs learning-rate warmup and pre-norm does not.
 
 Trains a deep, narrow decoder with pre-norm and post-norm, with and without warmup, and with post-norm initializations
-that need no warmup (depth, tfixup). All runs read the same samples. On two cores the program takes some minutes. It
-prints one JSON line per run, with the last held-out loss. With --docs DIR it also writes warmup.md and warmup.png.
+that need no warmup (`model.init=depth` and `tfixup`). All runs read the same samples. On two cores the program takes
+some minutes. It prints one JSON line per run, with the last held-out loss. With --docs DIR it also writes warmup.md and
+warmup.png.
 
 The question is that of Xiong et al. 2020 (On layer normalization in the transformer architecture), figure 2.
 """
@@ -74,7 +75,6 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, metavar="DIR", help="write warmup.md and warmup.png into it")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys: run.steps=20")
     options = parser.parse_args()
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     evaluations = []
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus"

@@ -22,7 +22,7 @@ Offset = tuple[int, ...]  # of a chunk in its tensor, one index per dimension
 
 
 class Box(NamedTuple):
-    """A rectangular chunk of a tensor."""
+    """The position of a rectangular chunk in its tensor."""
 
     offset: Offset
     size: tuple[int, ...]
@@ -32,7 +32,7 @@ class Box(NamedTuple):
 class FlatShard:
     """The rectangular chunks, possibly none, that this rank holds of a tensor of `shape`.
 
-    `chunks` are views {offset in the tensor: chunk}.
+    `chunks` maps the offset of each chunk in the tensor to its elements, a view.
     """
 
     def __init__(self, shape: tuple[int, ...], chunks: Mapping[Offset, Tensor]) -> None:
@@ -84,8 +84,8 @@ def chunk_at(tensor: Any, index: MetadataIndex) -> Any:
 def flat_range_to_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
     """Yield the boxes that together contain the elements [start, stop) of a tensor of `shape`, in order.
 
-    Each dimension adds at most two boxes: the end of the first row and the beginning of the last row. One box has the
-    full rows between them.
+    A range is the end of one row, full rows, and the beginning of another row. The full rows are one box. The two
+    partial rows are split in the same way along the next dimension.
     """
     if start >= stop:
         return

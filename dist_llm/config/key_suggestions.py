@@ -62,7 +62,7 @@ ALIASES = {
 
 
 def suggest_keys(unknown_key: str, valid_keys: Sequence[str]) -> str:
-    """Return the end of the message on an unknown key: similar keys, or else the valid keys of its section.
+    """Return the end of a message `unknown key`: keys that the user may mean, or else the valid keys of the section.
 
     Only the last component of each dotted key is compared, because full keys of one section look alike.
     """
@@ -80,7 +80,7 @@ def suggest_keys(unknown_key: str, valid_keys: Sequence[str]) -> str:
 def _find_similar(name: str, keys: Sequence[str]) -> list[str]:
     """Return the keys whose last component is the closest match of `name`."""
     closest = difflib.get_close_matches(name, map(_last_component, keys), n=1, cutoff=0.6)
-    return [key for key in keys if [_last_component(key)] == closest]
+    return [key for key in keys if _last_component(key) in closest]
 
 
 def _last_component(key: str) -> str:

@@ -117,12 +117,13 @@ def _count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def verify_written(written: Weights, source: Weights, dtype: torch.dtype) -> None:
-    """Raise CheckpointError unless `written` has the names, shapes and values of `source`, all finite.
+    """Raise CheckpointError unless `written` has the names, shapes and values of `source`, and all values are finite.
 
     A weight matrix of zeros is also an error, unless MAY_BE_ZERO matches its name.
     """
-    if written.shapes != source.shapes:
-        raise CheckpointError(f"the written tensors differ: {sorted(set(written.shapes) ^ set(source.shapes))}")
+    names = written.shapes.keys() | source.shapes.keys()
+    if differing := sorted(name for name in names if written.shapes.get(name) != source.shapes.get(name)):
+        raise CheckpointError(f"the written tensors differ from the source in name or shape: {differing}")
     for name, shape in source.shapes.items():
         expected = _compute_digest(source.read(name).to(dtype))  # a digest, because only one tensor may be in memory
         actual = written.read(name).to(dtype)

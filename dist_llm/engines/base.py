@@ -62,13 +62,13 @@ class Engine(Protocol):
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Return the parameters on this rank, with their names in the full model."""
+        """Yield the parameters on this rank, with their names in the full model."""
         ...
 
     def all_reduce_over_loss_axes(self, value: Tensor | float) -> Tensor:
-        """Return the sum of `value`, on every rank, over the ranks that compute losses of different tokens.
+        """Sum `value` over the ranks that compute the losses of different tokens. Every rank gets the sum.
 
-        These are the data-parallel and context-parallel ranks, of the last pipeline stage only.
+        These are the data-parallel and context-parallel ranks of the last pipeline stage.
         """
         ...
 
@@ -86,13 +86,13 @@ class Engine(Protocol):
     def accumulate(self, batches: Sequence[Batch], denominator: Tensor, step: int) -> Tensor:
         """Accumulate the gradient of sum(losses) / denominator over the microbatches. The denominator is above 0.
 
-        Return the losses of this rank / denominator per sequence, [B], detached. Gradients must be clear before
-        the call. `step` seeds dropout.
+        Return, for each sequence of this rank, its loss divided by the denominator: [B], detached. Gradients must be
+        zero or None before the call. `step` seeds dropout.
         """
         ...
 
     def update(self, lr: float, should_apply: Callable[[Tensor], bool] | None = None) -> Tensor:
-        """Clip the gradients, take the optimizer step, clear the gradients. Return the norm before clipping, [].
+        """Clip the gradients, take the optimizer step, clear the gradients. Return the norm before clipping (a scalar).
 
         If `should_apply(norm)` is false, the gradients are only cleared. The partitioned optimizers of DeepSpeed ignore
         `should_apply`: they skip exactly the steps with a non-finite norm.

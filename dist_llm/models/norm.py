@@ -18,7 +18,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.effective_weight(), self.eps)
 
     def effective_weight(self) -> Tensor | None:
-        """Return the factor of each element; None: 1."""
+        """Return the tensor that multiplies the normalized elements; None: no factor."""
         return self.weight + 1 if self.plus_one else self.weight
 
 
@@ -34,11 +34,11 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.effective_weight(), self.effective_bias(), self.eps)
 
     def effective_weight(self) -> Tensor | None:
-        """Return the factor of each element; None: 1."""
+        """Return the tensor that multiplies the normalized elements; None: no factor."""
         return self.weight + 1 if self.plus_one else self.weight
 
     def effective_bias(self) -> Tensor | None:
-        """Return the bias of each element; None: 0."""
+        """Return the tensor that is added; None: nothing is added. Tensor parallelism overrides it (local part)."""
         return self.bias
 
 

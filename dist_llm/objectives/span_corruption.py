@@ -27,8 +27,9 @@ def make_span_example(
         corrupted text: a b <sentinel 0> e <sentinel 1> <|endoftext|>
         removed spans:  <sentinel 0> c d <sentinel 1> f <|endoftext|>
 
-    With a mode, the corrupted text begins with the mode token. In an encoder-decoder, the encoder reads the corrupted
-    text, and the decoder predicts the removed spans. A decoder reads the corrupted text followed by the removed spans.
+    With `spec.mode` (R, S or X of UL2), the corrupted text begins with the mode token. In an encoder-decoder, the
+    encoder reads the corrupted text, and the decoder predicts the removed spans. A decoder reads the corrupted text
+    followed by the removed spans.
     """
     tokens, documents = window.tokens_W.astype(np.int64), window.get_document_ids()
     piece_ids = sample_piece_ids(rng, len(tokens), lengths.num_noise_tokens, lengths.num_spans)
@@ -74,8 +75,9 @@ def _replace_pieces(
     text before span k.
     """
     is_span = piece_ids % 2 == 1
-    is_replaced = is_span == replace_spans
+    is_replaced = is_span if replace_spans else ~is_span
     is_piece_start = np.concatenate(([True], piece_ids[1:] != piece_ids[:-1]))
+    # The ids of the sentinels are consecutive.
     tokens_or_sentinels = np.where(is_replaced, vocabulary.sentinel_id(0) + piece_ids // 2, tokens)
     is_kept = ~is_replaced | is_piece_start  # of a replaced piece, the first token becomes the sentinel
     kept_tokens = np.concatenate((tokens_or_sentinels[is_kept], [vocabulary.eot]))

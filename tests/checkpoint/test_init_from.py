@@ -18,12 +18,15 @@ from tests.laws.layouts import ADAMW, Layout
 from tests.laws.worlds import get_world
 
 CPU = torch.device("cpu")
-OLD, NEW = 97, 111  # numbers of token ids; both are padded to multiples of 4: 100 and 112 rows
-TABLES = ("embed.tokens.weight", "head.out.weight")
+OLD_VOCAB, NEW_VOCAB = 97, 111  # numbers of token ids; both are padded to multiples of 4: 100 and 112 rows
+VOCAB_PARAMS = ("embed.tokens.weight", "head.out.weight")
 
 
 def make_model_config(vocab_size: int, ranks: int = 1, **parallel: int) -> Config:
-    """Return a config with this vocabulary size, which is also the seed; `parallel` are keys of that section."""
+    """Return a config with this vocabulary size. `parallel` has keys of the section `parallel`.
+
+    The seed is the vocabulary size, so that two models differ.
+    """
     return make_config(
         ranks=ranks, model={"vocab_size": vocab_size}, optim=ADAMW, run={"seed": vocab_size}, parallel=parallel
     )
@@ -38,23 +41,25 @@ class OldCheckpoint(NamedTuple):
 
 @pytest.fixture
 def old_checkpoint(tmp_path: Path) -> OldCheckpoint:
-    """A checkpoint of a model with OLD ids after two steps."""
-    engine = NativeEngine(make_model_config(OLD), CPU)
+    """A checkpoint of a model with OLD_VOCAB ids after two steps."""
+    engine = NativeEngine(make_model_config(OLD_VOCAB), CPU)
     for step in range(2):
         batches = make_batches(engine.config, engine, step)
-        for batch in batches:
-            batch.inputs_BS.clamp_(max=OLD - 1)
-            batch.targets_BS.clamp_(max=OLD - 1)
+        for batch in batches:  # make_batches draws ids up to 129
+            batch.inputs_BS.clamp_(max=OLD_VOCAB - 1)
+            batch.targets_BS.clamp_(max=OLD_VOCAB - 1)
         train_step(engine, batches, lr=1e-3, step=step)
     path = save_checkpoint(CheckpointStore(tmp_path), engine, Progress(step=2), {})
     state = engine.state.weights() | engine.state.moments()
     return OldCheckpoint(path, {name: copy_full_tensor(tensor) for name, tensor in state.items()})
 
 
-def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: int) -> dict[str, torch.Tensor]:
+def init_state(config: Config, path: Path, keep_optimizer: bool, num_known: int) -> dict[str, torch.Tensor]:
     """Initialize an engine from the checkpoint `path` on this rank; return the full weights and moments."""
-    engine = NativeEngine(resolved, CPU)
-    init_from_checkpoint(path, engine.state, with_moments=keep_optimizer, num_known_ids=num_known, vocab_params=TABLES)
+    engine = NativeEngine(config, CPU)
+    init_from_checkpoint(
+        path, engine.state, with_moments=keep_optimizer, num_known_ids=num_known, vocab_params=VOCAB_PARAMS
+    )
     return {
         name: copy_full_tensor(tensor) for name, tensor in (engine.state.weights() | engine.state.moments()).items()
     }
@@ -68,21 +73,21 @@ def init_state(resolved: Config, path: Path, keep_optimizer: bool, num_known: in
 @pytest.mark.parametrize("keep_optimizer", [False, True], ids=["fresh", "keep"])
 def test_only_known_rows_are_copied(layout: Layout, keep_optimizer: bool, old_checkpoint: OldCheckpoint) -> None:
     path, old = old_checkpoint
-    resolved = make_model_config(NEW, layout.ranks, **layout.parallel)
-    fresh = NativeEngine(make_model_config(NEW), CPU)
+    config = make_model_config(NEW_VOCAB, layout.ranks, **layout.parallel)
+    fresh = NativeEngine(make_model_config(NEW_VOCAB), CPU)
     initial = {name: copy_full_tensor(tensor) for name, tensor in fresh.state.weights().items()}
     if layout.ranks == 1:
-        actual = init_state(resolved, path, keep_optimizer, OLD)
+        actual = init_state(config, path, keep_optimizer, OLD_VOCAB)
     else:
-        actual = get_world(layout.ranks).run(init_state, resolved, path, keep_optimizer, OLD)[0]
+        actual = get_world(layout.ranks).run(init_state, config, path, keep_optimizer, OLD_VOCAB)[0]
     assert any(name.startswith("optim.") for name in actual) == keep_optimizer
     for name, tensor in actual.items():
-        if not name.split(".", 1)[1].startswith(TABLES) or not tensor.ndim:
-            assert torch.equal(tensor, old[name]), name
+        if not name.split(".", 1)[1].startswith(VOCAB_PARAMS) or not tensor.ndim:
+            assert torch.equal(tensor, old[name]), name  # no vocabulary matrix, or a number of steps
             continue
-        assert torch.equal(tensor[:OLD], old[name][:OLD]), name
-        start = initial[name][OLD:] if name.startswith("model.") else torch.zeros_like(tensor[OLD:])
-        assert torch.equal(tensor[OLD:], start), name
+        assert torch.equal(tensor[:OLD_VOCAB], old[name][:OLD_VOCAB]), name
+        start = initial[name][OLD_VOCAB:] if name.startswith("model.") else torch.zeros_like(tensor[OLD_VOCAB:])
+        assert torch.equal(tensor[OLD_VOCAB:], start), name
 
 
 def test_a_smaller_vocabulary_gets_the_first_rows(old_checkpoint: OldCheckpoint) -> None:
@@ -93,6 +98,6 @@ def test_a_smaller_vocabulary_gets_the_first_rows(old_checkpoint: OldCheckpoint)
 
 def test_another_model_is_refused(old_checkpoint: OldCheckpoint) -> None:
     path = old_checkpoint.path
-    engine = NativeEngine(make_config(ranks=1, model={"vocab_size": NEW, "d_ff": 64}), CPU)
+    engine = NativeEngine(make_config(ranks=1, model={"vocab_size": NEW_VOCAB, "d_ff": 64}), CPU)
     with pytest.raises(CheckpointError, match=r"feedforward.gate.weight has shape .* use the `model` section"):
-        init_from_checkpoint(path, engine.state, with_moments=False, num_known_ids=OLD, vocab_params=TABLES)
+        init_from_checkpoint(path, engine.state, with_moments=False, num_known_ids=OLD_VOCAB, vocab_params=VOCAB_PARAMS)

@@ -379,7 +379,7 @@ def test_reader_reads_written_universal_checkpoints(tmp_path: Path) -> None:
 def test_a_shared_parameter_is_written_under_both_names(
     deepspeed_worlds: DeepSpeedWorlds, saved_run: Any, tmp_path: Path
 ) -> None:
-    """The loaded state can be written again without the frozen parameters, which DeepSpeed does not allow."""
+    """A state is written again without its frozen parameters: our writer needs each one in an optimizer group."""
     directory, _ = saved_run("2 shared")
     weights = open_deepspeed(directory)
     state = {name: weights.read(name) for name in weights.shapes}

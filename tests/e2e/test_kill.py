@@ -11,8 +11,10 @@ from .compare_runs import assert_same_metrics, assert_same_weights
 from .conftest import EXPERTS, ONE_PROCESS, REPLICATED, SHARDED, Layout
 
 
-@pytest.mark.timeout(600)  # three processes, each with its own limit
-@pytest.mark.parametrize("layout", [ONE_PROCESS, REPLICATED, SHARDED, EXPERTS], ids=str)
+@pytest.mark.timeout(600)  # three runs, each with its own limit
+@pytest.mark.parametrize(
+    "layout", [ONE_PROCESS, pytest.param(REPLICATED, marks=pytest.mark.slow), SHARDED, EXPERTS], ids=str
+)
 def test_a_run_killed_twice_ends_with_equal_results(
     layout: Layout, uninterrupted_run: Callable[[Layout], Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -21,14 +23,14 @@ def test_a_run_killed_twice_ends_with_equal_results(
         arguments = commands.make_train_arguments(corpus, *layout.overrides, f"checkpoint.every={step}")
         checkpoint = run / "checkpoints" / f"step_{step:08d}"
 
-        def is_two_steps_later(checkpoint: Path = checkpoint, step: int = step) -> bool:
+        def has_run_two_steps_after_checkpoint(checkpoint: Path = checkpoint, step: int = step) -> bool:
             if not (checkpoint / "COMMITTED").exists():
                 return False
             return len((run / "metrics.jsonl").read_text().splitlines()) >= step + 2
 
-        commands.kill_when(is_two_steps_later, arguments, ranks=layout.ranks, cwd=tmp_path)
+        commands.kill_when(has_run_two_steps_after_checkpoint, arguments, ranks=layout.ranks, cwd=tmp_path)
         assert commands.find_latest_checkpoint(run) == checkpoint, (
-            "the process was killed after the next checkpoint, so it tests nothing"
+            "the process was killed after the next checkpoint, so this kill tests nothing"
         )
         assert len(commands.read_step_rows(run)) > step, "no step will be computed again, so the kill tests nothing"
     resumed = commands.run(*commands.make_train_arguments(corpus, *layout.overrides), ranks=layout.ranks, cwd=tmp_path)

@@ -1,8 +1,9 @@
-"""The covering array of the law tests: a list of cases that contains each compatible pair of values.
+"""The covering array of the law tests: a list of cases that together have every pair of values of a valid run.
 
 A target is a combination of values that at least one case must have: a pair of values of two factors (run_space.py), or
-a triple of axes that are larger than 1. `covering.json` contains the cases, and the incompatible targets, which no
-valid run can have. After a change of the factors or of the config rules, write the file again. This takes some minutes:
+three axes of size 2. `covering.json` contains the cases, and the incompatible targets, for which no valid run was
+found. After a change of the factors or of the config rules, write the file again with this command, which takes some
+minutes:
 
   python -m tests.laws.covering
 """
@@ -33,7 +34,7 @@ Target = tuple[tuple[str, Any], ...]  # ((factor, value), ...)
 
 
 def iter_targets() -> Iterator[Target]:
-    """Yield all triples of axes larger than 1, then all pairs of values of two factors."""
+    """Yield each triple of axes, all of size 2, then each pair of values of two factors."""
     yield from (tuple((axis, 2) for axis in axes) for axes in combinations(AXES, 3))
     for first_factor, second_factor in combinations(FACTORS, 2):
         for first_value in FACTORS[first_factor]:
@@ -47,7 +48,7 @@ def is_covered(target: Target, cases: Iterable[Case]) -> bool:
 
 
 def load_array() -> tuple[list[Case], list[Target]]:
-    """Read covering.json: return the cases, and the targets that no valid run can have."""
+    """Read covering.json: return the cases, and the targets for which no valid run was found."""
     content = json.loads(FILE.read_text())
     defaults = {factor: values[0] for factor, values in FACTORS.items()}
     return [defaults | case for case in content["cases"]], [_to_target(target) for target in content["incompatible"]]
@@ -63,7 +64,7 @@ def estimate_seconds(case: Case) -> float:
 
 
 def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
-    """Build the array greedily. Return the cases, and the targets that no valid run can have.
+    """Build the array greedily. Return the cases, and the targets for which no valid run was found.
 
     Each step adds the candidate that covers most remaining targets per second of run time.
     """
@@ -80,29 +81,30 @@ def build_array(seed: int = 0) -> tuple[list[Case], list[Target]]:
             continue
 
         def count_targets_per_second(case: Case) -> float:
-            return sum(is_covered(open_target, [case]) for open_target in remaining) / estimate_seconds(case)
+            return sum(is_covered(target, [case]) for target in remaining) / estimate_seconds(case)
 
         best_case = max(candidates, key=count_targets_per_second)
         cases.append(best_case)
-        for covered_target in [open_target for open_target in remaining if is_covered(open_target, [best_case])]:
+        for covered_target in [target for target in remaining if is_covered(target, [best_case])]:
             del remaining[covered_target]
         print(f"{len(cases)} cases, {len(remaining)} targets left: {format_case(best_case)}", file=sys.stderr)
     return _drop_redundant(cases, incompatible), incompatible
 
 
 def _iter_candidates(target: Target, remaining: Iterable[Target], rng: random.Random) -> Iterator[Case]:
-    """Yield random valid cases with the values of `target`, and if possible with those of other remaining targets."""
-    fixed, open_targets = dict(target), list(remaining)
+    """Yield random valid cases with the values of `target`, and where valid with those of other remaining targets."""
+    fixed, remaining_targets = dict(target), list(remaining)
     for index in range(NUM_CANDIDATES):
-        sampled_targets = rng.sample(open_targets, min(6, len(open_targets)))
+        sampled_targets = rng.sample(remaining_targets, min(6, len(remaining_targets)))
         preferred = dict(value for sampled_target in sampled_targets for value in sampled_target)
-        # Each rank compiles separately, so compiled cases use few ranks.
-        cheap = dict.fromkeys(AXES, 1) if index % 2 else {"compile": False}
-        case = complete_case(rng, fixed, preferred | cheap)
+        # Each rank compiles separately. So a case either has few ranks or is not compiled.
+        cheap_values = dict.fromkeys(AXES, 1) if index % 2 else {"compile": False}
+        case = complete_case(rng, fixed, preferred | cheap_values)
         if not any(find_violations(case)):
             yield case
-    if (last_case := draw_valid_case(rng, fixed, preferred={"compile": False})) is not None:
-        yield last_case
+    # Only if these draws fail too is the target incompatible.
+    if (fallback_case := draw_valid_case(rng, fixed, preferred={"compile": False})) is not None:
+        yield fallback_case
 
 
 def _drop_redundant(cases: list[Case], incompatible: list[Target]) -> list[Case]:
@@ -126,7 +128,7 @@ def main() -> None:
     }
     lists = ",\n".join(f'"{name}": [\n' + ",\n".join(map(json.dumps, items)) + "\n]" for name, items in content.items())
     FILE.write_text("{\n" + lists + "\n}\n")
-    print(f"{FILE}: {len(cases)} cases, {len(incompatible)} incompatible pairs", file=sys.stderr)
+    print(f"{FILE}: {len(cases)} cases, {len(incompatible)} incompatible targets", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_an_engine_weights_the_losses_of_prompts(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["zero0", pytest.param("zero1", marks=pytest.mark.slow), "zero3", "ddp"])
 def test_an_engine_computes_parameter_groups(engine: str) -> None:
-    """DeepSpeed does not support frozen parameters."""
+    """The config refuses frozen parameter groups under DeepSpeed."""
     groups = GROUPS if engine == "ddp" else [group for group in GROUPS if "freeze" not in group]
     config = make_engine_config(
         ranks=2, engine=ENGINE_SECTIONS[engine], model="llama", optim={**ADAMW, "groups": groups}, micro_batch=4
@@ -254,7 +254,7 @@ def test_bf16_is_near_fp32(engine: str) -> None:
     engine_steps = get_world(2).run(run_steps, engine_config, steps=range(3))[0]
     assert engine_steps.losses == pytest.approx(native_steps.losses, rel=0.01)
     assert engine_steps.grad_norms == pytest.approx(native_steps.grad_norms, rel=0.05)
-    assert engine_steps.losses != native_steps.losses, "the losses are not those of fp32"
+    assert engine_steps.losses != native_steps.losses, "bf16 gives the losses of fp32"
 
 
 def test_bf16_gradients_are_accumulated_in_fp32() -> None:

@@ -1,13 +1,13 @@
 """Each layout of layouts.py computes the steps of one process: loss, gradients, gradient norm and weights.
 
-Most of these tests are marked slow; the cases of `test_covering.py` run by default.
+Most of these tests are marked slow. By default, test_covering.py checks the layouts instead.
 """
 
 from typing import Any
 
 import pytest
 
-from tests.laws.law import assert_matches_one_process
+from tests.laws.law import GLOBAL_BATCH, assert_matches_one_process
 from tests.laws.layouts import ADAMW, ARCHITECTURE_LAYOUTS, CLIPPED_SGD, COMPILED_LAYOUTS, LAYOUTS, SGD, Layout
 
 
@@ -21,7 +21,7 @@ def test_a_layout_computes_the_step_of_one_process(layout: Layout) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ARCHITECTURE_LAYOUTS.values(), ids=ARCHITECTURE_LAYOUTS)
 def test_every_architecture_and_objective_computes_the_step_of_one_process(layout: Layout) -> None:
-    """Masks, cross-attention, position tables and stochastic depth are the same on every layout."""
+    """On every layout, masks, cross-attention, position tables and stochastic depth compute what one process does."""
     assert_matches_one_process(layout, optim=CLIPPED_SGD, steps=2)
 
 
@@ -100,15 +100,19 @@ def test_a_layout_computes_twenty_steps_of_adamw(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optim", [SGD, CLIPPED_SGD, ADAMW], ids=["sgd", "clipped", "adamw"])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("num_microbatches", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_layout_computes_many_steps_with_each_optimizer(
-    layout: Layout, accumulation: int, optim: dict[str, object]
+    layout: Layout, num_microbatches: int, optim: dict[str, object]
 ) -> None:
-    """Twenty steps of AdamW, three of SGD. Layouts without a pipeline run with one and with three microbatches."""
+    """Twenty steps of AdamW, three of SGD.
+
+    A data-parallel rank without a pipeline takes its sequences in one microbatch or in three (four if 3 does not divide
+    them).
+    """
     dp_size = layout.parallel.get("dp_replicate", 1) * layout.parallel.get("dp_shard", 1)
-    micro_batch = layout.micro_batch if "pp" in layout.parallel else 24 // dp_size // accumulation
-    if "pp" in layout.parallel and accumulation == 3:
+    micro_batch = layout.micro_batch if "pp" in layout.parallel else GLOBAL_BATCH // dp_size // num_microbatches
+    if "pp" in layout.parallel and num_microbatches == 3:
         pytest.skip("the pipeline schedule sets the number of microbatches")
     steps = 20 if optim["name"] == "adamw" else 3
     assert_matches_one_process(
@@ -122,5 +126,7 @@ def test_a_layout_computes_many_steps_with_each_optimizer(
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("layout", COMPILED_LAYOUTS.values(), ids=COMPILED_LAYOUTS)
-def test_layouts_with_compilation_and_recomputation(layout: Layout, recompute: str, compiled: bool) -> None:
+def test_compilation_and_recomputation_together_do_not_change_the_steps(
+    layout: Layout, recompute: str, compiled: bool
+) -> None:
     assert_matches_one_process(layout, optim=CLIPPED_SGD, steps=3, parallel={"recompute": recompute}, compile=compiled)

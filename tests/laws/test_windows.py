@@ -230,18 +230,14 @@ def test_recomputation_does_not_change_the_step(recompute: str) -> None:
 LONG_WINDOWS = {"n_layers": 1, "layers": ["long"], "kinds": {"long": WINDOWS["kinds"]["long"]}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
         Layout(ranks=2, parallel={"cp": 2}, model="windows", sections=DOCUMENTS),
-        *(
-            pytest.param(layout, marks=pytest.mark.slow)
-            for layout in (
-                Layout(ranks=2, parallel={"cp": 2, "recompute": "full"}, model="windows"),
-                Layout(ranks=2, parallel={"cp": 2, "recompute": "selective"}, model="windows"),
-                CP4,
-            )
-        ),
+        Layout(ranks=2, parallel={"cp": 2, "recompute": "full"}, model="windows"),
+        Layout(ranks=2, parallel={"cp": 2, "recompute": "selective"}, model="windows"),
+        CP4,
     ],
     ids=str,
 )

@@ -351,7 +351,7 @@ def test_a_float8_run_learns_like_a_bf16_run(bf16_losses: list[float]) -> None:
     check_parity(train_losses(enable_fp8=True), bf16_losses)
 
 
-@pytest.mark.parametrize("wrong_quantize", [_double_unit, _too_large])
+@pytest.mark.parametrize("wrong_quantize", [pytest.param(_double_unit, marks=pytest.mark.slow), _too_large])
 def test_a_float8_run_with_a_wrong_scale_does_not_learn(
     wrong_quantize: Callable[..., object], bf16_losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
